@@ -1,0 +1,52 @@
+"""Device shadows (device twins) on PostgreSQL: models, `ShadowService`, twin helpers, errors.
+
+Migrations are Alembic's: `alembic upgrade head`.
+"""
+
+from iot_models.documents import DocumentLimits
+from iot_models.errors import (
+    BatchRejected,
+    DeviceNotFound,
+    DocumentTooLarge,
+    InvalidDocument,
+    IotModelsError,
+    StaleReport,
+    UnknownVersion,
+    VersionConflict,
+)
+from iot_models.models import Base, DeviceState
+from iot_models.shadows import Shadow, ShadowService
+from iot_models.twin import (
+    STALE_THRESHOLD_MINUTES,
+    Comparison,
+    SyncStatus,
+    compare,
+    compute_delta,
+    compute_nested_delta,
+    merge_patch,
+    sync_status,
+)
+
+__all__ = [  # noqa: RUF022 - the order of sorted()
+    "Base",
+    "BatchRejected",
+    "Comparison",
+    "DeviceNotFound",
+    "DeviceState",
+    "DocumentLimits",
+    "DocumentTooLarge",
+    "InvalidDocument",
+    "IotModelsError",
+    "STALE_THRESHOLD_MINUTES",
+    "Shadow",
+    "ShadowService",
+    "StaleReport",
+    "SyncStatus",
+    "UnknownVersion",
+    "VersionConflict",
+    "compare",
+    "compute_delta",
+    "compute_nested_delta",
+    "merge_patch",
+    "sync_status",
+]

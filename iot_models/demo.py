@@ -1,0 +1,228 @@
+"""The main job, on a real PostgreSQL: `make demo`.
+
+A fleet as it stood before revision 076, migrated; then the life of a shadow. Every line printed is computed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from rich.console import Console
+from rich.table import Table
+from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.orm import Session
+
+from iot_models import IotModelsError, Shadow, ShadowService, SyncStatus, VersionConflict, embedded
+from iot_models.engine import normalize_url
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sqlalchemy import Engine
+
+_CHECKOUT: Final = Path(__file__).resolve().parents[1]
+_TENANT: Final = "acme"
+_NEVER_HEARD_OF: Final = 9  # one thermostat in three was mounted and never switched on
+_STYLES: Final = {SyncStatus.SYNCED: "green", SyncStatus.PENDING: "yellow", SyncStatus.STALE: "red"}
+
+# The deployment as a team made it by hand, with no Alembic near it.
+_DEPLOYMENT_075: Final = """
+    CREATE TABLE device_state (
+      tenant_id TEXT NOT NULL, site_id TEXT NOT NULL, device_id TEXT NOT NULL,
+      status TEXT NOT NULL DEFAULT 'OFFLINE',
+      last_heartbeat_at TIMESTAMPTZ, last_telemetry_at TIMESTAMPTZ, last_seen_at TIMESTAMPTZ,
+      last_state_change_at TIMESTAMPTZ NOT NULL DEFAULT now(),
+      state JSONB NOT NULL DEFAULT '{}',
+      PRIMARY KEY (tenant_id, device_id));
+    CREATE INDEX idx_device_state_site ON device_state (tenant_id, site_id);
+    CREATE INDEX idx_device_state_status ON device_state (tenant_id, status);
+"""
+_DEVICE: Final = text("""
+    INSERT INTO device_state (tenant_id, site_id, device_id, status, last_heartbeat_at, last_telemetry_at,
+                              last_seen_at, state)
+    VALUES (:tenant, :site, :device, CASE WHEN :seen THEN 'ONLINE' ELSE 'OFFLINE' END,
+            CASE WHEN :seen THEN now() END, CASE WHEN :seen THEN now() END, CASE WHEN :seen THEN now() END,
+            CAST(:state AS jsonb))
+""")
+
+
+def main() -> None:
+    """Run the demo from beginning to end.
+
+    Raises:
+        EmbeddedPostgresError: If no server can be started here and none is given.
+    """
+    # A pipe has no width: 110 columns hold the tables.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    with _database(console) as url:
+        engine = create_engine(url)
+        _lay_down_the_fleet(console, engine)
+        _alembic(console, url, "stamp", "075")
+        _alembic(console, url, "upgrade", "head")
+        _life_of_a_shadow(console, engine)
+        console.rule("Back, and forth again")
+        _alembic(console, url, "downgrade", "075")
+        _alembic(console, url, "upgrade", "head")
+        with engine.connect() as connection:
+            kept = connection.scalar(text("SELECT count(*) FROM device_state"))
+        console.print(f"{kept:,} devices are still there.")
+        engine.dispose()
+
+
+@contextmanager
+def _database(console: Console) -> Iterator[str]:
+    """A database to play in: on the server that is given, else on a throwaway one."""
+    given = os.environ.get("IOT_MODELS_TEST_DATABASE_URL")
+    if not given:
+        with embedded.postgres() as server:
+            console.print(f"PostgreSQL {server.version}, started for this demo and gone after it.")
+            yield server.url
+        return
+    name = f"iot_models_demo_{secrets.token_hex(4)}"
+    admin = create_engine(normalize_url(given), isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+        try:
+            console.print(f"Database {name} on the server of IOT_MODELS_TEST_DATABASE_URL, dropped after the demo.")
+            yield normalize_url(given).set(database=name).render_as_string(hide_password=False)
+        finally:
+            connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+    admin.dispose()
+
+
+def _lay_down_the_fleet(console: Console, engine: Engine) -> None:
+    console.rule("The deployment before revision 076")
+    fleet = [_device(tenant, n) for tenant in (_TENANT, "globex") for n in range(500)]
+    with engine.begin() as connection:
+        for statement in filter(str.strip, _DEPLOYMENT_075.split(";")):
+            connection.execute(text(statement))
+        connection.execute(_DEVICE, fleet)
+    for example in fleet[:3]:
+        console.print(f"{example['device']:<16} {example['state']}", soft_wrap=True)
+    console.print(f"… {len(fleet):,} devices in {len({device['tenant'] for device in fleet})} tenants")
+
+
+def _device(tenant: str, n: int) -> dict[str, Any]:
+    """One device's row: thermostats, smart plugs and gateways in turn, with the telemetry that such devices send."""
+    kind, telemetry = (
+        (
+            "thermostat",
+            {"temp_c": 18 + n % 70 / 10, "humidity_pct": 35 + n % 30, "valve_pct": n % 101, "battery_mv": 3010 - n},
+        ),
+        (
+            "plug",
+            {"relay": n % 2 == 0, "power_w": n % 230 / 10, "energy_wh": n * 137, "voltage_v": 228.5 + n % 40 / 10},
+        ),
+        (
+            "gateway",
+            {
+                "fw": f"4.{n % 7}.{n % 3}",
+                "uptime_s": n * 3_613,
+                "lte": {"rsrp_dbm": -70 - n % 45, "operator": "26201"},
+                "nodes": [f"{n:04x}-{k}" for k in range(n % 4)],
+            },
+        ),
+    )[n % 3]  # fmt: skip
+    return {
+        "tenant": tenant,
+        "site": f"site-{n // 50:02}",
+        "device": f"{kind}-{n // 3:04}",
+        "seen": n % _NEVER_HEARD_OF != _NEVER_HEARD_OF - 3,
+        "state": json.dumps(telemetry),
+    }
+
+
+def _alembic(console: Console, url: str, *arguments: str) -> None:
+    """Run the real command, as on-call would type it, and show what it prints."""
+    console.print(f"[bold]$ alembic {' '.join(arguments)}[/bold]")
+    run = subprocess.run(  # noqa: S603 - our own arguments
+        [sys.executable, "-m", "alembic", *arguments],
+        cwd=_CHECKOUT,
+        env=os.environ | {"IOT_MODELS_DATABASE_URL": make_url(url).render_as_string(hide_password=False)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    console.print(run.stdout.rstrip(), style="dim", markup=False, soft_wrap=True)
+    if run.returncode:
+        raise SystemExit(f"alembic {' '.join(arguments)} ended with {run.returncode}")
+
+
+def _life_of_a_shadow(console: Console, engine: Engine) -> None:
+    console.rule("The life of a shadow")
+    with Session(engine) as session, session.begin():
+        shadows = ShadowService(session, _TENANT)
+
+        def tell(who: str, shadow: Shadow) -> None:
+            console.print(f"{who:<9} {shadow.explain()}", soft_wrap=True)
+
+        comfort = {"target_c": 21.5, "mode": "auto", "schedule": {"mon-fri": ["06:30", "22:00"]}}
+        for device_id in ("thermostat-0000", "thermostat-0001", "thermostat-0002"):
+            tell("operator", shadows.patch_desired(device_id, comfort))
+        tell("operator", shadows.patch_desired("plug-0000", {"relay": True, "max_power_w": 2300}))
+        tell("operator", shadows.replace_desired("gateway-0000", {"report_every_s": 60, "fw_channel": "stable"}))
+
+        tell("device", shadows.replace_reported("thermostat-0000", comfort | {"temp_c": 19.8}, acked_version=1))
+        tell("device", shadows.patch_reported("thermostat-0001", {"temp_c": 18.4, "mode": "auto"}))
+        tell("device", shadows.replace_reported("plug-0000", {"relay": False, "max_power_w": 2300}, acked_version=1))
+
+        def refused(who: str, write: Any) -> None:
+            try:
+                write()
+            except IotModelsError as error:
+                kind = "red" if isinstance(error, VersionConflict) else "magenta"
+                console.print(f"{who:<9} [{kind}]{type(error).__name__}[/{kind}]: ", end="")
+                console.print(str(error), markup=False, soft_wrap=True)
+
+        gateway = "gateway-0000"
+        version = shadows.get(gateway).desired_version
+        console.print(f"Two operators read {gateway} at version {version}, and both write with it.")
+        tell("first", shadows.patch_desired(gateway, {"report_every_s": 30}, expected_version=version))
+        refused("second", lambda: shadows.patch_desired(gateway, {"report_every_s": 300}, expected_version=version))
+
+        warmer = shadows.patch_desired("thermostat-0000", {"target_c": 23})
+        tell("operator", warmer)
+        acked = warmer.desired_version
+        tell("device", shadows.patch_reported("thermostat-0000", {"target_c": 23}, acked_version=acked))
+        refused("device", lambda: shadows.replace_reported("thermostat-0000", comfort, acked_version=acked - 1))
+
+        names = ["thermostat-0000", "thermostat-0001", "thermostat-0002", "plug-0000", gateway]
+        _table(console, list(shadows.get_many(names).values()))
+        console.print(f"{shadows.count_pending()} of the tenant's devices have yet to acknowledge: "
+                      + ", ".join(shadow.device_id for shadow in shadows.pending()))  # fmt: skip
+
+
+def _table(console: Console, shadows: list[Shadow]) -> None:
+    table = Table(title=f"Shadows of tenant {_TENANT} at {datetime.now(UTC):%H:%M:%S} UTC", show_lines=True)
+    for column in ("device", "desired", "reported", "delta", "version", "status"):
+        table.add_column(column, overflow="fold")
+    for shadow in shadows:
+        status = shadow.sync_status()
+        drifted = "\n[magenta]drifted[/magenta]" if shadow.is_drifted else ""
+        table.add_row(
+            shadow.device_id,
+            _lines(shadow.desired),
+            _lines(shadow.reported),
+            _lines(shadow.delta) or "—",
+            f"{shadow.desired_version} wanted\n{shadow.reported_version} acked",
+            f"[{_STYLES[status]}]{status}[/{_STYLES[status]}]{drifted}",
+        )
+    console.print(table)
+
+
+def _lines(document: dict[str, Any]) -> str:
+    """A document, a key a line: the braces say nothing in a table."""
+    return "\n".join(f"{key}: {json.dumps(value)}" for key, value in document.items()).replace("[", r"\[")
+
+
+if __name__ == "__main__":
+    main()

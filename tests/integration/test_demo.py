@@ -1,0 +1,87 @@
+"""The demo and the README's example do what they say."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from alembic_runs import CHECKOUT
+from rich.console import Console
+from sqlalchemy import create_engine, text
+
+from iot_models import demo
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from postgres_server import PostgresServer
+
+
+def run_demo(**environment: str) -> str:
+    inherited = {name: value for name, value in os.environ.items() if not name.endswith("DATABASE_URL")}
+    run = subprocess.run(
+        [sys.executable, "-m", "iot_models.demo"],
+        env=inherited | environment,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.stderr == ""
+    return run.stdout
+
+
+def test_the_demo_shows_the_life_of_a_shadow_on_a_server_of_its_own() -> None:
+    said = run_demo()
+
+    assert re.search(r"^PostgreSQL \d+\.\d+, started for this demo", said)
+    assert "1,000 devices in 2 tenants" in said
+    for line in (
+        r"\$ alembic upgrade head\n(.*\n)*?.*Running upgrade 075 -> 076",
+        r"device +thermostat-0000 is synced: version 1 is acknowledged and nothing differs",
+        r"device +thermostat-0001 is pending: version 1 is not acknowledged",
+        r"operator +thermostat-0002 is stale: .* it was never seen",
+        r"device +plug-0000 has drifted: version 1 is acknowledged, but 'relay' differs",
+        r"second +VersionConflict: device 'gateway-0000' stands at desired_version 2, not at the expected 1",
+        r"device +StaleReport: device 'thermostat-0000' already acknowledged version 2, this report acknowledges 1",
+        r"3 of the tenant's devices have yet to acknowledge: gateway-0000, thermostat-0001, thermostat-0002",
+        r"\$ alembic downgrade 075\n(.*\n)*?.*Running downgrade 076 -> 075",
+        r"1,000 devices are still there",
+    ):
+        assert re.search(line, said), line
+
+
+def test_on_a_given_server_the_demo_plays_in_a_database_of_its_own_and_drops_it(server: PostgresServer) -> None:
+    said = run_demo(IOT_MODELS_TEST_DATABASE_URL=server.url)
+
+    (name,) = re.findall(r"^Database (iot_models_demo_\w+)", said)
+    engine = create_engine(server.url)
+    with engine.connect() as connection:
+        assert connection.scalar(text("SELECT count(*) FROM pg_database WHERE datname = :name"), {"name": name}) == 0
+    engine.dispose()
+
+
+def test_the_demo_stops_when_a_migration_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="alembic upgrade head ended with"):
+        demo._alembic(Console(), "postgresql://127.0.0.1:1/nothing", "upgrade", "head")  # noqa: SLF001
+    assert "cannot reach" in capsys.readouterr().out
+
+
+def test_the_readmes_twenty_lines_run_as_they_stand_and_print_what_it_says(tmp_path: Path) -> None:
+    readme = (CHECKOUT / "README.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    (printed,) = re.findall(r"conflict:\n\n```\n(.*?)```", readme, re.DOTALL)
+    (tmp_path / "twenty_lines.py").write_text(program)
+
+    run = subprocess.run(
+        [sys.executable, "twenty_lines.py"], cwd=tmp_path, check=True, capture_output=True, text=True, timeout=60
+    )
+
+    def timeless(text: str) -> str:
+        return re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "…", text)
+
+    assert timeless(run.stdout) == timeless(printed)

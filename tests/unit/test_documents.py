@@ -1,0 +1,174 @@
+"""What may be stored, and the JSON Pointer to what may not."""
+
+from __future__ import annotations
+
+import datetime as dt
+import decimal
+import enum
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from json_strategies import documents
+
+from iot_models import DocumentLimits, DocumentTooLarge, InvalidDocument
+from iot_models.documents import decode_document, encode_document
+
+LIMITS = DocumentLimits()
+
+
+def nested(levels: int) -> dict[str, Any]:
+    document: dict[str, Any] = {}
+    for _ in range(levels - 1):
+        document = {"a": document}
+    return document
+
+
+@given(documents)
+def test_a_document_that_json_has_is_encoded_as_the_same_document(document: dict[str, Any]) -> None:
+    wide = DocumentLimits(max_bytes=10**9, max_depth=200)
+
+    assert json.loads(encode_document(document, wide)) == document
+
+
+@given(documents)
+def test_a_stored_document_is_read_as_json_reads_it_where_floats_hold_its_numbers(document: dict[str, Any]) -> None:
+    assert decode_document(json.dumps(document)) == document
+
+
+@pytest.mark.parametrize(
+    "number", ["0.1000000000000000000001", "-52.12345678901234567", "1" + "0" * 400 + ".5", "0.12345678901234567"]
+)
+def test_a_stored_number_that_no_float_holds_is_written_back_as_it_was(number: str) -> None:
+    assert encode_document(decode_document(f'{{"a":[{number}]}}'), LIMITS) == f'{{"a":[{number}]}}'
+
+
+def test_the_text_is_compact_utf8() -> None:
+    assert (
+        encode_document({"name": "Küche", "on": [True, None, 1.5]}, LIMITS) == '{"name":"Küche","on":[true,null,1.5]}'
+    )
+
+
+@pytest.mark.parametrize("root", [None, [], "text", 1, 1.5, True, (), {"a"}], ids=repr)
+def test_a_root_that_is_no_object_is_refused(root: object) -> None:
+    with pytest.raises(InvalidDocument, match="a document is a JSON object") as caught:
+        encode_document(root, LIMITS)
+    assert caught.value.path == ""
+
+
+@pytest.mark.parametrize("key", [1, None, True, 1.5, ("a",), b"a"], ids=repr)
+def test_a_key_that_is_no_string_is_refused(key: object) -> None:
+    with pytest.raises(InvalidDocument, match="keys are strings") as caught:
+        encode_document({"a": {key: 1}}, LIMITS)
+    assert caught.value.path == f"/a/{key}"
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")], ids=str)
+def test_a_number_that_json_lacks_is_refused(number: float) -> None:
+    with pytest.raises(InvalidDocument, match="no JSON number") as caught:
+        encode_document({"a": [0, {"b": number}]}, LIMITS)
+    assert caught.value.path == "/a/1/b"
+
+
+@pytest.mark.parametrize("text", ["\0", "a\0b", "ü\0", "\ud800", "a\udfffb"], ids=ascii)
+def test_text_that_postgresql_cannot_store_is_refused_in_values_and_in_keys(text: str) -> None:
+    with pytest.raises(InvalidDocument, match="lone surrogate") as caught:
+        encode_document({"a": {"b": text}}, LIMITS)
+    assert caught.value.path == "/a/b"
+
+    with pytest.raises(InvalidDocument, match="lone surrogate") as caught:
+        encode_document({"a": {text: 1}}, LIMITS)
+    assert caught.value.path == f"/a/{text}"
+    str(caught.value).encode()  # the message itself can be logged
+
+
+@pytest.mark.parametrize("text", ["", "\x01", "\\u0000", "\U0001f321", "\ufffe", "é"], ids=ascii)
+def test_any_other_text_is_accepted(text: str) -> None:
+    assert json.loads(encode_document({"a": text, text: 1}, LIMITS))["a" if text != "a" else text] == text
+
+
+@pytest.mark.parametrize(
+    "value",
+    [(1, 2), {1}, b"x", decimal.Decimal("1.5"), dt.datetime.now(dt.UTC), object(), 1j, range(3)],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_type_that_json_lacks_is_refused_and_named(value: object) -> None:
+    with pytest.raises(InvalidDocument, match=f"{type(value).__name__} is no JSON type") as caught:
+        encode_document({"a": [value]}, LIMITS)
+    assert caught.value.path == "/a/0"
+
+
+def test_enumerations_of_text_and_numbers_are_their_values() -> None:
+    class Mode(enum.StrEnum):
+        ECO = "eco"
+
+    class Level(enum.IntEnum):
+        HIGH = 3
+
+    assert encode_document({"mode": Mode.ECO, "level": Level.HIGH}, LIMITS) == '{"mode":"eco","level":3}'
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_integer_that_could_not_be_read_back_is_refused(sign: int) -> None:
+    longest = sign * (10**4300 - 1)
+    assert json.loads(encode_document({"a": longest}, LIMITS)) == {"a": longest}
+
+    with pytest.raises(InvalidDocument, match="4,300 digits") as caught:
+        encode_document({"a": sign * 10**4300}, LIMITS)
+    assert caught.value.path == "/a"
+
+
+def test_the_pointer_escapes_as_rfc_6901_says() -> None:
+    with pytest.raises(InvalidDocument) as caught:
+        encode_document({"a/b": {"c~d": {"": [float("nan")]}}}, LIMITS)
+    assert caught.value.path == "/a~1b/c~0d//0"
+
+
+def test_ten_levels_are_accepted_and_the_eleventh_is_refused_at_its_place() -> None:
+    encode_document(nested(10), LIMITS)
+
+    with pytest.raises(InvalidDocument, match="nested too deep") as caught:
+        encode_document(nested(11), LIMITS)
+    assert caught.value.path == "/a" * 10
+    assert caught.value.http_status == 400
+
+
+def test_arrays_count_as_levels_too() -> None:
+    with pytest.raises(InvalidDocument, match="nested too deep") as caught:
+        encode_document({"a": [[0]]}, DocumentLimits(max_depth=2))
+    assert caught.value.path == "/a/0"
+
+
+def test_a_document_deeper_than_python_recurses_is_refused_like_any_other() -> None:
+    with pytest.raises(InvalidDocument, match="nested too deep"):
+        encode_document(nested(100_000), LIMITS)
+
+
+def test_a_document_that_contains_itself_is_refused_as_too_deep() -> None:
+    document: dict[str, Any] = {}
+    document["a"] = document
+
+    with pytest.raises(InvalidDocument, match="nested too deep"):
+        encode_document(document, LIMITS)
+
+
+def test_the_deepest_limit_that_is_admitted_works() -> None:
+    encode_document(nested(200), DocumentLimits(max_depth=200))
+
+
+def test_size_is_counted_in_bytes_of_utf8_and_the_limit_itself_is_allowed() -> None:
+    limits = DocumentLimits(max_bytes=14)
+    encode_document({"a": "1234567"[:6]}, limits)
+    encode_document({"a": "üüü"}, limits)  # 8 + 6
+
+    with pytest.raises(DocumentTooLarge, match=r"15 bytes.*at most 14") as caught:
+        encode_document({"a": "üüü!"}, limits)
+    assert caught.value.path == ""
+    assert caught.value.http_status == 413
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_bytes", 0), ("max_depth", 0), ("max_depth", 201)])
+def test_a_limit_that_makes_no_sense_is_refused(name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be .* got {value}"):
+        DocumentLimits(**{name: value})

@@ -1,0 +1,67 @@
+"""Where the database URL comes from and what it is taken to mean."""
+
+from __future__ import annotations
+
+import pytest
+
+from iot_models.engine import database_url, normalize_url
+
+
+@pytest.fixture(autouse=True)
+def _no_urls_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("IOT_MODELS_DATABASE_URL", raising=False)
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+
+
+@pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg"])
+def test_a_url_without_a_driver_means_psycopg_3(scheme: str) -> None:
+    url = normalize_url(f"{scheme}://iot:s%40cret@db:5433/iotcloud?sslmode=require")
+
+    assert url.drivername == "postgresql+psycopg"
+    assert (url.username, url.password, url.host, url.port, url.database) == ("iot", "s@cret", "db", 5433, "iotcloud")
+    assert url.query == {"sslmode": "require"}
+
+
+def test_a_url_that_names_a_driver_keeps_it() -> None:
+    assert normalize_url("postgresql+asyncpg://db/iot").drivername == "postgresql+asyncpg"
+
+
+@pytest.mark.parametrize("url", ["mysql://db/iot", "sqlite:///iot.db"])
+def test_another_database_is_refused_by_name(url: str) -> None:
+    with pytest.raises(ValueError, match=f"works on PostgreSQL.*{url.split(':', maxsplit=1)[0]}"):
+        normalize_url(url)
+
+
+@pytest.mark.parametrize("url", ["iotcloud", "postgresql://iot:hunter2@db:port/iot", "://hunter2"])
+def test_what_is_no_url_is_refused_without_showing_it(url: str) -> None:
+    with pytest.raises(ValueError, match="not a database URL: write it as postgresql://") as caught:
+        normalize_url(url)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_the_password_of_another_database_is_not_shown() -> None:
+    with pytest.raises(ValueError, match="PostgreSQL") as caught:
+        normalize_url("mysql://iot:hunter2@db/iot")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_each_source_gives_way_to_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert database_url(fallback="postgres:///ini").database == "ini"
+
+    monkeypatch.setenv("DATABASE_URL", "postgres:///general")
+    assert database_url(fallback="postgres:///ini").database == "general"
+
+    monkeypatch.setenv("IOT_MODELS_DATABASE_URL", "postgres:///ours")
+    assert database_url(fallback="postgres:///ini").database == "ours"
+
+    assert database_url("postgres:///explicit", fallback="postgres:///ini").database == "explicit"
+
+
+def test_an_empty_source_counts_as_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IOT_MODELS_DATABASE_URL", "")
+    assert database_url("", fallback="postgres:///ini").database == "ini"
+
+
+def test_no_url_at_all_is_an_error_that_names_the_variable() -> None:
+    with pytest.raises(ValueError, match="set IOT_MODELS_DATABASE_URL"):
+        database_url(fallback="")
