@@ -271,13 +271,20 @@ def _await_ready(server: subprocess.Popen[bytes], pid_file: Path, seconds: float
         RuntimeError: If it ends instead, or is not ready after `seconds`.
     """
     deadline = time.monotonic() + seconds
-    # The eighth line is the server's own word on its state; pg_ctl waits for the same.
-    while not (pid_file.is_file() and [line.strip() for line in pid_file.read_text().splitlines()][7:] == ["ready"]):
+    while _state(pid_file) != "ready":
         if server.poll() is not None:
             raise RuntimeError(f"the server ended with exit code {server.returncode}")
         if time.monotonic() > deadline:
             raise RuntimeError(f"the server was not ready after {seconds:g} seconds")
         time.sleep(0.01)
+
+
+def _state(pid_file: Path) -> str:
+    """The server's own word on its state, in the eighth line of its pid file, which `pg_ctl` goes by too."""
+    try:
+        return pid_file.read_text().splitlines()[7].strip()
+    except (FileNotFoundError, IndexError):  # not written yet, or not to the end
+        return ""
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:

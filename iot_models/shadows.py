@@ -29,6 +29,9 @@ _STALE_AFTER: Final = timedelta(minutes=twin.STALE_THRESHOLD_MINUTES)
 _VERSION_BOUND: Final = 2**63  # bound as bigint; the columns are integer, so that no larger number is ever current
 _KEYS_SHOWN: Final = 5
 
+# One round does, or a second where somebody wrote in between. Each further one means that somebody else got through.
+_ATTEMPTS: Final = 100
+
 
 @dataclass(frozen=True, slots=True)
 class Shadow:
@@ -223,12 +226,13 @@ class ShadowService:
         """
         expected = _version("expected_version", expected_version)
         binds = self._device(device_id) | {"document": encode_document(desired, self._limits), "expected": expected}
-        while True:
+        for _ in range(_ATTEMPTS):
             row = self._execute(statements.write_desired(guarded=expected is not None), binds).one_or_none()
             if row is not None:
                 return self._written(row)
             # Missed. Unless the device or version appeared since, this raises; if it did appear, the write holds now.
             _refuse_desired(device_id, expected, self._versions(device_id).desired_version)
+        raise _suppressed(device_id)
 
     def patch_desired(
         self, device_id: str, patch: Mapping[str, object], *, expected_version: int | None = None
@@ -247,7 +251,7 @@ class ShadowService:
         expected = _version("expected_version", expected_version)
         device = self._device(device_id)
         check_document(patch, self._limits)
-        while True:
+        for _ in range(_ATTEMPTS):
             seen, desired_version, _ = self._locked("desired_state", device_id)
             _refuse_desired(device_id, expected, desired_version)
             document = encode_document(twin.merge_patch(decode_document(seen), patch), self._limits)
@@ -256,6 +260,7 @@ class ShadowService:
             if row is not None:
                 return self._written(row)
             # Only in AUTOCOMMIT mode, where the lock ended with its statement: somebody wrote since, merge with that.
+        raise _suppressed(device_id)
 
     def replace_reported(
         self, device_id: str, reported: Mapping[str, object], *, acked_version: int | None = None
@@ -275,13 +280,14 @@ class ShadowService:
         acked = _version("acked_version", acked_version)
         binds = self._device(device_id) | {"document": encode_document(reported, self._limits), "acked": acked}
         statement = statements.write_reported(acked=acked is not None, unchanged=False)
-        while True:
+        for _ in range(_ATTEMPTS):
             row = self._execute(statement, binds).one_or_none()
             if row is not None:
                 return self._written(row)
-            # Missed. Unless the device or version appeared since, this raises; if it did appear, the write holds now.
+            # Missed, as in replace_desired.
             versions = self._versions(device_id)
             _refuse_reported(device_id, acked, versions.desired_version, versions.reported_version)
+        raise _suppressed(device_id)
 
     def patch_reported(
         self, device_id: str, patch: Mapping[str, object], *, acked_version: int | None = None
@@ -301,14 +307,15 @@ class ShadowService:
         device = self._device(device_id)
         check_document(patch, self._limits)
         statement = statements.write_reported(acked=acked is not None, unchanged=True)
-        while True:
+        for _ in range(_ATTEMPTS):
             seen, desired_version, reported_version = self._locked("reported_state", device_id)
             _refuse_reported(device_id, acked, desired_version, reported_version)
             document = encode_document(twin.merge_patch(decode_document(seen), patch), self._limits)
             row = self._execute(statement, device | {"document": document, "acked": acked, "seen": seen}).one_or_none()
             if row is not None:
                 return self._written(row)
-            # As in patch_desired: AUTOCOMMIT mode only.
+            # Only in AUTOCOMMIT mode, as in patch_desired.
+        raise _suppressed(device_id)
 
     def pending(self, *, limit: int = 100, after: str | None = None) -> list[Shadow]:
         """A page of the devices that have yet to acknowledge the newest version, by `device_id`.
@@ -354,7 +361,7 @@ class ShadowService:
 
     def _execute(self, statement: Executable, binds: Mapping[str, object]) -> Result[*tuple[Any, ...]]:
         session = self._session
-        if session.autoflush:  # a Core statement does not flush by itself, and callers expect to see their own changes
+        if session.autoflush:  # SQLAlchemy 2.0 does so for ORM statements only, 2.1 for these too
             session.flush()
         try:
             # The mapper, so that a session bound per class finds its engine too.
@@ -374,8 +381,7 @@ class ShadowService:
         if loaded is not None:
             state = inspect(loaded)
             for name, value in row._mapping.items():  # noqa: SLF001 - Row's public name for it
-                # An attribute that is not loaded will be read when asked for; a change not flushed yet is the caller's.
-                if name in state.dict and not state.attrs[name].history.has_changes():
+                if not state.attrs[name].history.has_changes():  # a change not flushed yet is the caller's
                     set_committed_value(loaded, name, deepcopy(value))
         return self._shadow(row)
 
@@ -393,6 +399,13 @@ def _refuse_reported(device_id: str, acked: int | None, desired_version: int, re
         raise UnknownVersion(device_id, acked, desired_version)
     if acked < reported_version:
         raise StaleReport(device_id, acked, reported_version)
+
+
+def _suppressed(device_id: str) -> RuntimeError:
+    return RuntimeError(
+        f"device {device_id!r} is there and nothing stands against the write, yet PostgreSQL does not update its row: "
+        "look for a trigger or a row level security policy on device_state that lets this role read but not write"
+    )
 
 
 def _say_what_to_run(error: OperationalError | ProgrammingError) -> None:

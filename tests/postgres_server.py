@@ -64,9 +64,11 @@ def _given() -> PostgresServer | None:
     given = os.environ.get(URL_VARIABLE)
     if not given:
         return None
-    url = normalize_url(given).render_as_string(hide_password=False)
     try:
+        url = normalize_url(given).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
         version = _version(url)
+    except ValueError as error:
+        raise NoServerError(f"{URL_VARIABLE}: {error}") from error
     except DBAPIError as error:
         raise NoServerError(f"{URL_VARIABLE} is set, but no PostgreSQL answers there: {error.orig}") from error
     return PostgresServer(url, f"PostgreSQL {version}, from {URL_VARIABLE}", _client_tools())

@@ -33,8 +33,9 @@ SOON = 10
 
 # The module by itself, without its package: it starts fast, and a copy of it runs as any user.
 PARENT = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits it ignored
 sys.path.insert(0, sys.argv[1])
 from embedded import postgres
 with postgres(binaries=Path(sys.argv[2])) as server:

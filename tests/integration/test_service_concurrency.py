@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from fleet import DEVICE, TENANT, add_device
+from fleet import DEVICE, TENANT, add_device, counted_statements
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
@@ -170,13 +170,17 @@ def test_a_patch_in_autocommit_mode_merges_again_when_somebody_wrote_in_between(
         assert (result.desired if method == "patch_desired" else result.reported) == {"theirs": 1, "ours": 1}
 
 
-def test_a_patch_waits_for_a_transaction_that_wrote_and_merges_with_what_it_committed(fleet: Engine) -> None:
+def test_a_patch_waits_for_a_transaction_that_wrote_and_then_merges_in_two_statements(fleet: Engine) -> None:
     first = Session(fleet)
     ShadowService(first, TENANT).patch_desired(DEVICE, {"first": 1})
+    statements: list[str] = []
 
     def second() -> Shadow:
         with Session(fleet) as session, session.begin():
-            return ShadowService(session, TENANT).patch_desired(DEVICE, {"second": 2})
+            with counted_statements(session.connection()) as seen:
+                shadow = ShadowService(session, TENANT).patch_desired(DEVICE, {"second": 2})
+            statements.extend(seen)
+            return shadow
 
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(second)
@@ -185,3 +189,4 @@ def test_a_patch_waits_for_a_transaction_that_wrote_and_merges_with_what_it_comm
         first.commit()
         assert waiting.result(timeout=10).desired == {"first": 1, "second": 2}
     first.close()
+    assert len(statements) == 2

@@ -11,6 +11,7 @@ from sqlalchemy.exc import OperationalError, ProgrammingError
 from sqlalchemy.orm import Session
 
 from iot_models import (
+    Base,
     DeviceNotFound,
     DeviceState,
     DocumentLimits,
@@ -153,7 +154,7 @@ def test_the_limits_are_the_callers(session: Session) -> None:
 
 
 def test_a_session_that_is_bound_per_class_finds_its_engine(engine: Engine) -> None:
-    with Session(binds={DeviceState: engine}) as session:
+    with Session(binds={Base: engine}) as session:
         assert ShadowService(session, TENANT).count_pending() == 0
 
 
@@ -174,6 +175,21 @@ def test_a_server_that_is_not_there_is_an_error_that_says_so() -> None:
 
     with Session(engine) as session, pytest.raises(OperationalError, match=r"cannot be reached: start it, or correct"):
         ShadowService(session, TENANT).get(DEVICE)
+
+
+@pytest.mark.parametrize("method", ["replace_desired", "patch_desired", "replace_reported", "patch_reported"])
+def test_a_write_that_the_database_suppresses_is_an_error_and_no_endless_loop(
+    session: Session, service: ShadowService, method: str
+) -> None:
+    session.execute(text("CREATE FUNCTION pg_temp.skip() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'"))
+    session.execute(
+        text("CREATE TRIGGER skip BEFORE UPDATE ON device_state FOR EACH ROW EXECUTE FUNCTION pg_temp.skip()")
+    )
+
+    with pytest.raises(
+        RuntimeError, match=r"'thermostat-1' is there .* look for a trigger or a row level security policy"
+    ):
+        getattr(service, method)(DEVICE, {"a": 1})
 
 
 def test_any_other_database_error_is_passed_on_as_it_is(session: Session, service: ShadowService) -> None:

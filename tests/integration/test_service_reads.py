@@ -103,7 +103,7 @@ def test_the_services_threshold_reaches_its_shadows(session: Session) -> None:
 @pytest.fixture
 def backlog(session: Session) -> None:
     """Devices d0 to d9, every third one not acknowledged, and another tenant's."""
-    for n in range(10):
+    for n in (4, 9, 0, 6, 2, 8, 3, 1, 7, 5):  # no order that an index or a scan would give by itself
         add_device(session, f"d{n}", desired_version=n, reported_version=n - (n % 3 == 0))
     add_device(session, "d3", tenant_id="globex", desired_version=1)
 
