@@ -1,50 +1,166 @@
-"""How Alembic reaches the database: the URL's sources, and one transaction for each revision."""
+"""How Alembic reaches the database: options, settings, one deployer at a time, a transaction for each revision."""
 
 from __future__ import annotations
 
+import logging
+import re
+import time
+from contextlib import contextmanager
 from logging.config import fileConfig
+from typing import TYPE_CHECKING
 
 from alembic import context
 from alembic.util import CommandError
-from sqlalchemy import NullPool, create_engine
+from sqlalchemy import Engine, NullPool, create_engine, inspect, text
 from sqlalchemy.exc import OperationalError
 
+import iot_models.ddl  # noqa: F401 - registers the operations that revisions use
 from iot_models.engine import database_url
 from iot_models.models import Base
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sqlalchemy import Connection
+
+log = logging.getLogger("alembic.iot_models")
 config = context.config
 if config.config_file_name is not None:
     fileConfig(config.config_file_name, disable_existing_loggers=False)
 
+# What -x takes, and what each may say.
+OPTIONS = {
+    "url": (r".+", "a database URL"),
+    "lock_timeout": (r"[1-9]\d*(ms|s|min)", "how long one try for a lock may hold writers up: 500ms, 4s"),
+    "shadow": (r"discard", "discard: a downgrade below 076 throws the shadows away"),
+    "device_state": (r"drop", "drop: a downgrade to base drops the table with its rows"),
+}
+LOCK_TIMEOUT = "4s"
+# Any number will do, as long as all deployers of these migrations use the same one ("iot_mode" in ASCII).
+ADVISORY_LOCK = 0x696F745F6D6F6465
+POLL_SECONDS = 0.2
+REPORT_SECONDS = 5
 
-def _run(**how: object) -> None:
-    # A transaction for each revision: an interrupted upgrade keeps the revisions that were finished.
-    context.configure(target_metadata=Base.metadata, transaction_per_migration=True, **how)  # type: ignore[arg-type]
-    with context.begin_transaction():
-        context.run_migrations()
+
+def _options() -> dict[str, str]:
+    given = context.get_x_argument(as_dictionary=True)
+    for name, value in given.items():
+        if name not in OPTIONS:
+            raise CommandError(f"-x {name}: unknown; there are {', '.join(OPTIONS)}")
+        pattern, meaning = OPTIONS[name]
+        if not re.fullmatch(pattern, str(value)):
+            raise CommandError(f"-x {name}={value}: expected {meaning}")
+    return given
 
 
-def _run_online() -> None:
+def _engine(options: dict[str, str]) -> Engine:
+    given = config.attributes.get("engine")
+    if isinstance(given, Engine):
+        return given
     try:
-        url = database_url(
-            context.get_x_argument(as_dictionary=True).get("url"), fallback=config.get_main_option("sqlalchemy.url")
-        )
+        url = database_url(options.get("url"), fallback=config.get_main_option("sqlalchemy.url"))
     except ValueError as error:
         raise CommandError(f"{error}, or pass -x url=...") from error
-    engine = create_engine(url, poolclass=NullPool, connect_args={"application_name": "iot_models alembic"})
+    return create_engine(url, poolclass=NullPool, connect_args={"application_name": "iot_models alembic"})
+
+
+@contextmanager
+def _connection(options: dict[str, str]) -> Iterator[Connection]:
+    engine = _engine(options)
     try:
         connection = engine.connect()
     except OperationalError as error:
         raise CommandError(
-            f"cannot reach {url.render_as_string()}: {str(error.orig).strip()}\n"
+            f"cannot reach {engine.url.render_as_string()}: {str(error.orig).strip()}\n"
             "Start the server, or correct the URL (-x url=..., IOT_MODELS_DATABASE_URL, DATABASE_URL)."
         ) from error
     with connection:
-        _run(connection=connection)
+        settings = {
+            "lock_timeout": options.get("lock_timeout", LOCK_TIMEOUT),
+            "statement_timeout": "0",  # a role's default is made for requests, not for building an index
+            "idle_in_transaction_session_timeout": "0",
+            # Where a policy would hide rows from us, fail rather than park or restore only those that we see.
+            "row_security": "off",
+        }
+        for name, value in settings.items():
+            connection.execute(text("SELECT set_config(:name, :value, false)"), {"name": name, "value": value})
+        connection.commit()
+        try:
+            yield connection
+        finally:
+            connection.invalidate()  # settings and locks end with this connection: it goes back to no pool
+
+
+@contextmanager
+def _only_deployer(connection: Connection) -> Iterator[None]:
+    """Wait until no other deployer is at work. By polling: a blocking wait deadlocks with a concurrent index build."""
+    began = time.monotonic()
+    report_at = began
+    while not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": ADVISORY_LOCK}):
+        connection.commit()  # an open transaction would be what the other's index build waits for
+        if time.monotonic() >= report_at:
+            log.info("another deployer is migrating this database: waiting, %.0f s so far", time.monotonic() - began)
+            report_at += REPORT_SECONDS
+        time.sleep(POLL_SECONDS)
+    connection.commit()
+    yield
+
+
+def _run(connection: Connection) -> None:
+    # A transaction for each revision: an interrupted upgrade keeps the revisions that were finished.
+    context.configure(connection=connection, target_metadata=Base.metadata, transaction_per_migration=True)
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+def _migrates() -> bool:
+    """Whether the command changes the database (upgrade, downgrade, stamp), or only looks (current, check)."""
+    try:
+        context.get_revision_argument()
+    except KeyError:
+        return False
+    return True
+
+
+def _run_online() -> None:
+    with _connection(_options()) as connection:
+        if not _migrates():
+            _run(connection)
+            return
+        with _only_deployer(connection):
+            first = not inspect(connection).has_table("alembic_version")
+            connection.commit()
+            try:
+                _run(connection)
+            except OperationalError as error:
+                if not error.connection_invalidated:
+                    raise
+                raise CommandError(
+                    f"the connection was lost: {str(error.orig).strip()}\n"
+                    "Run the same command again when the server is back: it goes on from where it was."
+                ) from error
+            except CommandError:
+                if first:  # refused before any change: then without an empty alembic_version too
+                    _forget_version_table(connection)
+                raise
+
+
+def _forget_version_table(connection: Connection) -> None:
+    connection.rollback()
+    if connection.scalar(text("SELECT count(*) FROM alembic_version")) == 0:
+        connection.execute(text("DROP TABLE alembic_version"))
+    connection.commit()
+
+
+def _print_sql() -> None:
+    lock_timeout = _options().get("lock_timeout", LOCK_TIMEOUT)
+    # The SQL is for PostgreSQL whatever the URL: printing it needs none.
+    context.configure(dialect_name="postgresql", literal_binds=True, transaction_per_migration=True)
+    context.execute(f"SET lock_timeout = '{lock_timeout}'")
+    context.run_migrations()
 
 
 if context.is_offline_mode():
-    # The SQL is for PostgreSQL whatever the URL: printing it needs none.
-    _run(dialect_name="postgresql", literal_binds=True)
+    _print_sql()
 else:
     _run_online()

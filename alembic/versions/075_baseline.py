@@ -1,18 +1,54 @@
 """The deployment that revision 076 was written for: `device_state` without a shadow.
 
+Where raw SQL has made it already, by 075 or by 076, it is adopted: compared, and left as it is.
+
 Revision ID: 075
 Revises:
 """
 
-from alembic import op
+from alembic import context, op
+from alembic.util import CommandError
 
 revision = "075"
 down_revision = None
 branch_labels = None
 depends_on = None
 
+COLUMNS = {
+    "tenant_id": ("text", True, None),
+    "site_id": ("text", True, None),
+    "device_id": ("text", True, None),
+    "status": ("text", True, "'OFFLINE'::text"),
+    "last_heartbeat_at": ("timestamp with time zone", False, None),
+    "last_telemetry_at": ("timestamp with time zone", False, None),
+    "last_seen_at": ("timestamp with time zone", False, None),
+    "last_state_change_at": ("timestamp with time zone", True, "now()"),
+    "state": ("jsonb", True, "'{}'::jsonb"),
+}
+INDEXES = {
+    # All devices of a site.
+    "idx_device_state_site": "btree (tenant_id, site_id)",
+    # A tenant's devices by liveness.
+    "idx_device_state_status": "btree (tenant_id, status)",
+}
+# What raw 076 may have added: compared here too, so that a refusal comes before anything is stamped.
+LATER_COLUMNS = {
+    "desired_state": ("jsonb", True, "'{}'::jsonb"),
+    "reported_state": ("jsonb", True, "'{}'::jsonb"),
+    "desired_version": ("integer", True, "0"),
+    "reported_version": ("integer", True, "0"),
+    "shadow_updated_at": ("timestamp with time zone", False, None),
+}
+LATER_INDEXES = {
+    "idx_device_state_shadow_pending": "btree (tenant_id) WHERE (desired_version > reported_version)",
+}
+PARKED = "device_state_shadow_076"
+
 
 def upgrade() -> None:
+    if op.table_exists("device_state"):
+        _adopt()
+        return
     op.execute("""
         CREATE TABLE device_state (
           tenant_id            TEXT NOT NULL,
@@ -27,11 +63,48 @@ def upgrade() -> None:
           PRIMARY KEY (tenant_id, device_id)
         )
     """)
-    # All devices of a site.
-    op.execute("CREATE INDEX idx_device_state_site ON device_state (tenant_id, site_id)")
-    # A tenant's devices by liveness.
-    op.execute("CREATE INDEX idx_device_state_status ON device_state (tenant_id, status)")
+    for name, definition in INDEXES.items():
+        op.execute(f"CREATE INDEX {name} ON device_state USING {definition}")
+
+
+def _adopt() -> None:
+    op.expect_table(
+        "device_state",
+        required=COLUMNS,
+        optional=LATER_COLUMNS,
+        primary_key=["tenant_id", "device_id"],
+        indexes=INDEXES | LATER_INDEXES,
+    )
+    with op.get_context().autocommit_block():
+        for name, definition in INDEXES.items():
+            op.ensure_index("device_state", name, definition)
 
 
 def downgrade() -> None:
+    op.lock_table("device_state", "ACCESS EXCLUSIVE")
+    parked = op.table_exists(PARKED)
+    if context.get_x_argument(as_dictionary=True).get("device_state") != "drop":
+        _refuse_rows("device_state")
+        if parked:
+            _refuse_rows(PARKED)
     op.execute("DROP TABLE device_state")
+    if parked:
+        op.execute(f"DROP TABLE {PARKED}")
+
+
+def _refuse_rows(table: str) -> None:
+    if context.is_offline_mode():
+        op.execute(f"""
+            DO $$ BEGIN
+              IF EXISTS (SELECT FROM {table}) THEN
+                RAISE EXCEPTION '{table} holds rows: print this SQL with -x device_state=drop to drop them';
+              END IF;
+            END $$
+        """)
+        return
+    rows = op.get_bind().exec_driver_sql(f"SELECT count(*) FROM {table}").scalar_one()
+    if rows:
+        raise CommandError(
+            f"{table} holds {rows:,} rows, and going below 075 would drop them; nothing was dropped. "
+            "Stay at 075, or throw them away with -x device_state=drop."
+        )

@@ -1,16 +1,36 @@
 """Device shadow: desired and reported state, their versions, and the index of pending devices.
 
+Both ways run beside writers. Nothing here holds one up for longer than one try for a lock (`lock_timeout`) or a page of
+rows, and each step can be interrupted: running the same command again goes on from there.
+
+The way down parks the shadows in `device_state_shadow_076`; the way up puts them back.
+
 Revision ID: 076
 Revises: 075
 """
 
-from alembic import op
+import logging
+import time
+
+from alembic import context, op
+from alembic.util import CommandError
+from sqlalchemy import text
+from sqlalchemy.exc import DataError
 
 revision = "076"
 down_revision = "075"
 branch_labels = None
 depends_on = None
 
+log = logging.getLogger("alembic.iot_models")
+
+COLUMNS = {
+    "desired_state": ("jsonb", True, "'{}'::jsonb"),
+    "reported_state": ("jsonb", True, "'{}'::jsonb"),
+    "desired_version": ("integer", True, "0"),
+    "reported_version": ("integer", True, "0"),
+    "shadow_updated_at": ("timestamp with time zone", False, None),
+}
 COMMENTS = {
     "desired_state": "Operator intent. What the device should be configured as.",
     "reported_state": "Device-reported actual state. Set by device via MQTT or HTTP.",
@@ -18,9 +38,33 @@ COMMENTS = {
     "reported_version": "The desired_version the device last acknowledged.",
     "shadow_updated_at": "Timestamp of the most recent desired_state update.",
 }
+# Devices that have not acknowledged the newest desired version: a tenant's backlog, without reading the rest.
+PENDING = ("idx_device_state_shadow_pending", "btree (tenant_id) WHERE (desired_version > reported_version)")
+
+PARKED = "device_state_shadow_076"
+TRIGGER = "device_state_shadow_076_park"
+KEY = ("tenant_id", "device_id")
+PARKED_COLUMNS = dict.fromkeys(KEY, ("text", True, None)) | {
+    name: (kind, not_null, None) for name, (kind, not_null, _) in COLUMNS.items()
+}
+NAMES = ", ".join(COLUMNS)
+OVERWRITE = ", ".join(f"{name} = EXCLUDED.{name}" for name in COLUMNS)
+
+# Rows locked at a time: a writer of one of them waits for that many, a few milliseconds.
+PAGE = 200
+# How often rows that somebody else holds are tried again, and the pause before the first time, doubled after each.
+ROUNDS = 8
+FIRST_PAUSE = 0.1
+PROGRESS_EVERY = 2.0
 
 
 def upgrade() -> None:
+    op.expect_table("device_state", optional=COLUMNS, indexes=dict([PENDING]))
+    parked = op.table_exists(PARKED)
+    if parked:
+        op.expect_table(PARKED, required=PARKED_COLUMNS, primary_key=KEY)
+
+    op.lock_table("device_state", "ACCESS EXCLUSIVE")
     # Constant defaults: PostgreSQL adds the columns without rewriting the table.
     op.execute("""
         ALTER TABLE device_state
@@ -32,21 +76,237 @@ def upgrade() -> None:
     """)
     for column, comment in COMMENTS.items():
         op.execute(f"COMMENT ON COLUMN device_state.{column} IS '{comment}'")
-    # Devices that have not acknowledged the newest desired version: a tenant's backlog, without reading the rest.
-    op.execute("""
-        CREATE INDEX IF NOT EXISTS idx_device_state_shadow_pending
-          ON device_state (tenant_id)
-          WHERE desired_version > reported_version
-    """)
+
+    with op.get_context().autocommit_block():
+        if parked:
+            _put_back(op.get_bind())
+        op.ensure_index("device_state", *PENDING)
+
+    if context.is_offline_mode():
+        _put_back_offline()
+    elif parked:
+        _report_what_stays(op.get_bind())
 
 
 def downgrade() -> None:
-    op.execute("DROP INDEX IF EXISTS idx_device_state_shadow_pending")
-    op.execute("""
-        ALTER TABLE device_state
-          DROP COLUMN IF EXISTS desired_state,
-          DROP COLUMN IF EXISTS reported_state,
-          DROP COLUMN IF EXISTS desired_version,
-          DROP COLUMN IF EXISTS reported_version,
-          DROP COLUMN IF EXISTS shadow_updated_at
+    discard = context.get_x_argument(as_dictionary=True).get("shadow") == "discard"
+    online = not context.is_offline_mode()
+    if online and not discard:
+        if op.table_exists(PARKED):
+            op.expect_table(PARKED, required=PARKED_COLUMNS, primary_key=KEY)
+        _mirror_new_writes()
+        with op.get_context().autocommit_block():
+            _move(op.get_bind(), PARK, "parked")
+
+    # From here on it is one transaction, Alembic's: before it every shadow is in its columns, after it in the parked
+    # table, and until it ends in both.
+    op.lock_table("device_state", "ACCESS EXCLUSIVE")
+    if discard:
+        op.execute(f"DROP TABLE IF EXISTS {PARKED}")
+    elif not online:
+        _park_offline()
+    op.execute(f"DROP TRIGGER IF EXISTS {TRIGGER} ON device_state")
+    op.execute(f"DROP FUNCTION IF EXISTS {TRIGGER}()")
+    op.execute(f"DROP INDEX IF EXISTS {PENDING[0]}")
+    op.execute("ALTER TABLE device_state " + ", ".join(f"DROP COLUMN IF EXISTS {name}" for name in COLUMNS))
+    if online and not discard and not op.get_bind().scalar(text(f"SELECT EXISTS (SELECT FROM {PARKED})")):
+        op.execute(f"DROP TABLE {PARKED}")
+
+
+def _never_written(row: str) -> str:
+    return (
+        f"{row}.desired_state = '{{}}' AND {row}.reported_state = '{{}}' AND {row}.desired_version = 0 "
+        f"AND {row}.reported_version = 0 AND {row}.shadow_updated_at IS NULL"
+    )
+
+
+def _create_parked() -> None:
+    op.execute(f"""
+        CREATE TABLE IF NOT EXISTS {PARKED} (
+          tenant_id         TEXT NOT NULL,
+          device_id         TEXT NOT NULL,
+          desired_state     JSONB NOT NULL,
+          reported_state    JSONB NOT NULL,
+          desired_version   INTEGER NOT NULL,
+          reported_version  INTEGER NOT NULL,
+          shadow_updated_at TIMESTAMPTZ,
+          PRIMARY KEY (tenant_id, device_id)
+        )
+    """)
+    op.execute(
+        f"COMMENT ON TABLE {PARKED} IS 'Shadows that the downgrade from 076 parked. The next upgrade puts them back.'"
+    )
+
+
+def _mirror_new_writes() -> None:
+    """From now on every write of a shadow goes to the parked copy as well.
+
+    By a trigger, since copying must not lock writers out, and the last transaction must not have to read the table. It
+    runs as its owner: the application's role has no right to the parked table.
+    """
+    _create_parked()
+    op.lock_table("device_state", "SHARE ROW EXCLUSIVE")
+    schema = op.get_bind().scalar(
+        text("""
+            SELECT quote_ident(n.nspname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+             WHERE c.oid = to_regclass(:table)
+        """),
+        {"table": PARKED},
+    )
+    op.execute(f"""
+        CREATE OR REPLACE FUNCTION {TRIGGER}() RETURNS trigger
+        LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, {schema}, pg_temp AS $$
+        BEGIN
+          IF {_never_written("NEW")} THEN
+            DELETE FROM {PARKED} p WHERE p.tenant_id = NEW.tenant_id AND p.device_id = NEW.device_id;
+          ELSE
+            INSERT INTO {PARKED} (tenant_id, device_id, {NAMES})
+            VALUES (NEW.tenant_id, NEW.device_id, {", ".join(f"NEW.{name}" for name in COLUMNS)})
+            ON CONFLICT (tenant_id, device_id) DO UPDATE SET {OVERWRITE};
+          END IF;
+          RETURN NULL;
+        END $$
+    """)
+    op.execute(f"""
+        CREATE OR REPLACE TRIGGER {TRIGGER}
+          AFTER INSERT OR UPDATE OF tenant_id, device_id, {NAMES} ON device_state
+          FOR EACH ROW EXECUTE FUNCTION {TRIGGER}()
+    """)
+    # ALWAYS: also for what logical replication writes.
+    op.execute(f"ALTER TABLE device_state ENABLE ALWAYS TRIGGER {TRIGGER}")
+
+
+# Both ways move a page of shadows in one statement. The rows are locked first; those that a writer holds are skipped
+# and taken in a later round: so it never waits while it holds a lock, and can be part of no deadlock.
+
+PARK = f"""
+    WITH page AS (
+      SELECT tenant_id, device_id FROM device_state d
+       WHERE <behind> AND NOT ({_never_written("d")})
+         AND NOT EXISTS (
+           SELECT FROM {PARKED} p WHERE (p.tenant_id, p.device_id) = (d.tenant_id, d.device_id)
+              AND ({", ".join(f"p.{name}" for name in COLUMNS)})
+                  IS NOT DISTINCT FROM ({", ".join(f"d.{name}" for name in COLUMNS)}))
+       ORDER BY tenant_id, device_id LIMIT {PAGE}),
+    free AS (
+      SELECT d.* FROM device_state d JOIN page USING (tenant_id, device_id)
+       WHERE NOT ({_never_written("d")})
+         FOR NO KEY UPDATE OF d SKIP LOCKED),
+    moved AS (
+      INSERT INTO {PARKED} (tenant_id, device_id, {NAMES}) SELECT tenant_id, device_id, {NAMES} FROM free
+          ON CONFLICT (tenant_id, device_id) DO UPDATE SET {OVERWRITE}
+          RETURNING 1)
+    SELECT tenant_id, device_id, (SELECT count(*) FROM page) AS found, (SELECT count(*) FROM moved) AS moved
+      FROM page ORDER BY tenant_id DESC, device_id DESC LIMIT 1
+"""
+# A device whose shadow was written since keeps it. The division undoes the page if a trigger of the team's own kept the
+# UPDATE from a row whose parked copy is gone by then.
+PUT_BACK = f"""
+    WITH page AS (
+      SELECT tenant_id, device_id FROM {PARKED} JOIN device_state d USING (tenant_id, device_id)
+       WHERE <behind> AND {_never_written("d")}
+       ORDER BY tenant_id, device_id LIMIT {PAGE}),
+    free AS (
+      SELECT tenant_id, device_id FROM device_state d JOIN page USING (tenant_id, device_id)
+       WHERE {_never_written("d")}
+         FOR NO KEY UPDATE OF d SKIP LOCKED),
+    taken AS (
+      DELETE FROM {PARKED} p USING free WHERE (p.tenant_id, p.device_id) = (free.tenant_id, free.device_id)
+          RETURNING p.*),
+    moved AS (
+      UPDATE device_state d SET {", ".join(f"{name} = taken.{name}" for name in COLUMNS)}
+        FROM taken WHERE (d.tenant_id, d.device_id) = (taken.tenant_id, taken.device_id)
+          RETURNING 1)
+    SELECT tenant_id, device_id, (SELECT count(*) FROM page) AS found, (SELECT count(*) FROM moved) AS moved,
+           1 / CAST((SELECT count(*) FROM taken) = (SELECT count(*) FROM moved) AS integer) AS whole
+      FROM page ORDER BY tenant_id DESC, device_id DESC LIMIT 1
+"""
+
+
+def _move(connection, statement: str, done: str) -> None:  # noqa: ANN001 - a Connection
+    """Run a page's statement until nothing is left for it, and say every two seconds how far it is."""
+    first = text(statement.replace("<behind>", "TRUE"))
+    further = text(statement.replace("<behind>", "(tenant_id, device_id) > (:tenant, :device)"))
+    total = 0
+    report_at = time.monotonic() + PROGRESS_EVERY
+    pause = FIRST_PAUSE
+    for _ in range(ROUNDS):
+        held = 0
+        page = connection.execute(first).one_or_none()
+        while page is not None:
+            total += page.moved
+            held += page.found - page.moved
+            if time.monotonic() >= report_at:
+                log.info("%s shadows %s so far", f"{total:,}", done)
+                report_at += PROGRESS_EVERY
+            page = connection.execute(further, {"tenant": page.tenant_id, "device": page.device_id}).one_or_none()
+        if not held:
+            log.info("%s shadows %s", f"{total:,}", done)
+            return
+        log.info("%d rows are locked by other transactions: again in %.1f s", held, pause)
+        time.sleep(pause)
+        pause *= 2
+    raise CommandError(
+        f"{held} rows of device_state stayed locked by other transactions over {ROUNDS} rounds. "
+        f"{total:,} shadows are {done}; end those transactions (pg_stat_activity) and run the same command again."
+    )
+
+
+def _put_back(connection) -> None:  # noqa: ANN001 - a Connection
+    try:
+        _move(connection, PUT_BACK, "put back")
+    except DataError as error:
+        raise CommandError(
+            "a trigger or rule on device_state keeps parked shadows from being put back: disable it, run the same "
+            f"command again, and enable it afterwards. Nothing is lost: they are in {PARKED}."
+        ) from error
+
+
+def _report_what_stays(connection) -> None:  # noqa: ANN001 - a Connection
+    left = connection.scalar(text(f"SELECT count(*) FROM {PARKED}"))
+    if not left:
+        op.execute(f"DROP TABLE {PARKED}")
+        return
+    log.warning(
+        "%s parked shadows stay in %s: their devices are gone, or have a newer shadow. "
+        "Drop the table when you need them no more.",
+        f"{left:,}",
+        PARKED,
+    )
+
+
+def _put_back_offline() -> None:
+    keys = "(d.tenant_id, d.device_id) = (p.tenant_id, p.device_id)"
+    op.execute(f"""
+        DO $$ BEGIN
+          IF to_regclass('{PARKED}') IS NOT NULL THEN
+            WITH moved AS (
+              UPDATE device_state d SET {", ".join(f"{name} = p.{name}" for name in COLUMNS)}
+                FROM {PARKED} p WHERE {keys} AND {_never_written("d")}
+              RETURNING d.tenant_id, d.device_id)
+            DELETE FROM {PARKED} p USING moved d WHERE {keys};
+            IF EXISTS (SELECT FROM {PARKED}) THEN
+              RAISE WARNING USING MESSAGE = (SELECT count(*) FROM {PARKED})
+                || ' parked shadows stay in {PARKED}: their devices are gone, or have a newer shadow';
+            ELSE
+              DROP TABLE {PARKED};
+            END IF;
+          END IF;
+        END $$
+    """)
+
+
+def _park_offline() -> None:
+    _create_parked()
+    op.execute(f"""
+        INSERT INTO {PARKED} (tenant_id, device_id, {NAMES})
+        SELECT tenant_id, device_id, {NAMES} FROM device_state d WHERE NOT ({_never_written("d")})
+        ON CONFLICT (tenant_id, device_id) DO UPDATE SET {OVERWRITE}
+    """)
+    op.execute(f"""
+        DO $$ BEGIN
+          IF NOT EXISTS (SELECT FROM {PARKED}) THEN
+            DROP TABLE {PARKED};
+          END IF;
+        END $$
     """)
