@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from alembic import context
 from alembic.util import CommandError
-from sqlalchemy import Engine, NullPool, create_engine, inspect, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import Engine, NullPool, create_engine, text
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
 import iot_models.ddl  # noqa: F401 - registers the operations that revisions use
 from iot_models.engine import database_url
@@ -91,9 +91,8 @@ def _connection(options: dict[str, str]) -> Iterator[Connection]:
             connection.invalidate()  # settings and locks end with this connection: it goes back to no pool
 
 
-@contextmanager
-def _only_deployer(connection: Connection) -> Iterator[None]:
-    """Wait until no other deployer is at work. By polling: a blocking wait deadlocks with a concurrent index build."""
+def _wait_for_other_deployers(connection: Connection) -> None:
+    """Take the advisory lock, which ends with the connection. By polling: waiting deadlocks with an index build."""
     began = time.monotonic()
     report_at = began
     while not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": ADVISORY_LOCK}):
@@ -103,7 +102,6 @@ def _only_deployer(connection: Connection) -> Iterator[None]:
             report_at += REPORT_SECONDS
         time.sleep(POLL_SECONDS)
     connection.commit()
-    yield
 
 
 def _run(connection: Connection) -> None:
@@ -123,33 +121,28 @@ def _migrates() -> bool:
 
 
 def _run_online() -> None:
-    with _connection(_options()) as connection:
-        if not _migrates():
+    try:
+        with _connection(_options()) as connection:
+            if _migrates():
+                _wait_for_other_deployers(connection)
             _run(connection)
-            return
-        with _only_deployer(connection):
-            first = not inspect(connection).has_table("alembic_version")
-            connection.commit()
-            try:
-                _run(connection)
-            except OperationalError as error:
-                if not error.connection_invalidated:
-                    raise
-                raise CommandError(
-                    f"the connection was lost: {str(error.orig).strip()}\n"
-                    "Run the same command again when the server is back: it goes on from where it was."
-                ) from error
-            except CommandError:
-                if first:  # refused before any change: then without an empty alembic_version too
-                    _forget_version_table(connection)
-                raise
+    except SQLAlchemyError as error:
+        lost = _disconnect(error)
+        if lost is None:
+            raise
+        raise CommandError(
+            f"the connection was lost: {str(lost.orig).strip()}\n"
+            "Run the same command again when the server is back: it goes on from where it was."
+        ) from error
 
 
-def _forget_version_table(connection: Connection) -> None:
-    connection.rollback()
-    if connection.scalar(text("SELECT count(*) FROM alembic_version")) == 0:
-        connection.execute(text("DROP TABLE alembic_version"))
-    connection.commit()
+def _disconnect(error: BaseException | None) -> DBAPIError | None:
+    """The error that says that the connection is gone, behind those that its clean-up met."""
+    while error is not None:
+        if isinstance(error, DBAPIError) and error.connection_invalidated:
+            return error
+        error = error.__context__
+    return None
 
 
 def _print_sql() -> None:

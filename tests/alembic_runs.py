@@ -29,7 +29,10 @@ def run_alembic(*arguments: str, **environment: str) -> subprocess.CompletedProc
 
 
 def config(url: str) -> Config:
-    return Config(CHECKOUT / "alembic.ini", cmd_opts=Namespace(x=[f"url={url}"]))
+    """Without the ini file, whose logging settings would take pytest's handlers away."""
+    made = Config(cmd_opts=Namespace(x=[f"url={url}"]))
+    made.set_main_option("script_location", str(CHECKOUT / "alembic").replace("%", "%%"))
+    return made
 
 
 def upgrade(url: str, revision: str = "head") -> None:

@@ -62,8 +62,8 @@ def server(pytestconfig: pytest.Config) -> PostgresServer:
 
 
 @pytest.fixture
-def new_database(server: PostgresServer) -> Iterator[Callable[[], str]]:
-    """Makes empty databases, each call another one, and drops them after the test; returns their URLs."""
+def new_database(server: PostgresServer) -> Iterator[Callable[..., str]]:
+    """Makes databases, empty or copies of the one named, and drops them after the test; returns their URLs."""
     with _databases(server) as create:
         yield create
 
@@ -112,3 +112,20 @@ def _engine(server: PostgresServer, migrated_url: str) -> Iterator[Engine]:
         engine = create_engine(create(str(make_url(migrated_url).database)), pool_size=20)
         yield engine
         engine.dispose()
+
+
+@pytest.fixture
+def server_role(server: PostgresServer) -> Iterator[str]:
+    """A role that may log in and is no superuser, so that row level security applies to it."""
+    role = f"iot_models_test_{secrets.token_hex(4)}"
+    engine = create_engine(server.url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(f"CREATE ROLE {role} LOGIN PASSWORD '{role}'"))
+        yield role
+        for (database,) in connection.execute(
+            text("SELECT datname FROM pg_database WHERE datname LIKE 'iot_models_test%'")
+        ):
+            own = create_engine(make_url(server.url).set(database=database), poolclass=NullPool)
+            with own.begin() as inside:
+                inside.execute(text(f"DROP OWNED BY {role} CASCADE"))
+        connection.execute(text(f"DROP ROLE {role}"))

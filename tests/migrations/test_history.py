@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
-import re
 from typing import TYPE_CHECKING
 
 import pytest
 from alembic import command
 from alembic_runs import CHECKOUT, config, downgrade, upgrade
+from raw_sql import RAW_075, run_sql, seed_sql
 from schema_dump import dump
 from sqlalchemy import create_engine, text
 
@@ -16,34 +16,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-DATA = CHECKOUT / "tests" / "data"
 REVISIONS = sorted((CHECKOUT / "alembic" / "versions").glob("*.py"))
-
-
-def seed_sql() -> str:
-    """The SQL of the document that 076 comes from, its verifying SELECT included."""
-    (block,) = re.findall(r"```sql\n(.*?)```", (DATA / "seed_076_device_shadow.md").read_text(), re.DOTALL)
-    assert isinstance(block, str)
-    return block
-
-
-def run_sql(url: str, sql: str) -> list[tuple[object, ...]]:
-    """Run a script as psql would, and return the rows of its last statement."""
-    engine = create_engine(url)
-    with engine.begin() as connection:
-        cursor = connection.connection.cursor()
-        cursor.execute(sql.encode())
-        while cursor.nextset():
-            pass
-        rows = list(cursor.fetchall()) if cursor.description else []
-    engine.dispose()
-    return rows
 
 
 @pytest.fixture
 def raw_075(new_database: Callable[[], str]) -> str:
     url = new_database()
-    run_sql(url, (DATA / "075.sql").read_text())
+    run_sql(url, RAW_075)
     return url
 
 

@@ -1,0 +1,170 @@
+"""`alembic upgrade head` on a database that raw SQL made: one result, every row kept, no stamping by hand."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from alembic.util import CommandError
+from alembic_runs import run_alembic, upgrade
+from raw_sql import RAW_075, RAW_076, SHADOWS, fleet_sql, rows_of, run_sql, seed_sql, tables_of
+from schema_dump import dump
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+STARTS = {
+    "075": RAW_075 + fleet_sql(),
+    "076": RAW_076 + ";" + fleet_sql() + SHADOWS,
+    "076 without its index and comments": RAW_075
+    + "ALTER TABLE device_state ADD desired_state JSONB NOT NULL DEFAULT '{}', ADD reported_version INT NOT NULL DEFAULT 0;"
+    + fleet_sql(),
+    "075 without an index": RAW_075 + "DROP INDEX idx_device_state_site;" + fleet_sql(),
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_from_every_start_the_upgrade_ends_in_one_schema_and_keeps_every_row(
+    new_database: Callable[[], str], migrated_url: str, start: str
+) -> None:
+    url = new_database()
+    run_sql(url, STARTS[start])
+    columns = ", ".join(name for (name,) in run_sql(url, "SELECT attname FROM pg_attribute WHERE attrelid = 'device_state'::regclass AND attnum > 0 ORDER BY attnum"))  # fmt: skip
+    before = rows_of(url, columns=columns)
+
+    upgrade(url)
+
+    assert len(before) == 10
+    assert rows_of(url, columns=columns) == before
+    # The order in which columns were added is the one thing that a dump shows and a team may have chosen.
+    assert sorted(dump(url).replace(",\n", "\n").splitlines()) == sorted(
+        dump(migrated_url).replace(",\n", "\n").splitlines()
+    )
+    if start in {"075", "076"}:
+        assert dump(url) == dump(migrated_url)
+
+
+def test_the_real_command_adopts_a_raw_deployment_and_does_nothing_the_second_time(
+    new_database: Callable[[], str],
+) -> None:
+    url = new_database()
+    run_sql(url, RAW_075 + fleet_sql())
+
+    first = run_alembic("upgrade", "head", DATABASE_URL=url)
+    second = run_alembic("upgrade", "head", DATABASE_URL=url)
+
+    assert first.returncode == 0, first.stderr
+    assert "075 -> 076" in first.stderr
+    assert second.returncode == 0
+    assert "Running" not in second.stderr
+
+
+def test_what_a_team_added_of_its_own_is_left_alone(new_database: Callable[[], str]) -> None:
+    own = """
+        ALTER TABLE device_state ADD firmware text DEFAULT 'v1', ADD CONSTRAINT known CHECK (status <> 'BROKEN');
+        CREATE INDEX own_index ON device_state (last_seen_at);
+        CREATE FUNCTION own_function() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
+        CREATE TRIGGER own_trigger BEFORE UPDATE ON device_state FOR EACH ROW EXECUTE FUNCTION own_function();
+        ALTER TABLE device_state ENABLE ROW LEVEL SECURITY;
+        CREATE POLICY own_policy ON device_state USING (tenant_id = current_setting('app.tenant', true));
+        COMMENT ON TABLE device_state IS 'ours';
+    """
+    url, plain = new_database(), new_database()
+    run_sql(url, RAW_075 + own + fleet_sql())
+    run_sql(plain, RAW_075 + own + fleet_sql() + seed_sql())
+
+    upgrade(url)
+
+    assert dump(url) == dump(plain)
+
+
+# What raw SQL may have made instead, and what the refusal says of it.
+DIFFERENCES = {
+    "ALTER TABLE device_state DROP state": "column state is missing: expected jsonb NOT NULL DEFAULT '{}'::jsonb",
+    "ALTER TABLE device_state ALTER site_id TYPE varchar(40)": "column site_id is character varying(40) NOT NULL: expected text NOT NULL",
+    "ALTER TABLE device_state ALTER last_seen_at TYPE timestamp": "column last_seen_at is timestamp without time zone: expected timestamp with time zone",
+    "ALTER TABLE device_state ALTER site_id DROP NOT NULL": "column site_id is text: expected text NOT NULL",
+    "ALTER TABLE device_state ALTER last_seen_at SET NOT NULL": "column last_seen_at is timestamp with time zone NOT NULL: expected timestamp with time zone",
+    "ALTER TABLE device_state ALTER status SET DEFAULT 'NEW'": "column status is text NOT NULL DEFAULT 'NEW'::text: expected text NOT NULL DEFAULT 'OFFLINE'::text",
+    "ALTER TABLE device_state ADD desired_state json": "column desired_state is json: expected jsonb NOT NULL DEFAULT '{}'::jsonb",
+    "ALTER TABLE device_state ADD desired_version bigint NOT NULL DEFAULT 0": "column desired_version is bigint NOT NULL DEFAULT 0: expected integer NOT NULL DEFAULT 0",
+    "ALTER TABLE device_state DROP CONSTRAINT device_state_pkey, ADD PRIMARY KEY (device_id)": "the primary key is (device_id): expected (tenant_id, device_id)",
+    "ALTER TABLE device_state DROP CONSTRAINT device_state_pkey": "the primary key is (): expected (tenant_id, device_id)",
+    "DROP INDEX idx_device_state_site; CREATE INDEX idx_device_state_site ON device_state (site_id)": "index idx_device_state_site is btree (site_id): expected btree (tenant_id, site_id)",
+    "CREATE INDEX idx_device_state_shadow_pending ON device_state (tenant_id)": "index idx_device_state_shadow_pending is btree (tenant_id): expected btree (tenant_id) WHERE (desired_version > reported_version)",
+    "CREATE TABLE other (a text); CREATE INDEX idx_device_state_shadow_pending ON other (a)": "the name of index idx_device_state_shadow_pending is taken by another table's",
+    "ALTER TABLE device_state RENAME TO real; CREATE VIEW device_state AS SELECT * FROM real": "it is no plain table (pg_class.relkind is 'v', expected 'r')",
+}
+
+
+@pytest.mark.parametrize("change", DIFFERENCES)
+def test_a_table_that_is_not_the_expected_one_is_refused_before_any_change(
+    new_database: Callable[[], str], change: str
+) -> None:
+    url = new_database()
+    run_sql(url, RAW_075, change)
+    before, tables = dump(url), tables_of(url)
+
+    with pytest.raises(CommandError) as caught:
+        upgrade(url)
+
+    assert f"\n  - {DIFFERENCES[change]}\n" in str(caught.value)
+    assert "nothing was changed" in str(caught.value)
+    assert dump(url) == before
+    assert tables_of(url) == tables  # no alembic_version either
+
+
+def test_every_difference_is_listed_at_once(new_database: Callable[[], str]) -> None:
+    url = new_database()
+    run_sql(
+        url,
+        RAW_075,
+        "ALTER TABLE device_state DROP state, ALTER site_id TYPE varchar, ALTER status DROP DEFAULT, ADD reported_state text",
+    )
+
+    run = run_alembic("upgrade", "head", DATABASE_URL=url)
+
+    assert run.returncode != 0
+    said = run.stdout + run.stderr
+    assert "Traceback" not in said
+    for column in (
+        "state is missing",
+        "site_id is character varying",
+        "status is text NOT NULL",
+        "reported_state is text",
+    ):
+        assert f"  - column {column}" in said
+
+
+def test_once_the_table_fits_the_same_command_goes_through(new_database: Callable[[], str], migrated_url: str) -> None:
+    url = new_database()
+    run_sql(url, RAW_075, "ALTER TABLE device_state ALTER status DROP DEFAULT")
+    with pytest.raises(CommandError):
+        upgrade(url)
+
+    run_sql(url, "ALTER TABLE device_state ALTER status SET DEFAULT 'OFFLINE'")
+    upgrade(url)
+
+    assert dump(url) == dump(migrated_url)
+
+
+def test_a_stamped_database_with_a_strange_shadow_column_is_refused_too(new_database: Callable[[], str]) -> None:
+    url = new_database()
+    upgrade(url, "075")
+    run_sql(url, "ALTER TABLE device_state ADD desired_state text")
+    before = dump(url)
+
+    with pytest.raises(CommandError, match="column desired_state is text: expected jsonb"):
+        upgrade(url)
+    assert dump(url) == before
+    assert rows_of(url, "alembic_version") == ["(075)"]
+
+
+def test_the_table_may_live_in_a_schema_of_the_search_path(new_database: Callable[[], str]) -> None:
+    url = new_database()
+    run_sql(url, "CREATE SCHEMA app; SET search_path = app;" + RAW_075 + fleet_sql())
+    run_sql(url, f"ALTER DATABASE {url.split('/')[-1].split('?')[0]} SET search_path = app, public")
+
+    upgrade(url)
+
+    assert "CREATE INDEX idx_device_state_shadow_pending ON app.device_state" in dump(url)

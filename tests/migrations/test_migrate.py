@@ -1,0 +1,544 @@
+"""`python -m iot_models.migrate` as on-call types it, and `iot_models.migrate` as a service or a test suite calls it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from alembic.util import CommandError
+from alembic_runs import CHECKOUT
+from postgres_server import client_tool
+from raw_sql import RAW_076, SHADOWS, fleet_sql, rows_of, run_sql, tables_of
+from schema_dump import dump
+from sqlalchemy import NullPool, create_engine, make_url, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from iot_models import ddl, migrate, scripts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+NOWHERE = "postgresql://iot:hunter2@127.0.0.1:1/nowhere"
+ADVISORY_LOCK = 0x696F745F6D6F6465
+SUBCOMMANDS = ("upgrade", "downgrade", "current", "history", "check", "sql")
+
+
+@pytest.fixture(autouse=True)
+def _no_url_and_no_logging_left_over(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("IOT_MODELS_DATABASE_URL", "DATABASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    level = logging.getLogger("alembic").level
+    yield
+    logging.getLogger("alembic").setLevel(level)
+
+
+@pytest.fixture
+def empty(new_database: Callable[..., str]) -> str:
+    return new_database()
+
+
+@pytest.fixture
+def at_head(new_database: Callable[..., str], migrated_url: str) -> str:
+    return new_database(str(make_url(migrated_url).database))
+
+
+def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "iot_models.migrate", *arguments],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(*arguments: str, **environment: str) -> tuple[int, str, str]:
+    """Exit code, standard output, standard error."""
+    process = start(*arguments, **environment)
+    out, err = process.communicate(timeout=60)
+    assert "Traceback" not in err
+    return process.returncode, out, err
+
+
+def as_session(url: str, *settings: str) -> str:
+    """The URL with settings of the session: `role=pg_monitor`."""
+    options = " ".join(f"-c {setting}" for setting in settings)
+    return make_url(url).update_query_dict({"options": options}).render_as_string(hide_password=False)
+
+
+# The command line, in processes of its own.
+
+
+def test_a_database_goes_up_is_checked_and_goes_down_by_the_command_alone(empty: str) -> None:
+    assert run("current", DATABASE_URL=empty) == (0, "<base>\n", "")
+
+    code, out, err = run("upgrade", "075", "--url", empty, DATABASE_URL=NOWHERE)
+    assert (code, out) == (0, "")
+    assert re.fullmatch(r"(INFO  \[alembic.*\n)*INFO  \[alembic.*Running upgrade  -> 075, .*\n", err)
+    assert run("current", IOT_MODELS_DATABASE_URL=empty, DATABASE_URL=NOWHERE) == (0, "075\n", "")
+    code, out, err = run("check", DATABASE_URL=empty)
+    assert (code, err) == (1, "")
+    assert re.fullmatch(
+        r"database \w+ stands at 075, head is 076: run python -m iot_models\.migrate upgrade head\n", out
+    )
+
+    assert run("upgrade", DATABASE_URL=empty)[0] == 0
+    code, out, err = run("check", DATABASE_URL=empty)
+    assert (code, err) == (0, "")
+    assert re.fullmatch(r"database \w+ stands at head \(076\) and equals the models\n", out)
+
+    code, out, err = run("downgrade", "base", DATABASE_URL=empty)
+    assert (code, out) == (0, "")
+    assert "Running downgrade 076 -> 075" in err
+    assert tables_of(empty) == {"alembic_version"}
+
+
+def test_help_names_every_command_and_where_the_url_comes_from() -> None:
+    code, out, err = run("--help")
+
+    assert (code, err) == (0, "")
+    assert all(re.search(rf"^    {name} ", out, re.MULTILINE) for name in SUBCOMMANDS)
+    assert "python -m iot_models.migrate check || exit 1" in out
+    assert "--url, else IOT_MODELS_DATABASE_URL, else DATABASE_URL" in out
+
+
+def test_history_and_sql_need_no_database() -> None:
+    code, out, err = run("history")
+    assert (code, err) == (0, "")
+    assert [line.split(",")[0] for line in out.splitlines()] == ["075 -> 076 (head)", "<base> -> 075"]
+
+    code, out, err = run("sql", "075:076")
+    assert (code, err) == (0, "")
+    assert out == migrate.sql("075:076")
+
+
+def test_ctrl_c_ends_with_one_line_and_the_next_run_goes_on_from_there(empty: str) -> None:
+    engine = create_engine(empty, poolclass=NullPool)
+    with engine.connect() as other_deployer:
+        other_deployer.execute(text("SELECT pg_advisory_lock(:key)"), {"key": ADVISORY_LOCK})
+        process = start("upgrade", DATABASE_URL=empty)
+        assert process.stderr is not None
+        assert "another deployer is migrating this database" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+
+    assert (process.returncode, out) == (130, "")
+    assert err == "interrupted: running the same command again goes on from there\n"
+    migrate.upgrade(empty)
+    assert migrate.current(empty) == "076"
+
+
+# The command line, in this process.
+
+
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_every_command_has_a_help_text(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        migrate.main([name, "--help"])
+
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: python -m iot_models.migrate {name} ")
+    assert "--url" in said
+
+
+@pytest.mark.parametrize("arguments", [[], ["frobnicate"], ["downgrade"], ["check", "--frobnicate"]])
+def test_wrong_usage_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        migrate.main(arguments)
+    assert "usage: python -m iot_models.migrate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["check"], r"no database URL: set IOT_MODELS_DATABASE_URL \(or DATABASE_URL\) to .*, or pass one \(--url\)"),
+        (["check", "--url", "nonsense"], r"not a database URL: write it as postgresql://.*"),
+        (["current", "--url", "mysql://iot:hunter2@db/iot"], r"iot_models works on PostgreSQL; .* names 'mysql'"),
+        (["current", "--url", "postgresql+frob://db/iot"], r"postgresql\+frob: Can't load plugin.*; write .*psycopg://.*"),
+        (["current", "--url", "postgresql+psycopg2cffi://db/iot"], r"postgresql\+psycopg2cffi: No module .*; write .*"),
+        (["upgrade", "--url", "postgresql+asyncpg://db/iot"], r"migrations run synchronously, and postgresql\+asyncpg .*"),
+        (["upgrade", "--url", NOWHERE], r"cannot reach postgresql\+psycopg://iot:\*\*\*@127\.0\.0\.1:1/nowhere: .*"),
+        (["-x", "frob=1", "upgrade", "--url", NOWHERE], r"-x frob: unknown; there are url, lock_timeout, .*"),
+        (["upgrade", "--lock-timeout", "4", "--url", NOWHERE], r"-x lock_timeout=4: expected how long .*"),
+        (["sql", "075"], r"'075' is no range of revisions: write FROM:TO, as in 075:076 or 076:075"),
+        (["sql", "075:999"], r"Can't locate revision identified by '999'"),
+        (["sql", "head:075", "--shadow=keep"], r"-x shadow=keep: expected discard: .*"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_one_message_and_exit_code_1(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert migrate.main(arguments) == 1
+
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(f"error: {message}\n", err, re.DOTALL)
+    assert "hunter2" not in err
+
+
+def test_what_postgresql_refuses_is_its_own_sentence_and_exit_code_1(
+    empty: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert migrate.main(["upgrade", "--url", as_session(empty, "role=pg_monitor")]) == 1
+    assert "error: PostgreSQL says: permission denied for schema public\n" in capsys.readouterr().err
+
+
+def test_a_refused_downgrade_changes_nothing_until_it_is_told_what_to_throw_away(
+    at_head: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_sql(at_head, fleet_sql(), SHADOWS)
+
+    assert migrate.main(["downgrade", "base", "--url", at_head]) == 1
+    assert "device_state holds 10 rows" in capsys.readouterr().err
+    assert len(rows_of(at_head)) == 10
+
+    assert migrate.main(["upgrade", "--url", at_head]) == 0
+    # As Alembic takes it, before the command.
+    assert migrate.main(["-x", "shadow=discard", "downgrade", "-1", "--url", at_head]) == 0
+    assert tables_of(at_head) == {"alembic_version", "device_state"}
+    assert migrate.main(["downgrade", "-x", f"url={at_head}", "base", "--device-state=drop"]) == 0
+    assert tables_of(at_head) == {"alembic_version"}
+
+
+@pytest.mark.parametrize(
+    ("flag", "command"),
+    [
+        (["upgrade", "075:076", "--sql"], ["sql", "075:076"]),
+        (["upgrade", "--sql"], ["sql", "base:head"]),
+        (["downgrade", "head:075", "--sql"], ["sql", "head:075"]),
+        (["downgrade", "076:075", "--sql", "--shadow=discard"], ["sql", "076:075", "--shadow=discard"]),
+        (["upgrade", "075:076", "--sql", "--lock-timeout=9s"], ["sql", "075:076", "--lock-timeout=9s"]),
+    ],
+)
+def test_the_flag_sql_prints_what_the_command_sql_prints(
+    flag: list[str], command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert migrate.main(flag) == 0
+    by_flag = capsys.readouterr().out
+    assert migrate.main(command) == 0
+
+    assert "ALTER TABLE device_state" in by_flag
+    assert capsys.readouterr().out == by_flag
+
+
+# check
+
+
+def test_check_finds_nothing_at_head_and_leaves_nothing_behind(at_head: str) -> None:
+    before = dump(at_head)
+    assert migrate.check(at_head) == []
+    assert dump(at_head) == before
+
+
+def test_a_raw_schema_that_was_adopted_equals_the_models(empty: str) -> None:
+    run_sql(empty, RAW_076)
+    (problem,) = migrate.check(empty)
+    assert problem.endswith("was never migrated by Alembic, head is 076: run python -m iot_models.migrate upgrade head")
+
+    migrate.upgrade(empty)
+    assert migrate.check(empty) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (
+            "ALTER TABLE device_state ALTER state DROP NOT NULL",
+            "column state is jsonb DEFAULT '{}'::jsonb: the models have jsonb NOT NULL DEFAULT '{}'::jsonb",
+        ),
+        (
+            "ALTER TABLE device_state ALTER site_id SET DEFAULT 'x'",
+            "column site_id is text NOT NULL DEFAULT 'x'::text: the models have text NOT NULL",
+        ),
+        (
+            "ALTER TABLE device_state ALTER status SET DEFAULT 'ONLINE'",
+            "column status is text NOT NULL DEFAULT 'ONLINE'::text: the models have text NOT NULL DEFAULT 'OFFLINE'::text",
+        ),
+        (
+            "ALTER TABLE device_state ALTER last_seen_at TYPE timestamp(3)",
+            "column last_seen_at is timestamp(3) without time zone: the models have timestamp with time zone",
+        ),
+        (
+            "ALTER TABLE device_state DROP state, ADD state jsonb NOT NULL GENERATED ALWAYS AS (desired_state) STORED",
+            "column state is jsonb NOT NULL DEFAULT desired_state: the models have jsonb NOT NULL DEFAULT '{}'::jsonb",
+        ),
+        (
+            "ALTER TABLE device_state DROP last_heartbeat_at",
+            "column last_heartbeat_at is missing: the models have timestamp with time zone",
+        ),
+        (
+            "COMMENT ON COLUMN device_state.reported_version IS 'Else.'",
+            "the comment on column reported_version is 'Else.': the models have 'The desired_version the device last acknowledged.'",
+        ),
+        (
+            "COMMENT ON COLUMN device_state.reported_version IS NULL",
+            "the comment on column reported_version is missing: the models have 'The desired_version the device last acknowledged.'",
+        ),
+        (
+            "ALTER TABLE device_state DROP CONSTRAINT device_state_pkey, ADD PRIMARY KEY (device_id, tenant_id)",
+            "the primary key is (device_id, tenant_id): the models have (tenant_id, device_id)",
+        ),
+        (
+            "ALTER TABLE device_state DROP CONSTRAINT device_state_pkey",
+            "the primary key is missing: the models have (tenant_id, device_id)",
+        ),
+        (
+            "DROP INDEX idx_device_state_site",
+            "index idx_device_state_site is missing: the models have btree (tenant_id, site_id)",
+        ),
+        (
+            "DROP INDEX idx_device_state_site; CREATE UNIQUE INDEX idx_device_state_site ON device_state (tenant_id, site_id)",
+            "index idx_device_state_site is UNIQUE btree (tenant_id, site_id): the models have btree (tenant_id, site_id)",
+        ),
+        (
+            "DROP INDEX idx_device_state_shadow_pending; CREATE INDEX idx_device_state_shadow_pending ON device_state"
+            " (tenant_id) WHERE desired_version >= reported_version",
+            "index idx_device_state_shadow_pending is btree (tenant_id) WHERE (desired_version >= reported_version):"
+            " the models have btree (tenant_id) WHERE (desired_version > reported_version)",
+        ),
+        (
+            "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'idx_device_state_status'::regclass",
+            "index idx_device_state_status is INVALID btree (tenant_id, status): the models have btree (tenant_id, status)",
+        ),
+        ("DROP TABLE device_state", "table device_state is missing"),
+    ],
+)  # fmt: skip
+def test_check_names_each_difference_from_the_models(
+    change: str, difference: str, at_head: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_sql(at_head, change)
+
+    assert difference in migrate.check(at_head)
+    assert migrate.main(["check", "--url", at_head]) == 1
+    assert f"{difference}\n" in capsys.readouterr().out
+
+
+def test_what_a_team_added_of_its_own_is_no_difference(at_head: str) -> None:
+    run_sql(
+        at_head,
+        """
+        ALTER TABLE device_state ADD firmware text NOT NULL DEFAULT '1', ADD CHECK (status <> ''), ADD UNIQUE (device_id),
+              ENABLE ROW LEVEL SECURITY;
+        COMMENT ON TABLE device_state IS 'Ours.';
+        COMMENT ON COLUMN device_state.tenant_id IS 'Who pays.';
+        COMMENT ON COLUMN device_state.firmware IS 'What runs.';
+        CREATE INDEX idx_of_ours ON device_state (firmware) WHERE status = 'ONLINE';
+        CREATE POLICY own ON device_state USING (tenant_id = current_user);
+        CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
+        CREATE TRIGGER note BEFORE UPDATE ON device_state FOR EACH ROW EXECUTE FUNCTION note();
+        CREATE TABLE site (tenant_id text, site_id text, PRIMARY KEY (tenant_id, site_id));
+        ALTER TABLE device_state ADD FOREIGN KEY (tenant_id, site_id) REFERENCES site;
+        CREATE VIEW online AS SELECT * FROM device_state WHERE status = 'ONLINE';
+        """,
+    )
+    assert migrate.check(at_head) == []
+
+
+def test_check_compares_the_table_in_the_schema_that_the_search_path_names(empty: str) -> None:
+    run_sql(empty, "CREATE SCHEMA iot")
+    url = as_session(empty, "search_path=iot")
+    migrate.upgrade(url)
+
+    assert migrate.check(url) == []
+    assert "was never migrated" in migrate.check(empty)[0]
+
+
+def test_check_does_not_wait_for_a_deployer_at_work(empty: str, at_head: str) -> None:
+    migrate.upgrade(empty, "075")
+    for url, problems in ((empty, 1), (at_head, 0)):
+        engine = create_engine(url, poolclass=NullPool)
+        with engine.connect() as deployer:
+            deployer.execute(text("SELECT pg_advisory_lock(:key)"), {"key": ADVISORY_LOCK})
+            deployer.execute(text("LOCK TABLE device_state IN SHARE UPDATE EXCLUSIVE MODE"))
+            began = time.monotonic()
+            assert len(migrate.check(url)) == problems
+            assert migrate.current(url)
+            assert time.monotonic() - began < 1
+
+
+def test_check_gives_up_soon_where_the_table_is_locked(at_head: str) -> None:
+    engine = create_engine(at_head, poolclass=NullPool)
+    with engine.connect() as other:
+        other.execute(text("LOCK TABLE device_state IN ACCESS EXCLUSIVE MODE"))
+        with pytest.raises(CommandError, match="device_state is locked by another session"):
+            migrate.check(at_head)
+
+
+def test_check_waits_behind_an_exclusive_lock_only_once_at_head(empty: str) -> None:
+    migrate.upgrade(empty, "075")
+    engine = create_engine(empty, poolclass=NullPool)
+    with engine.connect() as deployer:  # as while 076 adds its columns
+        deployer.execute(text("LOCK TABLE device_state IN ACCESS EXCLUSIVE MODE"))
+        assert "stands at 075" in migrate.check(empty)[0]
+
+
+def test_what_else_postgresql_refuses_a_check_is_not_taken_for_a_missing_right(at_head: str) -> None:
+    # A role that may make temporary tables, but too few of the system's files of them.
+    with pytest.raises(DBAPIError, match="temporary"):
+        migrate.check(as_session(at_head, "temp_tablespaces=nowhere", "default_tablespace=nowhere"))
+
+
+def test_a_revision_of_another_history_is_told_apart_from_an_old_one(at_head: str) -> None:
+    run_sql(at_head, "UPDATE alembic_version SET version_num = '999'")
+    (problem,) = migrate.check(at_head)
+    assert "stands at 999, which is unknown here, where head is 076: a newer iot_models migrated it" in problem
+
+
+def test_an_interrupted_downgrade_is_told_with_the_way_to_stay(at_head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ddl, "_FIRST_PAUSE", 0.001)
+    run_sql(at_head, fleet_sql(), SHADOWS)
+    before = rows_of(at_head)
+    engine = create_engine(at_head, poolclass=NullPool)
+    with engine.connect() as reader:
+        reader.execute(text("SELECT FROM device_state"))  # lets everything pass but the last step
+        with pytest.raises(CommandError, match="no lock on device_state after 5 tries of 10ms"):
+            migrate.downgrade(at_head, "075", lock_timeout="10ms")
+
+    (problem,) = migrate.check(at_head)
+    assert "a downgrade to 075 is at work or was interrupted (trigger device_state_shadow_076_park" in problem
+
+    for statement in problem.partition("run one by one: ")[2].split(";"):
+        run_sql(at_head, statement)
+    assert migrate.check(at_head) == []
+    assert rows_of(at_head) == before
+    assert rows_of(at_head, "device_state_shadow_076") == []
+
+
+def test_parked_shadows_are_noted_and_are_no_failure(at_head: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run_sql(at_head, fleet_sql(), SHADOWS)
+    migrate.downgrade(at_head, "075")
+    assert migrate.main(["check", "--url", at_head]) == 1
+    assert capsys.readouterr().err == (
+        "note: shadows parked in device_state_shadow_076: 4; the next upgrade puts them back\n"
+    )
+
+    run_sql(at_head, "DELETE FROM device_state WHERE device_id = 'd1'")
+    migrate.upgrade(at_head)
+    assert migrate.main(["check", "--url", at_head]) == 0
+    assert capsys.readouterr().err == (
+        "note: shadows parked in device_state_shadow_076: 1; their devices are gone or have a newer shadow\n"
+    )
+
+    # A role that may not read them checks all the same.
+    run_sql(at_head, "GRANT SELECT ON alembic_version TO pg_monitor")
+    assert migrate.main(["check", "--url", as_session(at_head, "role=pg_monitor")]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("setting", ["role=pg_monitor", "default_transaction_read_only=on"])
+def test_check_without_temporary_tables_says_what_it_needs(setting: str, at_head: str) -> None:
+    database = make_url(at_head).database
+    run_sql(
+        at_head,
+        f"REVOKE TEMPORARY ON DATABASE {database} FROM public; GRANT SELECT ON alembic_version TO pg_monitor",
+    )
+    with pytest.raises(CommandError, match="ask the primary, as a role that has TEMP on the database"):
+        migrate.check(as_session(at_head, setting))
+
+
+# From code.
+
+
+def test_an_engine_keeps_its_pool_and_its_settings(empty: str, caplog: pytest.LogCaptureFixture) -> None:
+    engine = create_engine(
+        as_session(empty, "lock_timeout=7s"), pool_size=1, max_overflow=0, isolation_level="AUTOCOMMIT"
+    )
+    levels = {name: logging.getLogger(name).level for name in ("", "alembic", "sqlalchemy.engine")}
+    handlers = list(logging.getLogger().handlers)
+
+    migrate.upgrade(engine)
+    assert migrate.current(engine) == "076"
+    assert migrate.check(engine) == []
+    migrate.downgrade(engine, "075", lock_timeout="1s")
+    assert migrate.current(engine) == "075"
+
+    with engine.connect() as connection:
+        assert connection.scalar(text("SHOW lock_timeout")) == "7s"
+        assert connection.scalar(text("SHOW row_security")) == "on"
+        assert getattr(connection.connection.dbapi_connection, "autocommit", None) is True
+    assert levels == {name: logging.getLogger(name).level for name in levels}
+    assert handlers == logging.getLogger().handlers
+    assert caplog.messages == []
+    engine.dispose()
+
+
+def test_an_autocommit_engine_migrates_in_transactions_all_the_same(at_head: str) -> None:
+    run_sql(
+        at_head,
+        # Fails the last step of the downgrade: what came before it in the transaction must not stay.
+        "CREATE VIEW of_a_team AS SELECT shadow_updated_at FROM device_state",
+    )
+    engine = create_engine(at_head, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+
+    with pytest.raises(Exception, match="other objects depend on it"):
+        migrate.downgrade(engine, "075", shadow="discard")
+    assert migrate.check(engine) == []
+
+
+def test_a_url_object_keeps_its_password_and_its_percent_signs(empty: str) -> None:
+    url = make_url(empty).set(drivername="postgres", password="50%&=").update_query_dict({"application_name": "a%20=b"})  # noqa: S106
+    assert migrate.current(url) is None
+
+
+def test_without_a_url_the_environment_names_it(at_head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", at_head)
+    assert migrate.current() == "076"
+
+
+def test_an_async_engine_is_refused_with_the_way_out(at_head: str) -> None:
+    engine = create_async_engine(at_head)
+    targets: list[Any] = [engine, engine.sync_engine]
+    for target in targets:
+        with pytest.raises(CommandError, match=r"pass a URL, engine\.url\.set\(drivername='postgresql\+psycopg'\)"):
+            migrate.upgrade(target)
+    assert migrate.current(engine.url.set(drivername="postgresql+psycopg")) == "076"
+
+
+def test_an_engine_of_another_database_is_refused() -> None:
+    with pytest.raises(CommandError, match="iot_models works on PostgreSQL; this engine is for sqlite"):
+        migrate.upgrade(create_engine("sqlite://"))
+
+
+def test_threads_migrate_each_its_own_database(new_database: Callable[..., str]) -> None:
+    urls = [new_database() for _ in range(3)]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(migrate.upgrade, urls))
+    assert [migrate.check(url) for url in urls] == [[], [], []]
+
+
+def test_the_sql_from_code_does_what_the_upgrade_and_the_downgrade_do(empty: str, migrated_url: str) -> None:
+    def psql(script: str) -> None:
+        url = make_url(empty).set(drivername="postgresql").render_as_string(hide_password=False)
+        subprocess.run(
+            [client_tool("psql"), "-X", "-q", "-v", "ON_ERROR_STOP=1", url],
+            input=script,
+            check=True,
+            text=True,
+            capture_output=True,
+        )
+
+    psql(migrate.sql("base:head"))
+    assert migrate.check(empty) == []
+    assert dump(empty) == dump(migrated_url)
+
+    run_sql(empty, fleet_sql(), SHADOWS)
+    psql(migrate.sql("head:base", shadow="discard", device_state="drop", lock_timeout="1s"))
+    assert "device_state" not in tables_of(empty)
+
+
+def test_the_scripts_may_stand_in_a_folder_with_a_percent_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "100%(here)s"
+    shutil.copytree(CHECKOUT / "alembic", folder)
+    monkeypatch.setattr(scripts, "FOLDER", folder)
+    assert scripts.revisions() == ["075", "076"]

@@ -1,0 +1,417 @@
+"""Migrations beside writers: short locks, a concurrent index, two deployers, and no harm from any interruption."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from alembic import command
+from alembic.migration import MigrationContext
+from alembic.operations import Operations
+from alembic.util import CommandError
+from alembic_runs import CHECKOUT, config, downgrade, run_alembic, upgrade
+from raw_sql import RAW_075, SHADOWS, fleet_sql, rows_of, run_sql, seed_sql, tables_of
+from schema_dump import dump
+from sqlalchemy import Connection, Engine, NullPool, create_engine, event, make_url, text
+
+from iot_models import ddl, embedded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+PENDING = (
+    "device_state",
+    "idx_device_state_shadow_pending",
+    "btree (tenant_id) WHERE (desired_version > reported_version)",
+)
+HEARTBEAT = "UPDATE device_state SET last_heartbeat_at = clock_timestamp() WHERE device_id = 'd1'"
+
+
+@pytest.fixture
+def url(new_database: Callable[[], str]) -> str:
+    """A raw deployment of ten devices."""
+    url = new_database()
+    run_sql(url, RAW_075 + fleet_sql())
+    return url
+
+
+@contextmanager
+def connected(url: str, **options: Any) -> Iterator[Connection]:
+    engine = create_engine(url, poolclass=NullPool, **options)
+    with engine.connect() as connection:
+        yield connection
+
+
+@pytest.mark.parametrize("migrate", [upgrade, lambda url: downgrade(url, "075")], ids=["upgrade", "downgrade"])
+def test_a_lock_that_is_not_had_in_time_is_an_error_that_changed_nothing_and_lets_writers_through(
+    url: str, migrate: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ddl, "_FIRST_PAUSE", 0.05)
+    upgrade(url, "075" if migrate is upgrade else "head")
+    before, rows = dump(url), rows_of(url)
+    impatient = config(url)
+    impatient.cmd_opts.x.append("lock_timeout=100ms")  # type: ignore[union-attr]
+
+    with ThreadPoolExecutor(1) as pool, connected(url) as holder:
+        holder.execute(text("SELECT * FROM device_state"))  # a report that somebody left open
+        pid = holder.scalar(text("SELECT pg_backend_pid()"))
+        run = command.upgrade if migrate is upgrade else command.downgrade
+        migrating = pool.submit(run, impatient, "head" if migrate is upgrade else "075")
+        time.sleep(0.05)
+        run_sql(url, HEARTBEAT)  # goes through while the report is still open
+        with pytest.raises(CommandError) as caught:
+            migrating.result(timeout=30)
+
+    said = str(caught.value)
+    assert "no lock on device_state after 5 tries of 100ms" in said
+    assert f"pid {pid}" in said
+    assert "-x lock_timeout=" in said
+    if migrate is upgrade:  # a downgrade may have begun its parked copy by then
+        assert dump(url) == before
+    assert [row.split(",")[:4] for row in rows_of(url)] == [row.split(",")[:4] for row in rows]
+
+    migrate(url)
+    assert rows_of(url, "alembic_version") == (["(076)"] if migrate is upgrade else ["(075)"])
+
+
+def test_a_lock_that_is_had_at_a_later_try_is_enough(
+    url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ddl, "_FIRST_PAUSE", 0.2)
+    patient = config(url)
+    patient.cmd_opts.x.append("lock_timeout=100ms")  # type: ignore[union-attr]
+
+    with ThreadPoolExecutor(1) as pool, connected(url) as holder, caplog.at_level(logging.WARNING):
+        holder.execute(text("SELECT * FROM device_state"))
+        migrating = pool.submit(command.upgrade, patient, "head")
+        wait_until(lambda: "try 1 of 5" in caplog.text)
+        holder.rollback()
+        migrating.result(timeout=30)
+
+    assert rows_of(url, "alembic_version") == ["(076)"]
+
+
+def test_another_error_than_the_lock_is_passed_on(url: str) -> None:
+    with connected(url) as connection, connection.begin():
+        connection.execute(text("SET LOCAL statement_timeout = '50ms'"))
+        operations = Operations(MigrationContext.configure(connection))
+        with connected(url) as holder:
+            holder.execute(text("SELECT * FROM device_state"))
+            with pytest.raises(Exception, match="statement timeout"):
+                operations.lock_table("device_state", "ACCESS EXCLUSIVE")  # type: ignore[attr-defined]
+
+
+def test_a_lock_whose_holder_is_gone_by_then_says_so(url: str) -> None:
+    with connected(url) as connection:
+        assert ddl._lock_holders(connection, "device_state") == "nobody now"  # noqa: SLF001
+
+
+def test_the_index_is_built_while_a_writer_has_an_open_transaction_and_others_go_on(
+    url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ddl, "_PROGRESS_EVERY", 0.05)
+    run_sql(url, seed_sql(), "DROP INDEX idx_device_state_shadow_pending")
+
+    def build() -> None:
+        with connected(url, isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(text("SET lock_timeout = '50ms'"))  # would cancel a build that heeds it
+            operations = Operations(MigrationContext.configure(connection))
+            operations.ensure_index(*PENDING)  # type: ignore[attr-defined]
+            assert connection.scalar(text("SHOW lock_timeout")) == "50ms"
+
+    with ThreadPoolExecutor(1) as pool, connected(url) as writer, caplog.at_level(logging.INFO):
+        writer.execute(text("UPDATE device_state SET status = 'STALE' WHERE device_id = 'd2'"))
+        building = pool.submit(build)
+        wait_until(lambda: "waiting for the transaction of pid" in caplog.text)
+        run_sql(url, HEARTBEAT)
+        assert not building.done()
+        writer.commit()
+        building.result(timeout=30)
+
+    assert "idx_device_state_shadow_pending: " in caplog.text
+    assert run_sql(
+        url, "SELECT indisvalid FROM pg_index WHERE indexrelid = 'idx_device_state_shadow_pending'::regclass"
+    ) == [(True,)]
+
+
+def test_an_invalid_index_is_built_again_and_a_valid_one_is_kept(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    upgrade(url)
+    identity = (
+        "SELECT indexrelid, indisvalid FROM pg_index WHERE indexrelid = 'idx_device_state_shadow_pending'::regclass"
+    )
+    run_sql(
+        url, "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'idx_device_state_shadow_pending'::regclass"
+    )
+    ((invalid, _),) = run_sql(url, identity)
+    run_sql(url, "UPDATE alembic_version SET version_num = '075'")
+
+    upgrade(url)
+
+    ((built, valid),) = run_sql(url, identity)
+    assert valid
+    assert built != invalid
+    assert "is INVALID, left by an interrupted build" in caplog.text
+
+    run_sql(url, "UPDATE alembic_version SET version_num = '075'")
+    upgrade(url)
+    assert run_sql(url, identity) == [(built, True)]
+
+
+@pytest.mark.parametrize("direction", ["upgrade", "downgrade"])
+def test_of_two_deployers_at_once_both_succeed_and_the_work_is_done_once(url: str, direction: str) -> None:
+    arguments = ("upgrade", "head") if direction == "upgrade" else ("downgrade", "075")
+    if direction == "downgrade":
+        upgrade(url)
+        run_sql(url, SHADOWS)
+
+    with ThreadPoolExecutor(2) as pool:
+        runs = list(pool.map(lambda _: run_alembic(*arguments, DATABASE_URL=url), range(2)))
+
+    assert [run.returncode for run in runs] == [0, 0], [run.stderr for run in runs]
+    assert sum(run.stderr.count("075 -> 076" if direction == "upgrade" else "076 -> 075") for run in runs) == 1
+
+
+def test_a_deployer_that_waits_says_so_and_a_command_that_only_looks_does_not_wait(
+    url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with connected(url, isolation_level="AUTOCOMMIT") as other, caplog.at_level(logging.INFO):
+        other.execute(text("SELECT pg_advisory_lock(:key)"), {"key": 0x696F745F6D6F6465})
+        command.current(config(url))
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(upgrade, url)
+            wait_until(lambda: "another deployer is migrating this database: waiting" in caplog.text)
+            assert not waiting.done()
+            assert "alembic_version" not in tables_of(url)
+            other.execute(text("SELECT pg_advisory_unlock_all()"))
+            waiting.result(timeout=30)
+    assert rows_of(url, "alembic_version") == ["(076)"]
+
+
+def test_the_downgrade_copies_what_writers_change_meanwhile_and_never_makes_them_fail(
+    url: str, server_role: str
+) -> None:
+    """The application's role has no right to the parked table. It writes before a page is copied, and after."""
+    upgrade(url)
+    run_sql(url, f"GRANT SELECT, INSERT, UPDATE, DELETE ON device_state TO {server_role}", SHADOWS)
+    application = make_url(url).set(username=server_role, password=server_role).render_as_string(hide_password=False)
+    writes = [
+        """UPDATE device_state SET desired_version = 8 WHERE device_id = 'd1';
+           INSERT INTO device_state (tenant_id, site_id, device_id, desired_version) VALUES ('acme', 's', 'new', 3)""",
+        """UPDATE device_state SET desired_version = 9, shadow_updated_at = NULL WHERE device_id = 'd2';
+           UPDATE device_state SET device_id = 'renamed' WHERE device_id = 'd3';
+           UPDATE device_state SET reported_state = '{}' WHERE device_id = 'd4';
+           DELETE FROM device_state WHERE device_id = 'd1'""",
+    ]
+
+    def write(_c: object, _cursor: object, statement: str, *_rest: object) -> None:
+        if "WITH page AS" in statement and writes:
+            run_sql(application, writes.pop(0))
+
+    event.listen(Engine, "before_cursor_execute", write)
+    try:
+        downgrade(url, "075")
+    finally:
+        event.remove(Engine, "before_cursor_execute", write)
+
+    assert not writes
+    parked = {row.split(",")[1]: row for row in rows_of(url, "device_state_shadow_076")}
+    assert set(parked) == {"d1", "d2", "d3", "new", "renamed"}  # d1 and d3 have no device any more
+    assert ",8,5," in parked["d1"]
+    assert parked["d2"].endswith(",9,5,)")
+    assert parked["renamed"].split(",", 2)[2] == parked["d3"].split(",", 2)[2]
+
+
+def test_rows_that_a_writer_holds_are_taken_in_a_later_round(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    upgrade(url)
+    run_sql(url, SHADOWS)
+    before = rows_of(url, columns="device_id, desired_state, reported_state, desired_version")
+    downgrade(url, "075")
+
+    with ThreadPoolExecutor(1) as pool, connected(url) as writer, caplog.at_level(logging.INFO):
+        migrating = None
+
+        def hold_a_row(_c: object, _cursor: object, statement: str, *_rest: object) -> None:
+            if "WITH page AS" in statement and not writer.in_transaction():
+                writer.execute(text("UPDATE device_state SET status = 'STALE' WHERE device_id = 'd2'"))
+
+        event.listen(Engine, "before_cursor_execute", hold_a_row)
+        try:
+            migrating = pool.submit(upgrade, url)
+            wait_until(lambda: "1 rows are locked by other transactions" in caplog.text)
+        finally:
+            event.remove(Engine, "before_cursor_execute", hold_a_row)
+        writer.commit()
+        migrating.result(timeout=30)
+
+    assert rows_of(url, columns="device_id, desired_state, reported_state, desired_version") == before
+    assert "device_state_shadow_076" not in tables_of(url)
+
+
+def wait_until(holds: Callable[[], object]) -> None:
+    """Wait for what another thread does; 20 seconds are a failure, not a reason to wait for ever."""
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.01)
+
+
+@contextmanager
+def cut_after(statements: int) -> Iterator[list[str]]:
+    """Cut the connection to the server when that many statements have run, as if the client had been killed there."""
+    seen: list[str] = []
+
+    def cut(connection: Connection, _cursor: object, statement: str, *_rest: object) -> None:
+        seen.append(statement)
+        if len(seen) == statements:
+            connection.connection.dbapi_connection.pgconn.finish()  # type: ignore[union-attr]
+
+    event.listen(Engine, "after_cursor_execute", cut)
+    try:
+        yield seen
+    finally:
+        event.remove(Engine, "after_cursor_execute", cut)
+
+
+WAYS: dict[str, tuple[str, Callable[[str], None]]] = {
+    "from raw 075 to 076": (RAW_075 + fleet_sql(), upgrade),
+    "076 to 075": ("up;" + SHADOWS, lambda url: downgrade(url, "075")),
+    "075 with parked shadows to 076": ("up;" + SHADOWS + "down", upgrade),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_cut_off_after_any_statement_the_same_command_ends_in_the_same_result(
+    new_database: Callable[..., str], way: str
+) -> None:
+    start, migrate = WAYS[way]
+    template = new_database()
+    run_sql(template, start if way.startswith("from raw") else RAW_075 + fleet_sql())
+    if not way.startswith("from raw"):
+        upgrade(template)
+        run_sql(template, SHADOWS)
+    if "parked" in way:
+        downgrade(template, "075")
+    name = str(make_url(template).database)
+
+    def state(url: str) -> tuple[str, list[str], list[str]]:
+        return (
+            dump(url),
+            rows_of(url),
+            [row for table in sorted(tables_of(url) - {"device_state"}) for row in rows_of(url, table)],
+        )
+
+    whole = new_database(name)
+    with cut_after(0) as statements:
+        migrate(whole)
+    expected = state(whole)
+    assert len(statements) > 15
+
+    for cut in range(1, len(statements) + 1):
+        url = new_database(name)
+        with (
+            cut_after(cut),
+            pytest.raises(CommandError, match=r"the connection was lost.*(?s:.)*Run the same command again"),
+        ):
+            migrate(url)
+        migrate(url)
+        assert state(url) == expected, f"cut after {statements[cut - 1]}"
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = {path!r}
+from sqlalchemy import Engine, event
+from alembic_runs import downgrade, upgrade
+
+seen = 0
+def kill(connection, cursor, statement, *rest):
+    global seen
+    seen += 1
+    if {needle!r} in statement:
+        os.kill(os.getpid(), signal.SIGKILL)
+event.listen(Engine, {moment!r}, kill)
+{call}
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "moment", "needle"),
+    [
+        ("upgrade(sys.argv[1])", "after_cursor_execute", "ALTER TABLE device_state"),
+        ("upgrade(sys.argv[1])", "before_cursor_execute", "CREATE INDEX CONCURRENTLY"),
+        ("upgrade(sys.argv[1])", "after_cursor_execute", "UPDATE alembic_version"),
+        ("downgrade(sys.argv[1], '075')", "after_cursor_execute", "WITH page AS"),
+        ("downgrade(sys.argv[1], '075')", "after_cursor_execute", "DROP COLUMN"),
+    ],
+)
+def test_a_client_killed_outright_leaves_nothing_that_the_next_run_does_not_mend(
+    url: str, migrated_url: str, call: str, moment: str, needle: str
+) -> None:
+    if call.startswith("downgrade"):
+        upgrade(url)
+        run_sql(url, SHADOWS)
+    path = [str(CHECKOUT), str(CHECKOUT / "tests")]
+    program = KILLED.format(path=path, needle=needle, moment=moment, call=call)
+
+    killed = subprocess.run([sys.executable, "-c", program, url], check=False, capture_output=True, timeout=60)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+
+    if call.startswith("downgrade"):
+        downgrade(url, "075")
+        assert len(rows_of(url, "device_state_shadow_076")) == 4
+        assert rows_of(url, "alembic_version") == ["(075)"]
+    upgrade(url)
+    assert dump(url) == dump(migrated_url)
+    assert len(rows_of(url)) == 10
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the embedded server needs POSIX")
+def test_a_server_that_crashes_in_the_middle_is_no_harm_either() -> None:
+    """SIGKILL to the very backend that migrates: the server throws everybody out and recovers from its log."""
+    # Durable, unlike what the embedded server is otherwise: what was committed must survive.
+    with embedded.postgres(settings={"synchronous_commit": "on"}) as server:
+        run_sql(server.url, RAW_075 + fleet_sql())
+        for needle, migrate in (
+            ("CREATE INDEX", upgrade),
+            ("DROP COLUMN", lambda url: downgrade(url, "075")),
+            ("WITH page AS", upgrade),
+        ):
+            before = rows_of(server.url, columns="device_id, state")
+            crashed = threading.Event()
+
+            def crash(connection: Connection, _cursor: object, statement: str, *_rest: object) -> None:
+                if needle in statement and not crashed.is_set():  # noqa: B023 - used in this turn only
+                    crashed.set()  # noqa: B023
+                    dbapi: Any = connection.connection.dbapi_connection
+                    os.kill(dbapi.info.backend_pid, signal.SIGKILL)
+
+            event.listen(Engine, "before_cursor_execute", crash)
+            try:
+                with pytest.raises(CommandError, match="the connection was lost"):
+                    migrate(server.url)
+            finally:
+                event.remove(Engine, "before_cursor_execute", crash)
+            assert crashed.is_set()
+            wait_until(lambda: answers(server.url))
+            migrate(server.url)
+            assert rows_of(server.url, columns="device_id, state") == before
+            if needle == "CREATE INDEX":
+                run_sql(server.url, SHADOWS)
+        assert len([row for row in rows_of(server.url) if "52.12345678901234567890" in row]) == 3
+
+
+def answers(url: str) -> bool:
+    try:
+        run_sql(url, "SELECT 1")
+    except Exception:  # noqa: BLE001 - whatever a recovering server says
+        return False
+    return True

@@ -1,0 +1,231 @@
+"""`alembic downgrade`: no shadow is lost, unless that was asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from alembic.util import CommandError
+from alembic_runs import downgrade, run_alembic, upgrade
+from raw_sql import RAW_075, SHADOW_COLUMNS, SHADOWS, fleet_sql, rows_of, run_sql, tables_of
+from schema_dump import dump
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PARKED = "device_state_shadow_076"
+KEYED = f"tenant_id, device_id, {SHADOW_COLUMNS}"
+
+
+@pytest.fixture
+def raw_075(new_database: Callable[[], str]) -> str:
+    """The dump of the deployment before any shadow."""
+    url = new_database()
+    run_sql(url, RAW_075)
+    return dump(url)
+
+
+@pytest.fixture
+def url(new_database: Callable[[], str]) -> str:
+    """Ten devices at head, four of which have a shadow."""
+    url = new_database()
+    run_sql(url, RAW_075 + fleet_sql())
+    upgrade(url)
+    run_sql(url, SHADOWS)
+    return url
+
+
+def columns_of(url: str) -> list[str]:
+    return [
+        name
+        for (name,) in run_sql(
+            url, "SELECT column_name FROM information_schema.columns WHERE table_name = 'device_state'"
+        )
+    ]
+
+
+def shadows(url: str) -> list[str]:
+    return rows_of(url, columns=KEYED)
+
+
+def test_where_no_shadow_was_ever_written_exactly_the_075_schema_is_left(
+    new_database: Callable[[], str], raw_075: str
+) -> None:
+    url = new_database()
+    run_sql(url, RAW_075 + fleet_sql())
+    before = rows_of(url)
+    upgrade(url)
+
+    downgrade(url, "075")
+
+    assert dump(url) == raw_075
+    assert rows_of(url) == before
+
+
+def test_shadows_come_back_bit_by_bit_and_the_parked_table_is_gone(url: str, raw_075: str, migrated_url: str) -> None:
+    before, rows = shadows(url), rows_of(url)
+
+    downgrade(url, "075")
+    assert tables_of(url) == {"alembic_version", "device_state", PARKED}
+    assert len(rows_of(url, PARKED)) == 4
+    assert dump(url).startswith(raw_075.split("ALTER TABLE ONLY", maxsplit=1)[0].rstrip())
+    assert not set(SHADOW_COLUMNS.split(", ")) & set(columns_of(url))
+    upgrade(url)
+
+    assert shadows(url) == before
+    assert rows_of(url) == rows
+    assert dump(url) == dump(migrated_url)
+
+
+def test_writes_and_deletions_in_between_are_kept(url: str) -> None:
+    before = set(shadows(url))
+    downgrade(url, "075")
+    run_sql(url, """
+        UPDATE device_state SET status = 'STALE', state = '{"new": true}' WHERE device_id = 'd1';
+        DELETE FROM device_state WHERE device_id IN ('d2', 'd9');
+        INSERT INTO device_state (tenant_id, site_id, device_id) VALUES ('acme', 's', 'new');
+    """)  # fmt: skip
+
+    run = run_alembic("upgrade", "head", DATABASE_URL=url)
+
+    assert run.returncode == 0, run.stderr
+    assert run_sql(url, "SELECT status, state FROM device_state WHERE device_id = 'd1'") == [("STALE", {"new": True})]
+    now = set(shadows(url))
+    assert {row.split(",")[1] for row in before - now} == {"d2", "d9"}
+    assert {row.split(",")[1] for row in now - before} == {"new"}
+    # d2 is gone: its shadow stays parked, and that is said.
+    assert "1 parked shadows stay in device_state_shadow_076" in run.stderr
+    assert [row.split(",")[1] for row in rows_of(url, PARKED)] == ["d2"]
+
+
+def test_a_device_that_comes_back_gets_its_shadow_at_the_next_upgrade(url: str) -> None:
+    before = shadows(url)
+    downgrade(url, "075")
+    deleted = run_sql(url, "DELETE FROM device_state WHERE device_id = 'd2' RETURNING tenant_id")
+    upgrade(url)
+    downgrade(url, "075")
+    run_sql(url, f"INSERT INTO device_state (tenant_id, site_id, device_id) VALUES ('{deleted[0][0]}', 's', 'd2')")
+
+    upgrade(url)
+
+    assert shadows(url) == before
+    assert PARKED not in tables_of(url)
+
+
+def test_a_shadow_that_was_written_since_is_not_overwritten_by_a_parked_one(url: str) -> None:
+    downgrade(url, "075")
+    run_sql(
+        url,
+        "CREATE TABLE gone AS SELECT * FROM device_state WHERE device_id = 'd1'; DELETE FROM device_state WHERE device_id = 'd1'",
+    )
+    upgrade(url)
+    run_sql(url, "INSERT INTO device_state SELECT *, '{\"newer\": 1}', '{}', 1, 0, now() FROM gone; DROP TABLE gone")
+    assert len(rows_of(url, PARKED)) == 1
+    before = shadows(url)
+
+    downgrade(url, "075")
+    upgrade(url)
+
+    assert shadows(url) == before
+    assert any("newer" in row for row in before)
+
+
+def test_shadows_are_thrown_away_on_request_only(url: str, raw_075: str) -> None:
+    run = run_alembic("-x", "shadow=discard", "downgrade", "075", DATABASE_URL=url)
+
+    assert run.returncode == 0, run.stderr
+    assert dump(url) == raw_075
+    upgrade(url)
+    assert run_sql(url, "SELECT sum(desired_version) FROM device_state") == [(0,)]
+
+
+@pytest.mark.parametrize("option", ["shadow=park", "shadow=", "shadow", "shadwo=discard", "device_state=yes", "lock_timeout=0", "lock_timeout=4", "lock_timeout=4s; DROP TABLE x"])  # fmt: skip
+def test_an_option_that_is_misspelt_is_refused_and_not_ignored(url: str, option: str) -> None:
+    before = rows_of(url)
+
+    run = run_alembic("-x", option, "downgrade", "075", DATABASE_URL=url)
+
+    assert run.returncode != 0
+    said = run.stdout + run.stderr
+    assert f"-x {option.split('=', maxsplit=1)[0]}" in said
+    assert "Traceback" not in said
+    assert rows_of(url) == before
+
+
+def test_going_to_base_refuses_rows_and_drops_them_on_request_only(url: str) -> None:
+    before = len(rows_of(url))
+    with pytest.raises(CommandError, match=r"device_state holds 10 rows.*-x device_state=drop"):
+        downgrade(url, "base")
+    assert len(rows_of(url)) == before
+    assert rows_of(url, "alembic_version") == ["(075)"]  # the shadows are parked, an upgrade puts them back
+
+    run = run_alembic("-x", "device_state=drop", "downgrade", "base", DATABASE_URL=url)
+    assert run.returncode == 0, run.stderr
+    assert tables_of(url) == {"alembic_version"}
+
+
+def test_going_to_base_refuses_parked_shadows_too(url: str) -> None:
+    downgrade(url, "075")
+    run_sql(url, "DELETE FROM device_state")
+
+    with pytest.raises(CommandError, match="device_state_shadow_076 holds 4 rows"):
+        downgrade(url, "base")
+    assert len(rows_of(url, PARKED)) == 4
+
+
+def test_an_empty_table_goes_to_base_without_a_word(new_database: Callable[[], str]) -> None:
+    url = new_database()
+    upgrade(url)
+
+    downgrade(url, "base")
+
+    assert tables_of(url) == {"alembic_version"}
+
+
+def test_a_table_of_that_name_that_is_not_the_parked_one_stops_both_ways(url: str) -> None:
+    run_sql(url, f"CREATE TABLE {PARKED} (note text)")
+    before = rows_of(url)
+    with pytest.raises(
+        CommandError, match=r"device_state_shadow_076 is not the table.*(?s:.)*column desired_state is missing"
+    ):
+        downgrade(url, "075")
+    assert rows_of(url) == before
+
+
+def test_where_a_policy_would_hide_rows_from_the_migration_it_fails_instead_of_losing_them(
+    url: str, server_role: str
+) -> None:
+    before = rows_of(url)
+    run_sql(url, f"""
+        ALTER TABLE device_state OWNER TO {server_role};
+        ALTER TABLE alembic_version OWNER TO {server_role};
+        GRANT ALL ON SCHEMA public TO {server_role};
+        ALTER TABLE device_state ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
+        CREATE POLICY one ON device_state USING (device_id = 'd1');
+    """)  # fmt: skip
+
+    run = run_alembic("-x", f"url={url.replace('://postgres@', f'://{server_role}@')}", "downgrade", "075")
+
+    assert run.returncode != 0
+    assert "row-level security policy" in run.stderr + run.stdout
+    assert rows_of(url) == before
+
+
+def test_a_trigger_that_suppresses_updates_does_not_eat_parked_shadows(url: str) -> None:
+    downgrade(url, "075")
+    parked = rows_of(url, PARKED)
+    run_sql(url, """
+        CREATE FUNCTION own_skip() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
+        CREATE TRIGGER own_skip BEFORE UPDATE ON device_state FOR EACH ROW EXECUTE FUNCTION own_skip();
+    """)  # fmt: skip
+
+    with pytest.raises(
+        CommandError, match="a trigger or rule on device_state keeps parked shadows from being put back"
+    ):
+        upgrade(url)
+    assert rows_of(url, PARKED) == parked
+
+    run_sql(url, "ALTER TABLE device_state DISABLE TRIGGER own_skip")
+    upgrade(url)
+    assert PARKED not in tables_of(url)
+    assert len({row for row in shadows(url) if "52.12345678901234567890" in row}) == 3
