@@ -178,36 +178,43 @@ def _mirror_new_writes() -> None:
 
 # Both ways move a page of shadows in one statement. The rows are locked first; those that a writer holds are skipped
 # and taken in a later round: so it never waits while it holds a lock, and can be part of no deadlock.
+# A page walks one table by its primary key and joins the other to its keys alone (MATERIALIZED): columns this new have
+# no statistics, and a join of both tables would be planned as if one row came out of it.
+
+EQUAL = " AND ".join(f"p.{name} IS NOT DISTINCT FROM d.{name}" for name in COLUMNS)
 
 PARK = f"""
-    WITH page AS (
+    WITH page AS MATERIALIZED (
       SELECT tenant_id, device_id FROM device_state d
        WHERE <behind> AND NOT ({_never_written("d")})
-         AND NOT EXISTS (
-           SELECT FROM {PARKED} p WHERE (p.tenant_id, p.device_id) = (d.tenant_id, d.device_id)
-              AND ({", ".join(f"p.{name}" for name in COLUMNS)})
-                  IS NOT DISTINCT FROM ({", ".join(f"d.{name}" for name in COLUMNS)}))
        ORDER BY tenant_id, device_id LIMIT {PAGE}),
-    free AS (
-      SELECT d.* FROM device_state d JOIN page USING (tenant_id, device_id)
+    found AS MATERIALIZED (
+      SELECT tenant_id, device_id FROM page JOIN device_state d USING (tenant_id, device_id)
+        LEFT JOIN {PARKED} p USING (tenant_id, device_id)
+       WHERE NOT ({_never_written("d")}) AND (p.tenant_id IS NULL OR NOT ({EQUAL}))),
+    free AS MATERIALIZED (
+      SELECT d.* FROM device_state d JOIN found USING (tenant_id, device_id)
        WHERE NOT ({_never_written("d")})
          FOR NO KEY UPDATE OF d SKIP LOCKED),
     moved AS (
       INSERT INTO {PARKED} (tenant_id, device_id, {NAMES}) SELECT tenant_id, device_id, {NAMES} FROM free
           ON CONFLICT (tenant_id, device_id) DO UPDATE SET {OVERWRITE}
           RETURNING 1)
-    SELECT tenant_id, device_id, (SELECT count(*) FROM page) AS found, (SELECT count(*) FROM moved) AS moved
+    SELECT tenant_id, device_id, (SELECT count(*) FROM found) AS found, (SELECT count(*) FROM moved) AS moved
       FROM page ORDER BY tenant_id DESC, device_id DESC LIMIT 1
 """
 # A device whose shadow was written since keeps it. The division undoes the page if a trigger of the team's own kept the
 # UPDATE from a row whose parked copy is gone by then.
 PUT_BACK = f"""
-    WITH page AS (
-      SELECT tenant_id, device_id FROM {PARKED} JOIN device_state d USING (tenant_id, device_id)
-       WHERE <behind> AND {_never_written("d")}
+    WITH page AS MATERIALIZED (
+      SELECT tenant_id, device_id FROM {PARKED}
+       WHERE <behind>
        ORDER BY tenant_id, device_id LIMIT {PAGE}),
-    free AS (
-      SELECT tenant_id, device_id FROM device_state d JOIN page USING (tenant_id, device_id)
+    found AS MATERIALIZED (
+      SELECT tenant_id, device_id FROM page JOIN device_state d USING (tenant_id, device_id)
+       WHERE {_never_written("d")}),
+    free AS MATERIALIZED (
+      SELECT tenant_id, device_id FROM device_state d JOIN found USING (tenant_id, device_id)
        WHERE {_never_written("d")}
          FOR NO KEY UPDATE OF d SKIP LOCKED),
     taken AS (
@@ -217,7 +224,7 @@ PUT_BACK = f"""
       UPDATE device_state d SET {", ".join(f"{name} = taken.{name}" for name in COLUMNS)}
         FROM taken WHERE (d.tenant_id, d.device_id) = (taken.tenant_id, taken.device_id)
           RETURNING 1)
-    SELECT tenant_id, device_id, (SELECT count(*) FROM page) AS found, (SELECT count(*) FROM moved) AS moved,
+    SELECT tenant_id, device_id, (SELECT count(*) FROM found) AS found, (SELECT count(*) FROM moved) AS moved,
            1 / CAST((SELECT count(*) FROM taken) = (SELECT count(*) FROM moved) AS integer) AS whole
       FROM page ORDER BY tenant_id DESC, device_id DESC LIMIT 1
 """
