@@ -1,0 +1,128 @@
+"""`--sql`: what it prints, psql runs with the same result."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+from alembic_runs import downgrade, run_alembic, upgrade
+from postgres_server import client_tool
+from raw_sql import RAW_075, SHADOWS, fleet_sql, rows_of, run_sql, tables_of
+from schema_dump import dump
+from sqlalchemy import make_url
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PARKED = "device_state_shadow_076"
+
+
+def psql(url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Print the SQL of `alembic ARGUMENTS --sql` and run it as a database administrator would."""
+    printed = run_alembic(*arguments, "--sql")
+    assert printed.returncode == 0, printed.stderr
+    target = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+    command = [client_tool("psql"), "-X", "-q", "-v", "ON_ERROR_STOP=1", target]
+    return subprocess.run(command, input=printed.stdout, check=False, capture_output=True, text=True, timeout=60)
+
+
+def state(url: str) -> tuple[str, list[str], list[str]]:
+    rest = [row for table in sorted(tables_of(url) - {"device_state"}) for row in rows_of(url, table)]
+    return dump(url), rows_of(url), rest
+
+
+@pytest.fixture
+def two(new_database: Callable[..., str]) -> tuple[str, str]:
+    """Two databases at 075 with the same ten devices: one to migrate online, the other by psql."""
+    one = new_database()
+    run_sql(one, RAW_075 + fleet_sql())
+    upgrade(one, "075")
+    return one, new_database(str(make_url(one).database))
+
+
+def test_the_printed_sql_ends_in_the_same_result_both_ways_shadows_included(two: tuple[str, str]) -> None:
+    online, offline = two
+    upgrade(online)
+    run = psql(offline, "upgrade", "075:076")
+    assert run.returncode == 0, run.stderr
+    assert state(offline) == state(online)
+
+    for url in two:
+        run_sql(url, SHADOWS)
+    downgrade(online, "075")
+    run = psql(offline, "downgrade", "076:075")
+    assert run.returncode == 0, run.stderr
+    assert len(rows_of(offline, PARKED)) == 4
+    assert state(offline) == state(online)
+
+    upgrade(online)
+    run = psql(offline, "upgrade", "075:076")
+    assert run.returncode == 0, run.stderr
+    assert state(offline) == state(online)
+    assert PARKED not in tables_of(offline)
+
+
+def test_no_shadow_leaves_no_parked_table(two: tuple[str, str]) -> None:
+    before = state(two[1])
+    psql(two[1], "upgrade", "075:076")
+
+    assert psql(two[1], "downgrade", "076:075").returncode == 0
+    assert state(two[1]) == before
+
+
+def test_a_parked_shadow_without_a_device_stays_and_is_counted(two: tuple[str, str]) -> None:
+    url = two[1]
+    upgrade(url)
+    run_sql(url, SHADOWS)
+    downgrade(url, "075")
+    run_sql(url, "DELETE FROM device_state WHERE device_id = 'd2'")
+
+    run = psql(url, "upgrade", "075:076")
+
+    assert run.returncode == 0
+    assert "WARNING:  1 parked shadows stay in device_state_shadow_076" in run.stderr
+    assert [row.split(",")[1] for row in rows_of(url, PARKED)] == ["d2"]
+
+
+def test_an_invalid_index_that_a_cancelled_build_left_is_replaced(two: tuple[str, str]) -> None:
+    url = two[1]
+    upgrade(url)
+    index = "indexrelid = 'idx_device_state_shadow_pending'::regclass"
+    run_sql(
+        url, f"UPDATE pg_index SET indisvalid = false WHERE {index}; UPDATE alembic_version SET version_num = '075'"
+    )
+
+    assert psql(url, "upgrade", "075:076").returncode == 0
+    assert run_sql(url, f"SELECT indisvalid FROM pg_index WHERE {index}") == [(True,)]
+
+
+def test_discarding_and_dropping_are_printed_on_request(two: tuple[str, str]) -> None:
+    url = two[1]
+    before = state(url)
+    upgrade(url)
+    run_sql(url, SHADOWS)
+
+    assert psql(url, "-x", "shadow=discard", "downgrade", "076:075").returncode == 0
+    assert state(url) == before
+
+    run = psql(url, "downgrade", "075:base")
+    assert run.returncode != 0
+    assert "device_state holds rows: print this SQL with -x device_state=drop" in run.stderr
+    assert state(url) == before
+
+    assert psql(url, "-x", "device_state=drop", "downgrade", "075:base").returncode == 0
+    assert "device_state" not in tables_of(url)
+
+
+def test_from_nothing_to_head(new_database: Callable[[], str], migrated_url: str) -> None:
+    url = new_database()
+
+    assert psql(url, "upgrade", "head").returncode == 0
+    assert dump(url) == dump(migrated_url)
+
+
+def test_the_printed_sql_heeds_the_lock_timeout() -> None:
+    assert run_alembic("upgrade", "075:076", "--sql").stdout.startswith("SET lock_timeout = '4s';")
+    printed = run_alembic("-x", "lock_timeout=500ms", "upgrade", "075:076", "--sql").stdout
+    assert printed.startswith("SET lock_timeout = '500ms';")
