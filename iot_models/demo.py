@@ -65,15 +65,20 @@ def main() -> None:
     with _database(console) as url:
         engine = create_engine(url)
         _lay_down_the_fleet(console, engine)
-        _alembic(console, url, "stamp", "075")
         _alembic(console, url, "upgrade", "head")
         _life_of_a_shadow(console, engine)
-        console.rule("Back, and forth again")
+        before = _shadows(engine)
+        console.rule("A rollback at three in the morning, and forward again")
         _alembic(console, url, "downgrade", "075")
-        _alembic(console, url, "upgrade", "head")
         with engine.connect() as connection:
-            kept = connection.scalar(text("SELECT count(*) FROM device_state"))
-        console.print(f"{kept:,} devices are still there.")
+            parked = connection.scalar(text("SELECT count(*) FROM device_state_shadow_076"))
+        console.print(f"{parked} shadows are parked; the old code writes heartbeats meanwhile.")
+        with engine.begin() as connection:
+            connection.execute(text("UPDATE device_state SET last_heartbeat_at = now()"))
+        _alembic(console, url, "upgrade", "head")
+        after = _shadows(engine)
+        same = sum(before.get(key) == shadow for key, shadow in after.items())
+        console.print(f"{same:,} of {len(before):,} shadows are what they were before, to the last digit.")
         engine.dispose()
 
 
@@ -96,6 +101,18 @@ def _database(console: Console) -> Iterator[str]:
         finally:
             connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
     admin.dispose()
+
+
+def _shadows(engine: Engine) -> dict[tuple[str, str], str]:
+    """The shadows that were written, as PostgreSQL writes them: exact."""
+    with engine.connect() as connection:
+        rows = connection.execute(
+            text("""
+                SELECT tenant_id, device_id, CAST((desired_state, reported_state, desired_version, reported_version,
+                       shadow_updated_at) AS text) AS shadow FROM device_state WHERE desired_version > 0
+            """)
+        )
+        return {(row.tenant_id, row.device_id): row.shadow for row in rows}
 
 
 def _lay_down_the_fleet(console: Console, engine: Engine) -> None:
