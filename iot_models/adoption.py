@@ -1,0 +1,175 @@
+"""Alembic operations that look before a revision leaps: `op.table_exists`, `op.expect_table`.
+
+`iot_models.ddl` imports this module, and so registers them too.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from alembic.operations import MigrateOperation, Operations
+from alembic.util import CommandError
+from sqlalchemy import text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from sqlalchemy import Connection
+
+    # name: (type, NOT NULL, default), in PostgreSQL's own words
+    Columns = Mapping[str, tuple[str, bool, str | None]]
+
+
+@Operations.register_operation("table_exists")
+class TableExists(MigrateOperation):
+    """Whether a table is there; offline, whether the database may be taken to have it: no."""
+
+    def __init__(self, table: str) -> None:
+        self.table = table
+
+    @classmethod
+    def table_exists(cls, operations: Operations, table: str) -> bool:
+        """Whether the search path finds a table, view or the like of that name; False offline."""
+        found: bool = operations.invoke(cls(table))
+        return found
+
+
+@Operations.implementation_for(TableExists)
+def _table_exists(operations: Operations, operation: TableExists) -> bool:
+    if operations.get_context().as_sql:
+        return False
+    found = operations.get_bind().scalar(text("SELECT to_regclass(:table) IS NOT NULL"), {"table": operation.table})
+    return bool(found)
+
+
+@Operations.register_operation("expect_table")
+class ExpectTable(MigrateOperation):
+    """Refuse to go on where a table is not the expected one."""
+
+    def __init__(self, table: str, **expected: Any) -> None:
+        self.table = table
+        self.expected = expected
+
+    @classmethod
+    def expect_table(
+        cls,
+        operations: Operations,
+        table: str,
+        *,
+        required: Columns | None = None,
+        optional: Columns | None = None,
+        primary_key: Sequence[str] | None = None,
+        indexes: Mapping[str, str] | None = None,
+    ) -> None:
+        """Compare a table with what a revision expects; nothing is changed. Offline it passes.
+
+        What the table has besides is a team's own and no difference.
+
+        Args:
+            operations: Alembic's; callers leave it out.
+            table: Its name.
+            required: Columns that must be there.
+            optional: Columns that, where they are there, must be these.
+            primary_key: The columns of the primary key, in order.
+            indexes: Definitions from `USING` on, as `pg_get_indexdef` writes them. An index may be missing or INVALID.
+
+        Raises:
+            CommandError: If it differs, with every difference.
+        """
+        operations.invoke(
+            cls(
+                table,
+                required=required or {},
+                optional=optional or {},
+                primary_key=list(primary_key or ()),
+                indexes=indexes or {},
+            )
+        )
+
+
+@Operations.implementation_for(ExpectTable)
+def _expect_table(operations: Operations, operation: ExpectTable) -> None:
+    if operations.get_context().as_sql:
+        return
+    found = list(_differences(operations.get_bind(), operation.table, **operation.expected))
+    if found:
+        lines = "\n".join(f"  - {difference}" for difference in found)
+        raise CommandError(
+            f"{operation.table} is not the table that this migration expects; nothing was changed:\n{lines}\n"
+            "Change the table so that it fits (docs/migrations.md shows how), then run the same command again."
+        )
+
+
+def _differences(
+    connection: Connection,
+    table: str,
+    *,
+    required: Columns,
+    optional: Columns,
+    primary_key: list[str],
+    indexes: Mapping[str, str],
+) -> Iterator[str]:
+    kind = connection.scalar(text("SELECT relkind FROM pg_class WHERE oid = to_regclass(:table)"), {"table": table})
+    if kind != "r":
+        yield f"it is no plain table (pg_class.relkind is {kind!r}, expected 'r')"
+        return
+    actual = {
+        row.name: (row.type, row.not_null, row.default)
+        for row in connection.execute(
+            text("""
+                SELECT a.attname AS name, format_type(a.atttypid, a.atttypmod) AS type, a.attnotnull AS not_null,
+                       pg_get_expr(d.adbin, d.adrelid) AS default
+                  FROM pg_attribute a LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+                 WHERE a.attrelid = to_regclass(:table) AND a.attnum > 0 AND NOT a.attisdropped
+            """),
+            {"table": table},
+        )
+    }
+    for name, column in {**required, **optional}.items():
+        if name not in actual:
+            if name in required:
+                yield f"column {name} is missing: expected {_describe(column)}"
+        elif actual[name] != column:
+            yield f"column {name} is {_describe(actual[name])}: expected {_describe(column)}"
+    if primary_key:
+        yield from _key_difference(connection, table, primary_key)
+    for name, definition in indexes.items():
+        row = find_index(connection, table, name)
+        if row is not None and not row.ours:
+            yield f"the name of index {name} is taken by another table's"
+        elif row is not None and row.valid and row.definition != definition:
+            yield f"index {name} is {row.definition}: expected {definition}"
+
+
+def _key_difference(connection: Connection, table: str, expected: list[str]) -> Iterator[str]:
+    actual = connection.scalars(
+        text("""
+            SELECT a.attname
+              FROM pg_index i, unnest(i.indkey) WITH ORDINALITY AS k(attnum, place)
+              JOIN pg_attribute a ON a.attnum = k.attnum
+             WHERE i.indrelid = to_regclass(:table) AND i.indisprimary AND a.attrelid = i.indrelid
+             ORDER BY k.place
+        """),
+        {"table": table},
+    ).all()
+    if list(actual) != expected:
+        yield f"the primary key is ({', '.join(actual)}): expected ({', '.join(expected)})"
+
+
+def _describe(column: tuple[str, bool, str | None]) -> str:
+    kind, not_null, default = column
+    return f"{kind}{' NOT NULL' if not_null else ''}{f' DEFAULT {default}' if default is not None else ''}"
+
+
+def find_index(connection: Connection, table: str, name: str) -> Any:
+    """The index of that name in the table's schema: `valid`, `ours` (on this table), `definition`. None if none is."""
+    return connection.execute(
+        text("""
+            SELECT i.indisvalid AS valid, i.indrelid = to_regclass(:table) AS ours,
+                   regexp_replace(pg_get_indexdef(i.indexrelid), '^.* USING ', '') AS definition
+              FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+              JOIN pg_class t ON t.oid = to_regclass(:table) AND t.relnamespace = c.relnamespace
+             WHERE c.relname = :name
+        """),
+        {"table": table, "name": name},
+    ).one_or_none()
