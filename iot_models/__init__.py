@@ -3,6 +3,7 @@
 Migrations are Alembic's: `alembic upgrade head`.
 """
 
+from iot_models.aio import AsyncShadowService
 from iot_models.documents import DocumentLimits
 from iot_models.errors import (
     BatchRejected,
@@ -15,7 +16,9 @@ from iot_models.errors import (
     VersionConflict,
 )
 from iot_models.models import Base, DeviceState
-from iot_models.shadows import Shadow, ShadowService
+from iot_models.reports import Report, ReportOutcome, ReportStatus
+from iot_models.shadow import Shadow
+from iot_models.shadows import ShadowService
 from iot_models.twin import (
     STALE_THRESHOLD_MINUTES,
     Comparison,
@@ -28,6 +31,7 @@ from iot_models.twin import (
 )
 
 __all__ = [  # noqa: RUF022 - the order of sorted()
+    "AsyncShadowService",
     "Base",
     "BatchRejected",
     "Comparison",
@@ -37,6 +41,9 @@ __all__ = [  # noqa: RUF022 - the order of sorted()
     "DocumentTooLarge",
     "InvalidDocument",
     "IotModelsError",
+    "Report",
+    "ReportOutcome",
+    "ReportStatus",
     "STALE_THRESHOLD_MINUTES",
     "Shadow",
     "ShadowService",

@@ -1,23 +1,27 @@
-"""Shadows: what a device should be, what it says it is, and the service that reads and writes both."""
+"""The service that reads and writes what devices should be and what they say they are."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, Final
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import inspect
 from sqlalchemy.exc import OperationalError, ProgrammingError
-from sqlalchemy.orm.attributes import set_committed_value
 
-from iot_models import statements, twin
+from iot_models import arguments, batches, statements, twin
+from iot_models.attempts import ATTEMPTS, suppressed
 from iot_models.documents import DocumentLimits, check_document, decode_document, encode_document, storable_text
 from iot_models.errors import DeviceNotFound, StaleReport, UnknownVersion, VersionConflict
 from iot_models.models import DeviceState
+from iot_models.reports import Report, ReportOutcome, ReportStatus, Versions, check, judge
+from iot_models.shadow import STALE_AFTER, Shadow
+from iot_models.tracking import set_committed_value
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator
+    from datetime import timedelta
     from typing import TypeAlias
 
     from sqlalchemy import Executable, Result, Row
@@ -25,123 +29,7 @@ if TYPE_CHECKING:
 
     _Row: TypeAlias = Row[*tuple[Any, ...]]
 
-_STALE_AFTER: Final = timedelta(minutes=twin.STALE_THRESHOLD_MINUTES)
-_VERSION_BOUND: Final = 2**63  # bound as bigint; the columns are integer, so that no larger number is ever current
-_KEYS_SHOWN: Final = 5
-
-# One round does, or a second where somebody wrote in between. Each further one means that somebody else got through.
-_ATTEMPTS: Final = 100
-
-
-@dataclass(frozen=True, slots=True)
-class Shadow:
-    """One device's shadow as the database had it when it was read: a value, no live object.
-
-    Attributes:
-        desired: What the operator wants. A copy: changing it changes nothing else.
-        reported: What the device last confirmed. A copy too.
-        desired_version: Raised by one by every write of desired.
-        reported_version: The `desired_version` that the device last acknowledged.
-        shadow_updated_at: When desired was last written; None if never.
-        last_seen_at: When the device last reported or was otherwise heard of; None if never.
-        stale_after: The silence after which `sync_status` says `stale`; no part of equality.
-    """
-
-    tenant_id: str
-    device_id: str
-    desired: dict[str, Any]
-    reported: dict[str, Any]
-    desired_version: int
-    reported_version: int
-    shadow_updated_at: datetime | None
-    last_seen_at: datetime | None
-    stale_after: timedelta = field(default=_STALE_AFTER, repr=False, compare=False, kw_only=True)
-
-    @property
-    def delta(self) -> dict[str, Any]:
-        """What desired asks and reported lacks, by top-level keys; see `twin.compute_delta`."""
-        return twin.compute_delta(self.desired, self.reported)
-
-    @property
-    def nested_delta(self) -> dict[str, Any]:
-        """The same down to the differing leaves, as AWS computes it; see `twin.compute_nested_delta`."""
-        return twin.compute_nested_delta(self.desired, self.reported)
-
-    @property
-    def is_pending(self) -> bool:
-        """Whether the device has yet to acknowledge the newest desired version."""
-        return self.desired_version > self.reported_version
-
-    @property
-    def is_drifted(self) -> bool:
-        """Whether the device acknowledged the newest version and yet runs something else."""
-        return self.desired_version == self.reported_version and not self.in_sync
-
-    @property
-    def in_sync(self) -> bool:
-        """Whether the delta is empty, whatever the versions say."""
-        return not self.delta
-
-    @property
-    def etag(self) -> str:
-        """`desired_version` as a strong HTTP entity tag, quotes included: for `ETag` and `If-Match`."""
-        return f'"{self.desired_version}"'
-
-    def sync_status(self, now: datetime | None = None) -> twin.SyncStatus:
-        """Synced, pending or stale; see `twin.sync_status`.
-
-        Raises:
-            ValueError: If `now` has no time zone.
-        """
-        return twin.sync_status(
-            self.desired_version, self.reported_version, self.last_seen_at, now=now, stale_after=self.stale_after
-        )
-
-    def explain(self, now: datetime | None = None) -> str:
-        """Say in one sentence how the device stands, and if it is out of sync, why.
-
-        Raises:
-            ValueError: If `now` has no time zone.
-        """
-        status = self.sync_status(now)
-        if self.last_seen_at is None:
-            seen = "it was never seen"
-        else:
-            word = "silent since" if status is twin.SyncStatus.STALE else "last seen at"
-            seen = f"{word} {self.last_seen_at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
-        if self.is_pending:
-            why = f"version {self.desired_version} is not acknowledged (the device is at {self.reported_version})"
-        elif self.desired_version < self.reported_version:
-            why = (
-                f"the device acknowledged version {self.reported_version}, "
-                f"which is ahead of the desired version {self.desired_version}"
-            )
-        else:
-            why = f"version {self.desired_version} is acknowledged"
-        # A stale device is first of all silent; "synced" alone would hide that it runs something else.
-        stands = "has drifted" if self.is_drifted and status is twin.SyncStatus.SYNCED else f"is {status}"
-        return f"{self.device_id} {stands}: {why}{self._difference()}, {seen}."
-
-    def to_dict(self) -> dict[str, Any]:
-        """The shape that an HTTP API returns, ready for `json.dumps`; times are ISO 8601 in UTC."""
-        return {
-            "device_id": self.device_id,
-            "desired": self.desired,
-            "reported": self.reported,
-            "delta": self.delta,
-            "desired_version": self.desired_version,
-            "reported_version": self.reported_version,
-            "sync_status": self.sync_status().value,
-            "shadow_updated_at": _iso(self.shadow_updated_at) if self.shadow_updated_at else None,
-        }
-
-    def _difference(self) -> str:
-        keys = list(self.delta)
-        if not keys:
-            return " and nothing differs"
-        rest = f" and {len(keys) - _KEYS_SHOWN} more" if len(keys) > _KEYS_SHOWN else ""
-        link = "and" if self.is_pending else "but"
-        return f", {link} {', '.join(map(repr, keys[:_KEYS_SHOWN]))}{rest} differ{'s' if len(keys) == 1 else ''}"
+__all__ = ["Shadow", "ShadowService"]
 
 
 class ShadowService:
@@ -174,9 +62,9 @@ class ShadowService:
         tenant_id: str,
         *,
         limits: DocumentLimits = DocumentLimits(),  # noqa: B008 - frozen
-        stale_after: timedelta = _STALE_AFTER,
+        stale_after: timedelta = STALE_AFTER,
     ) -> None:
-        _require_text("tenant_id", tenant_id)
+        arguments.require_text("tenant_id", tenant_id)
         if not tenant_id or not storable_text(tenant_id):
             raise ValueError(f"tenant_id must be text that PostgreSQL can store and not empty, got {tenant_id!a}")
         self.tenant_id = tenant_id
@@ -201,11 +89,7 @@ class ShadowService:
         Raises:
             TypeError: If `device_ids` is one string, or holds anything but strings.
         """
-        if isinstance(device_ids, str):
-            raise TypeError(f"device_ids must be several ids, got the one string {device_ids!r}: put it in a list")
-        wanted = list(device_ids)
-        for device_id in wanted:
-            _require_text("device_id", device_id)
+        wanted = arguments.device_id_list(device_ids)
         storable = [device_id for device_id in wanted if storable_text(device_id)]
         rows = self._execute(statements.many_shadows(), {"tenant": self.tenant_id, "devices": storable})
         found = {shadow.device_id: shadow for shadow in map(self._shadow, rows)}
@@ -224,15 +108,15 @@ class ShadowService:
             InvalidDocument: If `desired` cannot be stored (`DocumentTooLarge`: is too large); nothing is sent.
             TypeError, ValueError: If `expected_version` is no int, or negative.
         """
-        expected = _version("expected_version", expected_version)
+        expected = arguments.version("expected_version", expected_version)
         binds = self._device(device_id) | {"document": encode_document(desired, self._limits), "expected": expected}
-        for _ in range(_ATTEMPTS):
+        for _ in range(ATTEMPTS):
             row = self._execute(statements.write_desired(guarded=expected is not None), binds).one_or_none()
             if row is not None:
                 return self._written(row)
             # Missed. Unless the device or version appeared since, this raises; if it did appear, the write holds now.
             _refuse_desired(device_id, expected, self._versions(device_id).desired_version)
-        raise _suppressed(device_id)
+        raise suppressed(device_id)
 
     def patch_desired(
         self, device_id: str, patch: Mapping[str, object], *, expected_version: int | None = None
@@ -248,10 +132,10 @@ class ShadowService:
             InvalidDocument: If the patch, or the document after it, cannot be stored; nothing is written.
             TypeError, ValueError: If `expected_version` is no int, or negative.
         """
-        expected = _version("expected_version", expected_version)
+        expected = arguments.version("expected_version", expected_version)
         device = self._device(device_id)
         check_document(patch, self._limits)
-        for _ in range(_ATTEMPTS):
+        for _ in range(ATTEMPTS):
             seen, desired_version, _ = self._locked("desired_state", device_id)
             _refuse_desired(device_id, expected, desired_version)
             document = encode_document(twin.merge_patch(decode_document(seen), patch), self._limits)
@@ -260,7 +144,7 @@ class ShadowService:
             if row is not None:
                 return self._written(row)
             # Only in AUTOCOMMIT mode, where the lock ended with its statement: somebody wrote since, merge with that.
-        raise _suppressed(device_id)
+        raise suppressed(device_id)
 
     def replace_reported(
         self, device_id: str, reported: Mapping[str, object], *, acked_version: int | None = None
@@ -277,17 +161,17 @@ class ShadowService:
             InvalidDocument: If `reported` cannot be stored (`DocumentTooLarge`: is too large); nothing is sent.
             TypeError, ValueError: If `acked_version` is no int, or negative.
         """
-        acked = _version("acked_version", acked_version)
+        acked = arguments.version("acked_version", acked_version)
         binds = self._device(device_id) | {"document": encode_document(reported, self._limits), "acked": acked}
         statement = statements.write_reported(acked=acked is not None, unchanged=False)
-        for _ in range(_ATTEMPTS):
+        for _ in range(ATTEMPTS):
             row = self._execute(statement, binds).one_or_none()
             if row is not None:
                 return self._written(row)
             # Missed, as in replace_desired.
             versions = self._versions(device_id)
             _refuse_reported(device_id, acked, versions.desired_version, versions.reported_version)
-        raise _suppressed(device_id)
+        raise suppressed(device_id)
 
     def patch_reported(
         self, device_id: str, patch: Mapping[str, object], *, acked_version: int | None = None
@@ -303,11 +187,11 @@ class ShadowService:
             InvalidDocument: If the patch, or the document after it, cannot be stored; nothing is written.
             TypeError, ValueError: If `acked_version` is no int, or negative.
         """
-        acked = _version("acked_version", acked_version)
+        acked = arguments.version("acked_version", acked_version)
         device = self._device(device_id)
         check_document(patch, self._limits)
         statement = statements.write_reported(acked=acked is not None, unchanged=True)
-        for _ in range(_ATTEMPTS):
+        for _ in range(ATTEMPTS):
             seen, desired_version, reported_version = self._locked("reported_state", device_id)
             _refuse_reported(device_id, acked, desired_version, reported_version)
             document = encode_document(twin.merge_patch(decode_document(seen), patch), self._limits)
@@ -315,7 +199,89 @@ class ShadowService:
             if row is not None:
                 return self._written(row)
             # Only in AUTOCOMMIT mode, as in patch_desired.
-        raise _suppressed(device_id)
+        raise suppressed(device_id)
+
+    def replace_desired_many(
+        self, documents: Mapping[str, Mapping[str, object]], *, expected_versions: Mapping[str, int] | None = None
+    ) -> dict[str, Shadow]:
+        """Make each document the whole desired document of its device, all or none; every version rises by one.
+
+        One guarded `UPDATE`, also all or nothing in AUTOCOMMIT mode; where it wrote nothing, a second statement asks
+        why. The rows are locked in the order of `device_id`, so that batches that cross wait and never deadlock (two
+        batches in one transaction are two orders). No documents: `{}`, and no statement. 100,000 in one call work; all
+        of a batch travels in one message, of which PostgreSQL takes 1 GB.
+
+        Args:
+            documents: By device_id.
+            expected_versions: By device_id, for those that the write shall be guarded for; of the others the last
+                writer wins.
+
+        Returns:
+            The new shadows, in the order of `documents`.
+
+        Raises:
+            BatchRejected: With the error of every device that is missing (`DeviceNotFound`), not at its expected
+                version (`VersionConflict`) or whose document cannot be stored (`InvalidDocument`,
+                `DocumentTooLarge`); nothing is written, the transaction stays usable.
+            TypeError: If `documents` is no mapping, a device_id no string, or a version no int.
+            ValueError: If a version is negative, or of a device that is not in `documents`.
+        """
+        if not isinstance(documents, Mapping):
+            raise TypeError(f"documents must map device ids to documents, got {documents!r}")
+        for device_id in documents:
+            arguments.require_text("device_id", device_id)
+        expected = arguments.versions("expected_versions", expected_versions, of=documents)
+        if not documents:
+            return {}
+        rows = batches.replace_desired(self._execute, self.tenant_id, documents, expected, self._limits)
+        return self._written_in_order(documents, rows)
+
+    def patch_desired_many(self, device_ids: Iterable[str], patch: Mapping[str, object]) -> dict[str, Shadow]:
+        """Apply one RFC 7396 merge patch to the desired documents of several devices, all or none.
+
+        Reads and locks the rows, merges, writes: two statements, and as `replace_desired_many` in everything else.
+        Concurrent patches wait for each other and all take effect. A device that is named twice is patched once. No
+        devices: `{}`, and no statement.
+
+        Returns:
+            The new shadows, in the order asked for.
+
+        Raises:
+            BatchRejected: With the error of every device that is missing (`DeviceNotFound`), or whose document cannot
+                be stored once it is merged (`InvalidDocument`, `DocumentTooLarge`); nothing is written, the
+                transaction stays usable.
+            InvalidDocument: If the patch itself cannot be stored; nothing is sent.
+            TypeError: If `device_ids` is one string, or holds anything but strings.
+        """
+        wanted = arguments.device_id_list(device_ids)
+        check_document(patch, self._limits)
+        if not wanted:
+            return {}
+        rows = batches.patch_desired(self._execute, self.tenant_id, wanted, patch, self._limits)
+        return self._written_in_order(wanted, rows)
+
+    def replace_reported_many(self, reports: Iterable[Report]) -> list[ReportOutcome]:
+        """Apply reports as if one after another with `replace_reported`, each with an outcome instead of an error.
+
+        Reads and locks the rows, decides, writes: two statements, and a third where the session has loaded some of the
+        devices. Rows are locked in the order of `device_id`, as in `replace_desired_many`. A device may report several
+        times: each report is judged by what those before it left behind, and the document of the last accepted one
+        stays. No reports: `[]`, and no statement. 100,000 in one call work, with 1 GB of documents at most.
+
+        Returns:
+            One outcome per report, in order.
+
+        Raises:
+            TypeError: If one is no `Report`; nothing is sent. What is wrong inside a report is an outcome, see
+                `ReportOutcome`: it stops no other and raises nothing.
+        """
+        checked = [check(report, self._limits) for report in reports]
+        outcomes, written = batches.replace_reported(self._execute, self.tenant_id, checked)
+        loaded = [device_id for device_id in written if self._loaded(self.tenant_id, device_id) is not None]
+        if loaded:
+            for row in self._execute(statements.many_shadows(), {"tenant": self.tenant_id, "devices": loaded}):
+                self._written(row)
+        return outcomes
 
     def pending(self, *, limit: int = 100, after: str | None = None) -> list[Shadow]:
         """A page of the devices that have yet to acknowledge the newest version, by `device_id`.
@@ -328,21 +294,61 @@ class ShadowService:
             TypeError: If `limit` is no int, or `after` no string.
             ValueError: If `limit` is negative, or `after` is text that PostgreSQL cannot store.
         """
-        binds: dict[str, object] = {"tenant": self.tenant_id, "limit": _whole("limit", limit)}
-        if after is not None:
-            _require_text("after", after)
-            if not storable_text(after):
-                raise ValueError(f"after must be a device_id of a page before, got {after!a}")
-            binds["after"] = after
-        return [self._shadow(row) for row in self._execute(statements.pending_page(after=after is not None), binds)]
+        return self._page(statements.pending_page(after=after is not None), limit, after)
+
+    def iter_pending(self, *, batch_size: int = 1000) -> Iterator[Shadow]:
+        """All devices that have yet to acknowledge the newest version, by `device_id`, in pages under the hood.
+
+        No cursor stays open: write and commit while you iterate, as you like. No more than a page is in memory. Each
+        page is as fresh as its statement; a device that becomes pending behind the place reached is not met.
+
+        Args:
+            batch_size: How many are read by one statement.
+
+        Raises:
+            TypeError: If `batch_size` is no int.
+            ValueError: If `batch_size` is below 1. Both at the call, not at the first device.
+        """
+        return self._pages_of_pending(arguments.whole("batch_size", batch_size, least=1))
 
     def count_pending(self) -> int:
         """How many devices have yet to acknowledge the newest version."""
         count: int = self._execute(statements.pending_count(), {"tenant": self.tenant_id}).scalar_one()
         return count
 
+    def drifted(self, *, limit: int = 100, after: str | None = None) -> list[Shadow]:
+        """A page of the devices that acknowledged the newest version and yet run something else, by `device_id`.
+
+        Those whose `Shadow.is_drifted` is true. No index knows them: a page reads on until it is full.
+
+        Args:
+            limit: How many at most; 0 gives none.
+            after: The last `device_id` of the page before. It need not exist any more.
+
+        Raises:
+            TypeError: If `limit` is no int, or `after` no string.
+            ValueError: If `limit` is negative, or `after` is text that PostgreSQL cannot store.
+        """
+        return self._page(statements.drifted_page(after=after is not None), limit, after)
+
+    def status_counts(self, *, now: datetime | None = None) -> dict[twin.SyncStatus, int]:
+        """How many devices are synced, pending and stale, as `twin.sync_status` says; all three, in one statement.
+
+        Args:
+            now: The time to judge by; None is the present by this machine's clock, as in `sync_status`.
+
+        Raises:
+            TypeError: If `now` is no datetime.
+            ValueError: If `now` has no time zone.
+        """
+        now = datetime.now(UTC) if now is None else now
+        arguments.require_aware("now", now)
+        binds = {"tenant": self.tenant_id, "now": now, "stale_after": self._stale_after}
+        counts = {row.sync_status: row.devices for row in self._execute(statements.status_counts(), binds)}
+        return {status: counts.get(status, 0) for status in twin.SyncStatus}
+
     def _device(self, device_id: str) -> dict[str, object]:
-        _require_text("device_id", device_id)
+        arguments.require_text("device_id", device_id)
         if not storable_text(device_id):  # no row can carry it
             raise DeviceNotFound(self.tenant_id, device_id)
         return {"tenant": self.tenant_id, "device": device_id}
@@ -359,6 +365,23 @@ class ShadowService:
             raise DeviceNotFound(self.tenant_id, device_id)
         return row
 
+    def _page(self, statement: Executable, limit: int, after: str | None) -> list[Shadow]:
+        binds: dict[str, object] = {"tenant": self.tenant_id, "limit": arguments.whole("limit", limit)}
+        if after is not None:
+            arguments.require_text("after", after)
+            if not storable_text(after):
+                raise ValueError(f"after must be a device_id of a page before, got {after!a}")
+            binds["after"] = after
+        return [self._shadow(row) for row in self._execute(statement, binds)]
+
+    def _pages_of_pending(self, size: int) -> Iterator[Shadow]:
+        after: str | None = None
+        while page := self.pending(limit=size, after=after):
+            yield from page
+            if len(page) < size:
+                return
+            after = page[-1].device_id
+
     def _execute(self, statement: Executable, binds: Mapping[str, object]) -> Result[*tuple[Any, ...]]:
         session = self._session
         if session.autoflush:  # SQLAlchemy 2.0 does so for ORM statements only, 2.1 for these too
@@ -373,17 +396,24 @@ class ShadowService:
     def _shadow(self, row: _Row) -> Shadow:
         return Shadow(*row, stale_after=self._stale_after)
 
+    def _loaded(self, tenant_id: str, device_id: str) -> DeviceState | None:
+        """The session's object of this device, if it has one."""
+        key = DeviceState.__mapper__.identity_key_from_primary_key((tenant_id, device_id))
+        return self._session.identity_map.get(key)
+
     def _written(self, row: _Row) -> Shadow:
         """The shadow that a write returned, shown to the loaded object as well, if there is one."""
-        mapper = DeviceState.__mapper__
-        key = mapper.identity_key_from_primary_key((row.tenant_id, row.device_id))
-        loaded = self._session.identity_map.get(key)
+        loaded = self._loaded(row.tenant_id, row.device_id)
         if loaded is not None:
             state = inspect(loaded)
             for name, value in row._mapping.items():  # noqa: SLF001 - Row's public name for it
                 if not state.attrs[name].history.has_changes():  # a change not flushed yet is the caller's
                     set_committed_value(loaded, name, deepcopy(value))
         return self._shadow(row)
+
+    def _written_in_order(self, device_ids: Iterable[str], rows: Iterable[_Row]) -> dict[str, Shadow]:
+        shadows = {row.device_id: self._written(row) for row in rows}
+        return {device_id: shadows[device_id] for device_id in device_ids}
 
 
 def _refuse_desired(device_id: str, expected: int | None, actual: int) -> None:
@@ -394,18 +424,11 @@ def _refuse_desired(device_id: str, expected: int | None, actual: int) -> None:
 def _refuse_reported(device_id: str, acked: int | None, desired_version: int, reported_version: int) -> None:
     if acked is None:
         return
-    # In this order: after a restore that left desired behind reported, the report is unknown, not merely late.
-    if acked > desired_version:
+    status = judge(acked, Versions(desired_version, reported_version))
+    if status is ReportStatus.UNKNOWN_VERSION:
         raise UnknownVersion(device_id, acked, desired_version)
-    if acked < reported_version:
+    if status is ReportStatus.STALE:
         raise StaleReport(device_id, acked, reported_version)
-
-
-def _suppressed(device_id: str) -> RuntimeError:
-    return RuntimeError(
-        f"device {device_id!r} is there and nothing stands against the write, yet PostgreSQL does not update its row: "
-        "look for a trigger or a row level security policy on device_state that lets this role read but not write"
-    )
 
 
 def _say_what_to_run(error: OperationalError | ProgrammingError) -> None:
@@ -414,24 +437,3 @@ def _say_what_to_run(error: OperationalError | ProgrammingError) -> None:
         error.add_detail("The database is not migrated to revision 076: run `alembic upgrade head` against it.")
     elif error.statement is None:  # failed before any statement: no connection
         error.add_detail("PostgreSQL cannot be reached: start it, or correct the engine's URL.")
-
-
-def _require_text(name: str, value: object) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a str, got {value!r}")
-
-
-def _whole(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if not 0 <= value < _VERSION_BOUND:
-        raise ValueError(f"{name} must be 0 or more and below 2**63, got {value}")
-    return value
-
-
-def _version(name: str, value: object) -> int | None:
-    return None if value is None else _whole(name, value)
-
-
-def _iso(moment: datetime) -> str:
-    return moment.astimezone(UTC).isoformat()

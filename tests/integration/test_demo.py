@@ -74,7 +74,7 @@ def test_the_demo_stops_when_a_migration_fails(capsys: pytest.CaptureFixture[str
 
 def test_the_readmes_twenty_lines_run_as_they_stand_and_print_what_it_says(tmp_path: Path) -> None:
     readme = (CHECKOUT / "README.md").read_text()
-    (program,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    (program,) = re.findall(r"## Twenty lines\n\n```python\n(.*?)```", readme, re.DOTALL)
     (printed,) = re.findall(r"conflict:\n\n```\n(.*?)```", readme, re.DOTALL)
     (tmp_path / "twenty_lines.py").write_text(program)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -11,6 +12,7 @@ import pytest
 from alembic_runs import CHECKOUT
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 
@@ -46,3 +48,49 @@ def test_the_wheel_asks_for_three_libraries_and_no_more(wheel: Path) -> None:
 
     required = [line.split(": ")[1] for line in lines if line.startswith("Requires-Dist:") and "extra ==" not in line]
     assert [requirement.split(">=")[0] for requirement in required] == ["alembic", "psycopg", "sqlalchemy"]
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel's files, as pip lays them out; what the wheel depends on is this environment's."""
+    folder = tmp_path_factory.mktemp("installed")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile", "--target", folder, wheel],
+        check=True,
+    )  # fmt: skip
+    return folder
+
+
+def test_an_installed_wheel_migrates_without_a_checkout_and_writes_to_no_folder(
+    installed: Path, tmp_path: Path, new_database: Callable[..., str]
+) -> None:
+    # Not to be written to; since root may all the same, what is there is compared too.
+    folders = (installed, tmp_path)
+    for path in (*folders, *installed.rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before = [sorted(folder.rglob("*")) for folder in folders]
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        # PYTHONPATH comes before the checkout that an editable installation may point at.
+        environment = {"PYTHONPATH": str(installed), "PYTHONDONTWRITEBYTECODE": "1", "DATABASE_URL": url}
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=tmp_path,
+            env={name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")} | environment,
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    url = new_database()
+    where = run("-c", "from iot_models import scripts; print(scripts.FOLDER)")
+    upgraded = run("-m", "iot_models.migrate", "upgrade", "head")
+    checked = run("-m", "iot_models.migrate", "check")
+
+    assert where.stdout == f"{installed / 'iot_models' / 'alembic'}\n"
+    assert upgraded.returncode == 0, upgraded.stderr
+    assert "Running upgrade 075 -> 076" in upgraded.stderr
+    assert (checked.returncode, checked.stderr) == (0, "")
+    assert "stands at head (076) and equals the models" in checked.stdout
+    assert [sorted(folder.rglob("*")) for folder in folders] == before

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator, Iterator
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypedDict, assert_type
 
+from sqlalchemy import Engine
+from sqlalchemy.ext.asyncio import AsyncEngine
+
 from iot_models import (
+    AsyncShadowService,
     BatchRejected,
     Comparison,
     DeviceState,
     DocumentLimits,
     InvalidDocument,
     IotModelsError,
+    Report,
+    ReportOutcome,
     Shadow,
     ShadowService,
     SyncStatus,
@@ -22,10 +29,12 @@ from iot_models import (
     merge_patch,
     sync_status,
 )
+from iot_models.engine import create_async_engine, create_engine
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from sqlalchemy.ext.asyncio import AsyncSession
     from sqlalchemy.orm import Session
 
 
@@ -45,6 +54,34 @@ def service(session: Session, document: Thermostat) -> None:
     assert_type(shadows.patch_reported("d", {"a": {"b": 1.5}}), Shadow)
     assert_type(shadows.pending(limit=10, after="d"), list[Shadow])
     assert_type(shadows.count_pending(), int)
+    assert_type(shadows.iter_pending(batch_size=10), Iterator[Shadow])
+
+
+async def async_service(session: AsyncSession, document: Thermostat, reports: list[Report]) -> None:
+    shadows = AsyncShadowService(session, "acme", limits=DocumentLimits(max_depth=3), stale_after=timedelta(hours=1))
+    assert_type(shadows.tenant_id, str)
+    assert_type(await shadows.get("d"), Shadow)
+    assert_type(await shadows.get_many(device_ids=["d"]), dict[str, Shadow])
+    assert_type(await shadows.replace_desired("d", document, expected_version=1), Shadow)
+    assert_type(await shadows.patch_desired("d", patch={"a": None}), Shadow)
+    assert_type(await shadows.replace_reported("d", {"a": [1]}, acked_version=1), Shadow)
+    assert_type(await shadows.patch_reported("d", {"a": {"b": 1.5}}), Shadow)
+    assert_type(await shadows.replace_desired_many({"d": document}, expected_versions={"d": 1}), dict[str, Shadow])
+    assert_type(await shadows.patch_desired_many(["d"], {"a": 1}), dict[str, Shadow])
+    assert_type(await shadows.replace_reported_many(reports), list[ReportOutcome])
+    assert_type(await shadows.pending(limit=10, after="d"), list[Shadow])
+    assert_type(await shadows.drifted(limit=10, after="d"), list[Shadow])
+    assert_type(await shadows.count_pending(), int)
+    assert_type(await shadows.status_counts(now=None), dict[SyncStatus, int])
+    assert_type(shadows.iter_pending(batch_size=10), AsyncGenerator[Shadow, None])
+    async for one in shadows.iter_pending():
+        assert_type(one, Shadow)
+
+
+def engines() -> None:
+    assert_type(create_engine(), Engine)
+    assert_type(create_engine("postgresql://db", statement_timeout=None, isolation_level="AUTOCOMMIT"), Engine)
+    assert_type(create_async_engine(application_name="fleet-api", pool_size=5), AsyncEngine)
 
 
 def shadow(one: Shadow) -> None:

@@ -1,10 +1,17 @@
-"""Where the database URL comes from and what it is taken to mean."""
+"""Where the database URL comes from, what it is taken to mean, and which engine it gives. Nothing connects here."""
 
 from __future__ import annotations
 
-import pytest
+import sys
+from typing import TYPE_CHECKING, Any
 
-from iot_models.engine import database_url, normalize_url
+import pytest
+from sqlalchemy import make_url
+
+from iot_models.engine import create_async_engine, create_engine, database_url, normalize_url
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @pytest.fixture(autouse=True)
@@ -65,3 +72,53 @@ def test_an_empty_source_counts_as_absent(monkeypatch: pytest.MonkeyPatch) -> No
 def test_no_url_at_all_is_an_error_that_names_the_variable() -> None:
     with pytest.raises(ValueError, match="set IOT_MODELS_DATABASE_URL"):
         database_url(fallback="")
+
+
+@pytest.mark.parametrize("create", [create_engine, create_async_engine])
+def test_an_engine_takes_its_url_where_migrations_take_it(
+    monkeypatch: pytest.MonkeyPatch, create: Callable[..., Any]
+) -> None:
+    with pytest.raises(ValueError, match="set IOT_MODELS_DATABASE_URL"):
+        create()
+
+    monkeypatch.setenv("DATABASE_URL", "postgres://db/general")
+    assert create().url.database == "general"
+    assert create().url.drivername == "postgresql+psycopg"
+
+    assert create("postgresql://db/explicit").url.database == "explicit"
+    assert create(make_url("postgresql://db/object")).url.database == "object"
+
+
+def test_an_async_engine_uses_the_async_mode_of_psycopg_or_the_driver_that_the_url_names() -> None:
+    assert create_async_engine("postgresql://db/iot").dialect.driver == "psycopg"
+    assert create_async_engine("postgresql+asyncpg://db/iot").dialect.driver == "asyncpg"
+    assert create_async_engine("postgresql+asyncpg://db/iot").dialect.is_async
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg_async"])
+def test_a_synchronous_engine_refuses_an_async_driver_and_names_the_way_out(driver: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"{driver} is an async driver: use create_async_engine, or postgresql\+psycopg"
+    ):
+        create_engine(f"postgresql+{driver}://db/iot")
+
+
+@pytest.mark.parametrize(("package", "extra"), [("greenlet", "async"), ("asyncpg", "asyncpg")])
+def test_a_missing_package_is_an_error_that_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, package: str, extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+
+    with pytest.raises(ImportError, match=rf"needs {package}: pip install 'iot-models\[{extra}\]'"):
+        create_async_engine("postgresql+asyncpg://db/iot")
+
+
+def test_psycopg_needs_no_asyncpg(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "asyncpg", None)
+
+    assert create_async_engine("postgresql://db/iot").dialect.is_async
+
+
+def test_the_engine_hides_the_password() -> None:
+    for engine in (create_engine("postgresql://iot:hunter2@db/iot"), create_async_engine("postgres://iot:hunter2@db")):
+        assert "hunter2" not in f"{engine!r} {engine.url}"

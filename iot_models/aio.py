@@ -1,0 +1,107 @@
+"""`AsyncShadowService`: `ShadowService`, awaited. It adds nothing: each method is one line.
+
+SQLAlchemy's `AsyncSession.run_sync` runs the synchronous method in a greenlet of the same task. Whenever the driver
+waits for PostgreSQL, the event loop goes on: no thread takes part.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+
+from iot_models.documents import DocumentLimits
+from iot_models.shadow import STALE_AFTER
+from iot_models.shadows import ShadowService
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+    from datetime import timedelta
+
+    # Not at run time: it needs greenlet, and `import iot_models` does not.
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+    from iot_models.shadow import Shadow
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _awaited(
+    method: Callable[Concatenate[ShadowService, _P], _T],
+) -> Callable[Concatenate[AsyncShadowService, _P], Coroutine[Any, Any, _T]]:
+    """The method as a coroutine function of `AsyncShadowService`, with its signature and docstring."""
+
+    @wraps(method)
+    async def call(self: AsyncShadowService, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        return await self._session.run_sync(lambda _: method(self._service, *args, **kwargs))
+
+    call.__module__ = __name__
+    call.__qualname__ = f"AsyncShadowService.{method.__name__}"
+    return call
+
+
+class AsyncShadowService:
+    """`ShadowService` for asyncio: the same methods with the same contract, awaited, in the caller's `AsyncSession`.
+
+    One session serves one task at a time, as SQLAlchemy demands. A cancelled call leaves its transaction to be rolled
+    back, which the session's `async with` does. Make the session with `expire_on_commit=False`, so that its objects
+    can be read after a commit.
+
+    Args:
+        session: The caller's session, in a transaction or in AUTOCOMMIT mode.
+        tenant_id: The only tenant whose devices exist here.
+        limits: What a document may weigh.
+        stale_after: The silence after which a shadow's `sync_status` is `stale`.
+
+    Raises:
+        TypeError: If `tenant_id` is no string.
+        ValueError: If `tenant_id` is empty or cannot be stored as text.
+
+    Example:
+        >>> async with AsyncSession(engine, expire_on_commit=False) as session, session.begin():
+        ...     shadow = await AsyncShadowService(session, "acme").patch_desired("thermostat-1", {"target_c": 21.5})
+        ...     shadow.delta
+        {'target_c': 21.5}
+    """
+
+    def __init__(
+        self,
+        session: AsyncSession,
+        tenant_id: str,
+        *,
+        limits: DocumentLimits = DocumentLimits(),  # noqa: B008 - frozen
+        stale_after: timedelta = STALE_AFTER,
+    ) -> None:
+        self._session = session
+        self._service = ShadowService(session.sync_session, tenant_id, limits=limits, stale_after=stale_after)
+
+    @property
+    def tenant_id(self) -> str:
+        """The only tenant whose devices exist here."""
+        return self._service.tenant_id
+
+    get = _awaited(ShadowService.get)
+    get_many = _awaited(ShadowService.get_many)
+    replace_desired = _awaited(ShadowService.replace_desired)
+    patch_desired = _awaited(ShadowService.patch_desired)
+    replace_reported = _awaited(ShadowService.replace_reported)
+    patch_reported = _awaited(ShadowService.patch_reported)
+    replace_desired_many = _awaited(ShadowService.replace_desired_many)
+    patch_desired_many = _awaited(ShadowService.patch_desired_many)
+    replace_reported_many = _awaited(ShadowService.replace_reported_many)
+    pending = _awaited(ShadowService.pending)
+    count_pending = _awaited(ShadowService.count_pending)
+    drifted = _awaited(ShadowService.drifted)
+    status_counts = _awaited(ShadowService.status_counts)
+
+    def iter_pending(self, *, batch_size: int = 1000) -> AsyncGenerator[Shadow, None]:  # noqa: D102 - set below
+        return self._in_turns(self._service.iter_pending(batch_size=batch_size), batch_size)
+
+    iter_pending.__doc__ = ShadowService.iter_pending.__doc__
+
+    async def _in_turns(self, shadows: Iterator[Shadow], size: int) -> AsyncGenerator[Shadow, None]:
+        """The same shadows; at each turn in the greenlet as many as one statement reads."""
+        while turn := await self._session.run_sync(lambda _: list(islice(shadows, size))):
+            for shadow in turn:
+                yield shadow

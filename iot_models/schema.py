@@ -1,0 +1,121 @@
+"""Whether the table in a database is the one that the models describe, and what a rollback left beside it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from alembic.util import CommandError
+from sqlalchemy import MetaData, text
+from sqlalchemy.exc import DBAPIError
+
+from iot_models.models import Base, DeviceState
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+TABLE: Final = DeviceState.__tablename__
+_MODELS: Final = Base.metadata
+_TEMPORARY: Final = _MODELS.tables[TABLE].to_metadata(
+    MetaData(naming_convention=_MODELS.naming_convention), schema="pg_temp"
+)
+# Names that revision 076 gave them.
+PARKED: Final = "device_state_shadow_076"
+TRIGGER: Final = "device_state_shadow_076_park"
+
+_NEEDS_TEMP: Final = "comparing needs temporary tables: ask the primary, as a role that has TEMP on the database"
+_REFUSALS: Final = {
+    "25006": _NEEDS_TEMP,  # read_only_sql_transaction: a standby
+    "42501": _NEEDS_TEMP,  # insufficient_privilege
+    "55P03": f"{TABLE} is locked by another session, a deployer at its last step or VACUUM FULL: ask again in a moment",
+}
+
+# A primary key counts by its columns, everything else by its name too. NOT NULL stands with its column: PostgreSQL 18
+# lists it among the constraints as well.
+_ITEMS: Final = text("""
+    SELECT 'column ' || a.attname AS item,
+           concat(format_type(a.atttypid, a.atttypmod), CASE WHEN a.attnotnull THEN ' NOT NULL' END,
+                  ' DEFAULT ' || pg_get_expr(d.adbin, d.adrelid)) AS definition
+      FROM pg_attribute a LEFT JOIN pg_attrdef d ON (d.adrelid, d.adnum) = (a.attrelid, a.attnum)
+     WHERE a.attrelid = :table AND a.attnum > 0 AND NOT a.attisdropped
+    UNION ALL
+    SELECT 'the comment on column ' || attname, quote_literal(col_description(attrelid, attnum))
+      FROM pg_attribute
+     WHERE attrelid = :table AND attnum > 0 AND col_description(attrelid, attnum) IS NOT NULL
+    UNION ALL
+    SELECT CASE contype WHEN 'p' THEN 'the primary key' ELSE 'constraint ' || conname END,
+           replace(pg_get_constraintdef(oid), 'PRIMARY KEY ', '')
+      FROM pg_constraint
+     WHERE conrelid = :table AND contype <> 'n'
+    UNION ALL
+    SELECT 'index ' || c.relname,
+           concat(CASE WHEN NOT i.indisvalid THEN 'INVALID ' END, CASE WHEN i.indisunique THEN 'UNIQUE ' END,
+                  substring(pg_get_indexdef(i.indexrelid) FROM ' USING (.*)$'))
+      FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+     WHERE i.indrelid = :table AND NOT i.indisprimary
+""")
+
+
+def differences(connection: Connection) -> list[str]:
+    """What the models define and `device_state` lacks or has otherwise, a sentence each; empty if there is nothing.
+
+    Columns with type, NOT NULL and default, comments, the primary key, indexes. What the table has besides is a team's
+    own and no difference.
+
+    Alembic's comparison does not see all of these. So the models' table is made beside it, as a temporary one in a
+    savepoint that is rolled back, and PostgreSQL describes both. No writer can have to wait for that.
+
+    Raises:
+        CommandError: If temporary tables cannot be made, since the role lacks TEMP on the database or this is a
+            standby; or if the table is locked in ACCESS EXCLUSIVE mode for longer than a second.
+    """
+    found = connection.scalar(text("SELECT CAST(to_regclass(:table) AS oid)"), {"table": TABLE})
+    if found is None:
+        return [f"table {TABLE} is missing"]
+    try:
+        with connection.begin_nested() as savepoint:
+            # To write out an index's predicate, PostgreSQL looks at the table: behind an ALTER TABLE that waits.
+            connection.execute(text("SET LOCAL lock_timeout = '1s'"))
+            actual = _items(connection, found)
+            _TEMPORARY.create(connection, checkfirst=False)
+            made = connection.scalar(text("SELECT CAST(to_regclass(:table) AS oid)"), {"table": _TEMPORARY.fullname})
+            expected = _items(connection, made)
+            savepoint.rollback()
+    except DBAPIError as error:
+        refusal = _REFUSALS.get(getattr(error.orig, "sqlstate", None) or "")
+        if refusal is None:
+            raise
+        raise CommandError(f"{str(error.orig).strip()}; {refusal}") from error
+    return [
+        f"{item} is {actual[item]}: the models have {definition}"
+        if item in actual
+        else f"{item} is missing: the models have {definition}"
+        for item, definition in expected.items()
+        if actual.get(item) != definition
+    ]
+
+
+def _items(connection: Connection, table: int) -> dict[str, str]:
+    return {row.item: row.definition for row in connection.execute(_ITEMS, {"table": table})}
+
+
+def interrupted_rollback(connection: Connection) -> list[str]:
+    """What to do about a downgrade from 076 that was begun and not finished; empty if there is none.
+
+    While it lasts, and after an interruption, a trigger copies every write of a shadow to the parked table.
+    """
+    found = connection.scalar(
+        text("SELECT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = to_regclass(:table) AND tgname = :trigger)"),
+        {"table": TABLE, "trigger": TRIGGER},
+    )
+    if not found:
+        return []
+    copies = f"{PARKED} p USING {TABLE} d WHERE (p.tenant_id, p.device_id) = (d.tenant_id, d.device_id)"
+    stay = f"SET lock_timeout = '4s'; DROP FUNCTION {TRIGGER}() CASCADE; DELETE FROM {copies};"  # noqa: S608 - our names
+    at_work = f"a downgrade to 075 is at work or was interrupted (trigger {TRIGGER} on {TABLE})"
+    return [f"{at_work}: to finish it, run it again; to stay at 076, run one by one: {stay}"]
+
+
+def parked_shadows(connection: Connection) -> int | None:
+    """How many shadows are parked; None without a parked table, or without the right to read it."""
+    readable = connection.scalar(text("SELECT has_table_privilege(to_regclass(:table), 'SELECT')"), {"table": PARKED})
+    return connection.scalar(text(f"SELECT count(*) FROM {PARKED}")) if readable else None  # noqa: S608 - a constant

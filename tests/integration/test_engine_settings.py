@@ -1,0 +1,260 @@
+"""What our engines set on a connection, and how each of it gives way."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pytest
+from event_loop import ASYNC_DRIVERS, async_engine, url_for
+from fleet import DEVICE, TENANT, add_device
+from sqlalchemy import JSON, Connection, Text, cast, literal, select, text
+from sqlalchemy.exc import DBAPIError, StatementError
+from sqlalchemy.orm import Session
+
+from iot_models import ShadowService
+from iot_models.engine import create_engine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from sqlalchemy import URL, Engine
+
+    Work = Callable[[], object]
+
+T = TypeVar("T")
+SETTINGS = ("application_name", "statement_timeout", "idle_in_transaction_session_timeout", "work_mem")
+
+
+class Kind:
+    """One of the engines: what a synchronous function over a connection of it returns."""
+
+    def __init__(self, name: str, url: URL) -> None:
+        self.asynchronous = name in ASYNC_DRIVERS
+        self.url = url_for(name if self.asynchronous else "psycopg", url)
+
+    def ask(self, question: Callable[[Connection], T], *, url: URL | None = None, **options: Any) -> T:
+        (answer,) = self.ask_each(question, url=url, **options)
+        return answer
+
+    def ask_each(
+        self, *questions: Callable[[Connection], T], url: URL | None = None, between: Work = int, **options: Any
+    ) -> list[T]:
+        """The answers, each on a connection taken from the pool anew; `between` is done before each but the first."""
+        if self.asynchronous:
+            return asyncio.run(_ask_async(url or self.url, questions, between, options))
+        return _ask_sync(url or self.url, questions, between, options)
+
+    def settings(self, **options: Any) -> dict[str, str]:
+        return self.ask(lambda c: {name: str(c.scalar(text(f"SHOW {name}"))) for name in SETTINGS}, **options)
+
+
+async def _ask_async(
+    url: URL, questions: Sequence[Callable[[Connection], T]], between: Work, options: dict[str, Any]
+) -> list[T]:
+    answers: list[T] = []
+    async with async_engine(url, **options) as engine:
+        for question in questions:
+            if answers:
+                between()
+            async with engine.connect() as connection:
+                answers.append(await connection.run_sync(question))
+    return answers
+
+
+def _ask_sync(
+    url: URL, questions: Sequence[Callable[[Connection], T]], between: Work, options: dict[str, Any]
+) -> list[T]:
+    answers: list[T] = []
+    engine = create_engine(url, **options)
+    try:
+        for question in questions:
+            if answers:
+                between()
+            with engine.connect() as connection:
+                answers.append(question(connection))
+    finally:
+        engine.dispose()
+    return answers
+
+
+@pytest.fixture(autouse=True)
+def _nothing_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PGOPTIONS", "PGAPPNAME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(params=["sync", *ASYNC_DRIVERS])
+def kind(request: pytest.FixtureRequest, engine: Engine) -> Kind:
+    return Kind(request.param, engine.url)
+
+
+@pytest.fixture(params=["sync", "psycopg"])
+def libpq(request: pytest.FixtureRequest, engine: Engine) -> Kind:
+    return Kind(request.param, engine.url)
+
+
+def server_settings(kind: Kind, **settings: str) -> dict[str, Any]:
+    """The `connect_args` by which a caller sets these, in the driver's own terms."""
+    if kind.url.get_driver_name() == "asyncpg":
+        return {"server_settings": settings}
+    return {"options": " ".join(f"-c {name}={value}" for name, value in settings.items())}
+
+
+def test_a_connection_has_a_name_and_the_two_timeouts(kind: Kind) -> None:
+    shown = kind.settings()
+
+    assert shown["application_name"] == "iot_models"
+    assert shown["statement_timeout"] == "30s"
+    assert shown["idle_in_transaction_session_timeout"] == "1min"
+
+
+def test_each_of_them_is_a_keyword(kind: Kind) -> None:
+    shown = kind.settings(
+        application_name="it's the fleet-api",
+        statement_timeout=timedelta(milliseconds=1500),
+        idle_in_transaction_session_timeout=timedelta(hours=1),
+    )
+
+    assert shown["application_name"] == "it's the fleet-api"
+    assert shown["statement_timeout"] == "1500ms"
+    assert shown["idle_in_transaction_session_timeout"] == "1h"
+
+
+def test_a_timeout_is_rounded_up_to_a_millisecond_so_that_it_is_never_switched_off(kind: Kind) -> None:
+    assert kind.settings(statement_timeout=timedelta(microseconds=1_000_001))["statement_timeout"] == "1001ms"
+
+
+def test_none_leaves_a_timeout_to_the_server(own_engine: Engine, kind: Kind) -> None:
+    with own_engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+        connection.execute(text(f"ALTER DATABASE {own_engine.url.database} SET statement_timeout = '7s'"))
+        connection.execute(
+            text(f"ALTER DATABASE {own_engine.url.database} SET idle_in_transaction_session_timeout = '8s'")
+        )
+    kind.url = kind.url.set(database=own_engine.url.database)
+
+    shown = kind.settings(statement_timeout=None, idle_in_transaction_session_timeout=None)
+
+    assert (shown["statement_timeout"], shown["idle_in_transaction_session_timeout"]) == ("7s", "8s")
+    assert kind.settings(statement_timeout=timedelta(0))["statement_timeout"] == "0"  # off is not the same as None
+
+
+def test_what_connect_args_say_wins_and_the_rest_of_ours_stays(kind: Kind) -> None:
+    given = server_settings(kind, work_mem="5MB", statement_timeout="5s")
+
+    shown = kind.settings(connect_args=given)
+
+    assert shown["work_mem"] == "5MB"
+    assert shown["statement_timeout"] == "5s"
+    assert shown["idle_in_transaction_session_timeout"] == "1min"
+    assert shown["application_name"] == "iot_models"
+    assert given == server_settings(kind, work_mem="5MB", statement_timeout="5s")  # the caller's own is not touched
+
+
+def test_what_the_url_says_wins_and_connect_args_win_over_the_url(libpq: Kind) -> None:
+    url = libpq.url.update_query_dict(
+        {"application_name": "from-the-url", "options": "-c work_mem=5MB -c statement_timeout=5s"}
+    )
+
+    assert libpq.settings(url=url) == {
+        "application_name": "from-the-url",
+        "statement_timeout": "5s",
+        "idle_in_transaction_session_timeout": "1min",
+        "work_mem": "5MB",
+    }
+    both = libpq.settings(url=url, connect_args={"options": "-c statement_timeout=6s"})
+    assert (both["statement_timeout"], both["work_mem"]) == ("6s", "5MB")
+
+
+@pytest.mark.parametrize("timeout", [timedelta(seconds=30), None])
+def test_what_the_environment_says_to_libpq_wins_over_ours(
+    libpq: Kind, monkeypatch: pytest.MonkeyPatch, timeout: timedelta | None
+) -> None:
+    monkeypatch.setenv("PGOPTIONS", "-c work_mem=5MB -c statement_timeout=5s")
+    monkeypatch.setenv("PGAPPNAME", "from-the-environment")
+
+    shown = libpq.settings(statement_timeout=timeout, idle_in_transaction_session_timeout=timeout)
+
+    assert (shown["work_mem"], shown["statement_timeout"]) == ("5MB", "5s")
+    assert shown["application_name"] == "from-the-environment"
+
+    # libpq's own rule: PGOPTIONS counts where nothing else is given.
+    assert libpq.settings(connect_args={"options": "-c statement_timeout=6s"})["work_mem"] != "5MB"
+
+
+def test_a_statement_beyond_its_time_is_cancelled(kind: Kind) -> None:
+    with pytest.raises(DBAPIError, match="statement timeout"):
+        kind.ask(lambda c: c.execute(text("SELECT pg_sleep(5)")), statement_timeout=timedelta(milliseconds=20))
+
+
+def test_a_connection_that_the_server_ended_costs_nobody_an_error(kind: Kind, engine: Engine) -> None:
+    pids: list[int] = []
+
+    def ask_pid(connection: Connection) -> int:
+        pids.append(connection.scalar(text("SELECT pg_backend_pid()")) or 0)
+        return pids[-1]
+
+    def end_it() -> None:
+        with engine.connect() as other:  # waits up to a second for its end
+            assert other.scalar(text("SELECT pg_terminate_backend(:pid, 1000)"), {"pid": pids[-1]})
+
+    before, after = kind.ask_each(ask_pid, ask_pid, between=end_it)
+    assert before != after
+
+    with pytest.raises(DBAPIError):
+        kind.ask_each(ask_pid, ask_pid, between=end_it, pool_pre_ping=False)
+
+
+def test_json_is_written_compactly_in_utf_8(kind: Kind) -> None:
+    written = select(cast(literal({"größe": [1, 2], "on": True}, JSON), Text))
+
+    assert kind.ask(lambda c: c.scalar(written)) == '{"größe":[1,2],"on":true}'
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_what_is_no_json_is_refused_before_the_server_sees_it(kind: Kind, number: float) -> None:
+    # asyncpg's values pass through SQLAlchemy, which wraps the ValueError; psycopg converts them itself.
+    with pytest.raises((ValueError, StatementError), match="not JSON compliant"):
+        kind.ask(lambda c: c.scalar(select(cast(literal({"a": number}, JSON), Text))))
+
+
+def test_the_callers_serializer_wins(kind: Kind) -> None:
+    written = select(cast(literal({"a": 1}, JSON), Text))
+
+    assert kind.ask(lambda c: c.scalar(written), json_serializer=lambda _: '"mine"') == '"mine"'
+
+
+def test_every_option_of_sqlalchemy_is_passed_on(kind: Kind) -> None:
+    assert "Pool size: 3" in kind.ask(lambda c: c.engine.pool.status(), pool_size=3)
+
+
+def test_in_autocommit_mode_each_write_is_final_at_once(own_engine: Engine) -> None:
+    with Session(own_engine) as session, session.begin():
+        add_device(session)
+    engine = create_engine(own_engine.url, isolation_level="AUTOCOMMIT")
+
+    with Session(engine) as session:
+        ShadowService(session, TENANT).replace_desired(DEVICE, {"a": 1})
+        session.rollback()
+    engine.dispose()
+
+    with Session(own_engine) as session:
+        assert ShadowService(session, TENANT).get(DEVICE).desired == {"a": 1}
+
+
+def test_both_modes_share_one_pool_and_do_not_rub_off(own_engine: Engine) -> None:
+    with Session(own_engine) as session, session.begin():
+        add_device(session)
+    engine = create_engine(own_engine.url, pool_size=1, max_overflow=0)
+    at_once = engine.execution_options(isolation_level="AUTOCOMMIT")
+
+    for n in range(2):
+        with Session(at_once) as session:
+            ShadowService(session, TENANT).patch_desired(DEVICE, {f"kept-{n}": n})
+        with Session(engine) as session:
+            ShadowService(session, TENANT).patch_desired(DEVICE, {f"lost-{n}": n})
+    engine.dispose()
+
+    with Session(own_engine) as session:
+        assert ShadowService(session, TENANT).get(DEVICE).desired == {"kept-0": 0, "kept-1": 1}
