@@ -1,13 +1,13 @@
 # make demo    the main job on a throwaway PostgreSQL
 # make test    all tests, with branch coverage
-# make check   ruff, mypy, pyright, import-linter
+# make check   ruff, mypy, pyright, import-linter, and squawk on the migrations' SQL
 #
 # Each makes .venv first where it is missing or older than its inputs. PYTHON=python3.12 names another interpreter.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo test check lint-sql format clean
 
 demo: .venv/installed
 	@$(BIN)/python -m iot_models.demo
@@ -18,12 +18,20 @@ test: .venv/installed
 	@$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-check: .venv/installed
+check: .venv/installed lint-sql
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+# What the migrations print for psql, each way.
+lint-sql: .venv/installed
+	@set -e; folder=$$(mktemp -d); trap 'rm -r "$$folder"' EXIT; \
+	for range in 'upgrade base:075' 'upgrade 075:076' 'downgrade 076:075' 'downgrade 075:base'; do \
+	  $(BIN)/alembic $$range --sql > "$$folder/$$(echo $$range | tr ': ' '__').sql" 2> "$$folder/log" || { cat "$$folder/log"; exit 1; }; \
+	done; \
+	$(BIN)/squawk --config .squawk.toml "$$folder"/*.sql
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .
