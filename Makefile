@@ -1,5 +1,7 @@
 # make demo    the main job on a throwaway PostgreSQL
 # make test    all tests, with branch coverage
+# make test-matrix   the migration and service tests on PostgreSQL 15 to 18, and with the oldest libraries admitted
+# make bench-stall   how long a migration keeps a writer waiting; writes benchmarks/stall.md
 # make check   ruff, mypy, pyright, import-linter, and squawk on the migrations' SQL
 #
 # Each makes .venv first where it is missing or older than its inputs. PYTHON=python3.12 names another interpreter.
@@ -7,7 +9,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lint-sql format clean
+.PHONY: demo test test-matrix check lint-sql bench-stall format clean
 
 demo: .venv/installed
 	@$(BIN)/python -m iot_models.demo
@@ -17,6 +19,12 @@ test: .venv/installed
 	$(BIN)/coverage run -m pytest
 	@$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
+
+test-matrix: .venv/installed
+	@$(BIN)/python .ci/matrix.py
+
+bench-stall: .venv/installed
+	@$(BIN)/python benchmarks/stall.py --report benchmarks/stall.md
 
 check: .venv/installed lint-sql
 	$(BIN)/ruff check .
@@ -38,7 +46,7 @@ format: .venv/installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .coverage dist
+	rm -rf .venv .venv-matrix .coverage dist
 
 # constraints.txt holds the versions that this was last seen green with; a user's installation is not bound by it.
 .venv/installed: pyproject.toml constraints.txt

@@ -193,8 +193,8 @@ def test_a_write_that_the_database_suppresses_is_an_error_and_no_endless_loop(
 
 
 def test_any_other_database_error_is_passed_on_as_it_is(session: Session, service: ShadowService) -> None:
-    session.execute(text("SET LOCAL statement_timeout = '1ms'"))
     session.execute(text("ALTER TABLE device_state ADD CONSTRAINT slow CHECK (pg_sleep(0.2) IS NOT NULL) NOT VALID"))
+    session.execute(text("SET LOCAL statement_timeout = '20ms'"))
 
     with pytest.raises(OperationalError, match="statement timeout") as caught:
         service.replace_desired(DEVICE, {})

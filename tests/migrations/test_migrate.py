@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,11 @@ from alembic_runs import CHECKOUT
 from postgres_server import client_tool
 from raw_sql import RAW_076, SHADOWS, fleet_sql, rows_of, run_sql, tables_of
 from schema_dump import dump
-from sqlalchemy import NullPool, create_engine, make_url, text
+from sqlalchemy import Engine, NullPool, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from iot_models import ddl, migrate, scripts
+from iot_models import ddl, migrate, schema, scripts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -238,6 +239,17 @@ def test_check_finds_nothing_at_head_and_leaves_nothing_behind(at_head: str) -> 
     assert dump(at_head) == before
 
 
+def test_comparing_leaves_nothing_in_the_callers_transaction(at_head: str) -> None:
+    run_sql(at_head, "DROP INDEX idx_device_state_site")
+    engine = create_engine(at_head, poolclass=NullPool)
+    with engine.connect() as connection:
+        connection.execute(text("SET LOCAL lock_timeout = '7s'"))
+        assert len(schema.differences(connection)) == 1
+        assert len(schema.differences(connection)) == 1
+        assert connection.scalar(text("SELECT to_regclass('pg_temp.device_state')")) is None
+        assert connection.scalar(text("SHOW lock_timeout")) == "7s"
+
+
 def test_a_raw_schema_that_was_adopted_equals_the_models(empty: str) -> None:
     run_sql(empty, RAW_076)
     (problem,) = migrate.check(empty)
@@ -370,8 +382,10 @@ def test_check_gives_up_soon_where_another_session_has_locked_the_table_altogeth
     engine = create_engine(at_head, poolclass=NullPool)
     with engine.connect() as other:
         other.execute(text("LOCK TABLE device_state IN ACCESS EXCLUSIVE MODE"))
+        began = time.monotonic()
         with pytest.raises(CommandError, match="lock timeout; device_state is locked by another session"):
             migrate.check(at_head)
+        assert time.monotonic() - began < 3
 
 
 def test_what_else_is_refused_to_a_check_is_not_taken_for_a_missing_right(at_head: str) -> None:
@@ -484,14 +498,34 @@ def test_an_autocommit_engine_migrates_in_transactions_all_the_same(at_head: str
 
 
 def test_a_url_object_keeps_its_password_and_its_percent_signs(empty: str) -> None:
-    url = make_url(empty).set(drivername="postgres", password="50%&=").update_query_dict({"application_name": "a%20=b"})  # noqa: S106
-    assert migrate.current(url) is None
+    passwords: list[str] = []
+
+    def remember(_dialect: object, _record: object, _arguments: object, parameters: dict[str, Any]) -> None:
+        passwords.append(parameters["password"])
+        parameters["password"] = make_url(empty).password
+
+    event.listen(Engine, "do_connect", remember)
+    try:
+        assert migrate.current(make_url(empty).set(drivername="postgres", password="50%&= s")) is None  # noqa: S106
+    finally:
+        event.remove(Engine, "do_connect", remember)
+    assert passwords == ["50%&= s"]
+
+
+def test_an_upgrade_waits_for_a_lock_as_long_as_it_is_told(empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ddl, "_FIRST_PAUSE", 0.001)
+    migrate.upgrade(empty, "075")
+    engine = create_engine(empty, poolclass=NullPool)
+    with engine.connect() as reader:
+        reader.execute(text("SELECT FROM device_state"))
+        with pytest.raises(CommandError, match="no lock on device_state after 5 tries of 10ms"):
+            migrate.upgrade(empty, lock_timeout="10ms")
 
 
 def test_current_is_none_before_the_first_revision_and_base_on_the_command_line(
     empty: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert migrate.current(empty) is None
+    assert migrate.current(as_session(empty, "default_transaction_read_only=on")) is None
     assert migrate.main(["current", "--url", empty]) == 0
     assert migrate.main(["upgrade", "--url", empty]) == 0
     assert migrate.main(["current", "--url", empty]) == 0
