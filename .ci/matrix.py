@@ -147,7 +147,8 @@ def test(cell: Cell) -> Result:
 
 
 def libraries(python: str) -> str:
-    program = "import importlib.metadata as m; print(', '.join(f'{n} {m.version(n)}' for n in ('sqlalchemy', 'alembic', 'psycopg')))"
+    names = ("sqlalchemy", "alembic", "psycopg")
+    program = f"import importlib.metadata as m; print(', '.join(f'{{n}} {{m.version(n)}}' for n in {names}))"
     return subprocess.run([python, "-c", program], check=True, capture_output=True, text=True).stdout.strip()
 
 
