@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 from alembic.operations import MigrateOperation, Operations
 from alembic.util import CommandError
 from sqlalchemy import text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from iot_models.adoption import find_index
 
@@ -160,7 +160,8 @@ def _progress_of_builds(engine: Engine, name: str) -> Iterator[None]:
 
     def report() -> None:
         while not done.wait(_PROGRESS_EVERY):
-            with engine.connect() as connection:
+            # Without a connection to spare there is no progress to tell; the build goes on.
+            with suppress(SQLAlchemyError), engine.connect() as connection:
                 for row in connection.execute(
                     text("""
                         SELECT phase, blocks_done, blocks_total, current_locker_pid AS waits_for
