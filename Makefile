@@ -1,7 +1,11 @@
 # make demo    the main job on a throwaway PostgreSQL
 # make test    all tests, with branch coverage
 # make test-matrix   the migration and service tests on PostgreSQL 15 to 18, and with the oldest libraries admitted
+# make bench   how fast it is, beside the limit and beside what one would write instead; writes benchmarks/results.md
 # make bench-stall   how long a migration keeps a writer waiting; writes benchmarks/stall.md
+# make soak    load with faults for half an hour (MINUTES=30), then proof that nothing was lost
+# make fuzz    hostile input for ten minutes (MINUTES=10)
+# make breaks  breaks the code in the ways that would break a promise; a test has to notice each
 # make check   ruff, mypy, pyright, import-linter, and squawk on the migrations' SQL
 #
 # Each makes .venv first where it is missing or older than its inputs. PYTHON=python3.12 names another interpreter.
@@ -9,7 +13,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-matrix check lint-sql bench-stall format clean
+.PHONY: demo test test-matrix check lint-sql bench bench-stall soak fuzz breaks format clean
 
 demo: .venv/installed
 	@$(BIN)/python -m iot_models.demo
@@ -23,8 +27,20 @@ test: .venv/installed
 test-matrix: .venv/installed
 	@$(BIN)/python .ci/matrix.py
 
+bench: .venv/bench
+	@$(BIN)/python benchmarks/bench.py
+
 bench-stall: .venv/installed
 	@$(BIN)/python benchmarks/stall.py --report benchmarks/stall.md
+
+soak: .venv/installed
+	@$(BIN)/python tests/guarantees/soak.py --minutes $(or $(MINUTES),30)
+
+fuzz: .venv/installed
+	@$(BIN)/python tests/fuzz/fuzz.py --minutes $(or $(MINUTES),10)
+
+breaks: .venv/installed
+	@$(BIN)/python .ci/breaks.py
 
 check: .venv/installed lint-sql
 	$(BIN)/ruff check .
@@ -36,7 +52,8 @@ check: .venv/installed lint-sql
 # What the migrations print for psql, each way.
 lint-sql: .venv/installed
 	@set -e; folder=$$(mktemp -d); trap 'rm -r "$$folder"' EXIT; \
-	for range in 'upgrade base:075' 'upgrade 075:076' 'downgrade 076:075' 'downgrade 075:base'; do \
+	for range in 'upgrade base:075' 'upgrade 075:076' 'upgrade 076:077' \
+	  'downgrade 077:076' 'downgrade 076:075' 'downgrade 075:base'; do \
 	  $(BIN)/alembic $$range --sql > "$$folder/$$(echo $$range | tr ': ' '__').sql" 2> "$$folder/log" || { cat "$$folder/log"; exit 1; }; \
 	done; \
 	$(BIN)/squawk --config .squawk.toml "$$folder"/*.sql
@@ -55,4 +72,9 @@ clean:
 	@echo "Installing into .venv, once; this takes about half a minute."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# What only the benchmarks need: the libraries that they compare with, and matplotlib.
+.venv/bench: .venv/installed
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	@touch $@

@@ -31,6 +31,7 @@ CACHE = CHECKOUT / ".venv-matrix"
 TESTS = [
     "tests/migrations",
     *sorted(str(path.relative_to(CHECKOUT)) for path in (CHECKOUT / "tests/integration").glob("test_service*.py")),
+    *sorted(str(path.relative_to(CHECKOUT)) for path in (CHECKOUT / "tests/integration").glob("test_isolation*.py")),
     *(f"tests/integration/test_{name}.py" for name in ("models", "orm_guard", "aio", "plans")),
 ]
 AT_ONCE = 2

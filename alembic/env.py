@@ -15,7 +15,7 @@ from sqlalchemy import Engine, NullPool, create_engine, text
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
 import iot_models.ddl  # noqa: F401 - registers the operations that revisions use
-from iot_models.engine import database_url
+from iot_models.engine import database_url, import_driver, masked
 from iot_models.models import Base
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if config.config_file_name is not None:
 
 # What -x takes, and what each may say.
 OPTIONS = {
-    "url": (r".+", "a database URL"),
+    "url": (r"(?s:.+)", "a database URL"),  # whatever it is: only database_url can refuse it without showing a password
     "lock_timeout": (r"[1-9]\d*(ms|s|min)", "how long one try for a lock may hold writers up: 500ms, 4s"),
     "shadow": (r"discard", "discard: a downgrade below 076 throws the shadows away"),
     "device_state": (r"drop", "drop: a downgrade to base drops the table with its rows"),
@@ -61,6 +61,16 @@ def _engine(options: dict[str, str]) -> Engine:
         url = database_url(options.get("url"), fallback=config.get_main_option("sqlalchemy.url"))
     except ValueError as error:
         raise CommandError(f"{error}, or pass -x url=...") from error
+    if url.get_dialect().is_async:
+        raise CommandError(
+            f"migrations run synchronously, and {url.drivername} is an async driver: write the URL as "
+            "postgresql+psycopg://..., or without a driver (in IOT_MODELS_DATABASE_URL, or as -x url=..., where "
+            "DATABASE_URL is the service's)"
+        )
+    try:
+        import_driver(url)
+    except ImportError as error:
+        raise CommandError(str(error)) from error
     return create_engine(url, poolclass=NullPool, connect_args={"application_name": "iot_models alembic"})
 
 
@@ -71,7 +81,7 @@ def _connection(options: dict[str, str]) -> Iterator[Connection]:
         connection = engine.connect()
     except OperationalError as error:
         raise CommandError(
-            f"cannot reach {engine.url.render_as_string()}: {str(error.orig).strip()}\n"
+            f"cannot reach {masked(engine.url)}: {str(error.orig).strip()}\n"
             "Start the server, or correct the URL (-x url=..., IOT_MODELS_DATABASE_URL, DATABASE_URL)."
         ) from error
     with connection:

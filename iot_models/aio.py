@@ -53,6 +53,8 @@ class AsyncShadowService:
         tenant_id: The only tenant whose devices exist here.
         limits: What a document may weigh.
         stale_after: The silence after which a shadow's `sync_status` is `stale`.
+        bind_tenant: Whether to bind each transaction to the tenant first, for row level security: see
+            `iot_models.isolation`.
 
     Raises:
         TypeError: If `tenant_id` is no string.
@@ -72,9 +74,12 @@ class AsyncShadowService:
         *,
         limits: DocumentLimits = DocumentLimits(),  # noqa: B008 - frozen
         stale_after: timedelta = STALE_AFTER,
+        bind_tenant: bool = False,
     ) -> None:
         self._session = session
-        self._service = ShadowService(session.sync_session, tenant_id, limits=limits, stale_after=stale_after)
+        self._service = ShadowService(
+            session.sync_session, tenant_id, limits=limits, stale_after=stale_after, bind_tenant=bind_tenant
+        )
 
     @property
     def tenant_id(self) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterable, Mapping
 from datetime import datetime
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+from iot_models.documents import storable_text
+from iot_models.errors import shown
 
 # Bound as bigint; the columns are integer, so that no larger number is ever current.
 _WHOLE_BOUND: Final = 2**63
@@ -19,17 +21,55 @@ def require_text(name: str, value: object) -> None:
         TypeError: If it is none.
     """
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be a str, got {value!r}")
+        raise TypeError(f"{name} must be a str, got {shown(value)}")
+
+
+def require_several(name: str, values: object) -> None:
+    """Refuse what holds no values that could be taken one after another.
+
+    Raises:
+        TypeError: If it does not.
+    """
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be iterable, a list for instance, got {shown(values)}")
+
+
+def require_mapping(name: str, values: object, *, to: str) -> None:
+    """Refuse what maps nothing.
+
+    Args:
+        name: The argument's name.
+        values: What the caller gave.
+        to: What device ids are to be mapped to.
+
+    Raises:
+        TypeError: If it is no mapping.
+    """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{name} must map device ids to {to}, got {shown(values)}")
+
+
+def require_tenant(tenant_id: str) -> None:
+    """Refuse what is no tenant's id.
+
+    Raises:
+        TypeError: If it is no string.
+        ValueError: If it is empty, or text that PostgreSQL cannot store.
+    """
+    require_text("tenant_id", tenant_id)
+    if not tenant_id or not storable_text(tenant_id):
+        raise ValueError(f"tenant_id must be text that PostgreSQL can store and not empty, got {shown(tenant_id)}")
 
 
 def device_id_list(device_ids: Iterable[str]) -> list[str]:
     """The ids in the order given, each once.
 
     Raises:
-        TypeError: If `device_ids` is one string, or holds anything but strings.
+        TypeError: If `device_ids` is one string, no iterable, or holds anything but strings.
     """
     if isinstance(device_ids, str):
-        raise TypeError(f"device_ids must be several ids, got the one string {device_ids!r}: put it in a list")
+        raise TypeError(f"device_ids must be several ids, got the one string {shown(device_ids)}: put it in a list")
+    require_several("device_ids", device_ids)
     wanted = list(device_ids)
     for device_id in wanted:
         require_text("device_id", device_id)
@@ -37,16 +77,17 @@ def device_id_list(device_ids: Iterable[str]) -> list[str]:
 
 
 def whole(name: str, value: object, *, least: int = 0) -> int:
-    """A whole number from `least` to the largest that PostgreSQL's bigint holds.
+    """A whole number from `least` to the largest that PostgreSQL's bigint holds, as a plain int.
 
     Raises:
         TypeError: If it is no int; a bool is none.
         ValueError: If it is out of these bounds.
     """
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
+        raise TypeError(f"{name} must be an int, got {shown(value)}")
+    value = operator.index(value)  # the number itself, whatever a subclass says that it is
     if not least <= value < _WHOLE_BOUND:
-        raise ValueError(f"{name} must be {least} or more and below 2**63, got {value}")
+        raise ValueError(f"{name} must be {least} or more and below 2**63, got {shown(value)}")
     return value
 
 
@@ -68,13 +109,15 @@ def versions(name: str, values: Mapping[str, int] | None, *, of: Mapping[str, ob
         of: The devices of the batch.
 
     Raises:
-        TypeError: If one is no int.
+        TypeError: If it is no mapping, or one is no int.
         ValueError: If one is negative, or of a device that is not in the batch: it would guard nothing.
     """
-    given = {} if values is None else values
-    if strangers := [device_id for device_id in given if device_id not in of]:
-        raise ValueError(f"{name} holds devices that the batch does not: {', '.join(map(ascii, strangers))}")
-    return {device_id: whole(f"{name}[{device_id!a}]", value) for device_id, value in given.items()}
+    if values is None:
+        return {}
+    require_mapping(name, values, to="versions")
+    if strangers := [device_id for device_id in values if device_id not in of]:
+        raise ValueError(f"{name} holds devices that the batch does not: {shown(strangers)[1:-1]}")
+    return {device_id: whole(f"{name}[{shown(device_id)}]", value) for device_id, value in values.items()}
 
 
 def require_aware(name: str, value: object) -> None:
@@ -85,6 +128,8 @@ def require_aware(name: str, value: object) -> None:
         ValueError: If it has no time zone.
     """
     if not isinstance(value, datetime):
-        raise TypeError(f"{name} must be a datetime, got {value!r}")
+        raise TypeError(f"{name} must be a datetime, got {shown(value)}")
     if value.utcoffset() is None:
-        raise ValueError(f"{name} must be timezone-aware, as datetime.now(timezone.utc) is; got the naive {value!r}")
+        raise ValueError(
+            f"{name} must be timezone-aware, as datetime.now(timezone.utc) is; got the naive {shown(value)}"
+        )

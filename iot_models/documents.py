@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final
 
-from iot_models.errors import DocumentTooLarge, InvalidDocument
+from iot_models.errors import DocumentTooLarge, InvalidDocument, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable
 
     Place = tuple[str | int, ...]
 
@@ -60,20 +60,25 @@ class DocumentLimits:
 
     def __post_init__(self) -> None:
         if self.max_bytes < 1:
-            raise ValueError(f"max_bytes must be at least 1, got {self.max_bytes}")
+            raise ValueError(f"max_bytes must be at least 1, got {shown(self.max_bytes)}")
         if not 1 <= self.max_depth <= _DEEPEST:
-            raise ValueError(f"max_depth must be from 1 to {_DEEPEST}, got {self.max_depth}")
+            raise ValueError(f"max_depth must be from 1 to {_DEEPEST}, got {shown(self.max_depth)}")
 
 
 def check_document(document: object, limits: DocumentLimits) -> None:
     """Refuse what is no JSON object, what PostgreSQL's jsonb cannot hold, and what nests too deep.
 
+    Its size is left to `encode_document`: a merge patch may be larger than what becomes of it. But no sensible one
+    is more than twice as large as a document may be, half of it being what it removes. That bound keeps the work
+    small where little memory is a huge document: the same list a million times, as the aliases of YAML make it.
+
     Raises:
         InvalidDocument: With the JSON Pointer to the first such place.
+        DocumentTooLarge: If it is larger than twice `limits.max_bytes` beyond doubt.
     """
     if not isinstance(document, dict):
         raise InvalidDocument("", f"a document is a JSON object (a dict), not {_name(document)}")
-    _check(document, (), limits.max_depth)
+    _check(document, (), limits, 2 * limits.max_bytes)
 
 
 def encode_document(document: object, limits: DocumentLimits) -> str:
@@ -89,11 +94,7 @@ def encode_document(document: object, limits: DocumentLimits) -> str:
         text = _MARKED.sub(r"\1", text)
     size = len(text) if text.isascii() else len(text.encode())
     if size > limits.max_bytes:
-        raise DocumentTooLarge(
-            "",
-            f"{size:,} bytes as compact UTF-8 JSON, at most {limits.max_bytes:,} are allowed: "
-            "store bulky values elsewhere and keep a reference here",
-        )
+        raise _too_large(f"{size:,}", limits)
     return text
 
 
@@ -124,14 +125,23 @@ def storable_text(value: str) -> bool:
     return "\0" not in value
 
 
-def _check(container: dict[object, object] | list[object], place: Place, room: int) -> None:  # noqa: C901 - one branch a JSON type
-    """Check what a container holds; `room` levels are left, this one included."""
-    if room == 0:
+def _check(  # noqa: C901 - one branch a JSON type
+    container: dict[object, object] | list[object], place: Place, limits: DocumentLimits, left: int
+) -> int:
+    """Check what a container holds, `left` bytes at most; returns how many may follow it, rather too many."""
+    if len(place) == limits.max_depth:
         raise InvalidDocument(_pointer(place), "nested too deep: flatten it, or raise DocumentLimits.max_depth")
-    for key, value in _items(container, place):
+    keyed = isinstance(container, dict)
+    members: Iterable[tuple[Any, object]] = container.items() if isinstance(container, dict) else enumerate(container)
+    left -= len(container)  # each value takes a byte at least, and text a byte a character
+    for key, value in members:
+        if keyed:
+            _check_key(key, place)
+            left -= len(key)
         if isinstance(value, str):
             if not storable_text(value):
                 raise InvalidDocument(_pointer((*place, key)), _TEXT_REASON)
+            left -= len(value)
         elif isinstance(value, int):  # bool is one too
             if not -_INTEGER_BOUND < value < _INTEGER_BOUND:
                 raise InvalidDocument(_pointer((*place, key)), "an integer of more than 4,300 digits")
@@ -139,25 +149,31 @@ def _check(container: dict[object, object] | list[object], place: Place, room: i
             if not math.isfinite(value):
                 raise InvalidDocument(_pointer((*place, key)), f"{value} is no JSON number: send null, or leave it out")
         elif isinstance(value, (dict, list)):
-            _check(value, (*place, key), room - 1)
+            left = _check(value, (*place, key), limits, left)
         elif value is not None and not isinstance(value, _StoredNumber):
             raise InvalidDocument(_pointer((*place, key)), f"{_name(value)} is no JSON type: convert it before")
+        if left < 0:
+            raise _too_large(f"more than {2 * limits.max_bytes:,}", limits)
+    return left
+
+
+def _check_key(key: object, place: Place) -> None:
+    if not isinstance(key, str):
+        # json would write 1, None and True as "1", "null" and "true", and so merge keys without a word
+        raise InvalidDocument(_pointer((*place, shown(key))), f"keys are strings, {shown(key)} is {_name(key)}")
+    if not storable_text(key):
+        raise InvalidDocument(_pointer((*place, key)), _TEXT_REASON)
 
 
 _TEXT_REASON: Final = r"PostgreSQL stores neither \u0000 nor a lone surrogate in a string: remove it before"
 
 
-def _items(container: dict[object, object] | list[object], place: Place) -> Iterator[tuple[str | int, object]]:
-    if isinstance(container, list):
-        yield from enumerate(container)
-        return
-    for key, value in container.items():
-        if not isinstance(key, str):
-            # json would write 1, None and True as "1", "null" and "true", and so merge keys without a word
-            raise InvalidDocument(_pointer((*place, str(key))), f"keys are strings, {key!r} is {_name(key)}")
-        if not storable_text(key):
-            raise InvalidDocument(_pointer((*place, key)), _TEXT_REASON)
-        yield key, value
+def _too_large(size: str, limits: DocumentLimits) -> DocumentTooLarge:
+    return DocumentTooLarge(
+        "",
+        f"{size} bytes as compact UTF-8 JSON, at most {limits.max_bytes:,} are allowed: "
+        "store bulky values elsewhere and keep a reference here",
+    )
 
 
 def _pointer(place: Place) -> str:

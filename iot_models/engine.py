@@ -13,12 +13,17 @@ import sqlalchemy
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
+from iot_models.documents import storable_text
+
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from sqlalchemy import Engine
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 URL_VARIABLES = ("IOT_MODELS_DATABASE_URL", "DATABASE_URL")
 
+_WRITE_IT_AS: Final = "write it as postgresql://user:password@host:5432/database"
 _APPLICATION_NAME: Final = "iot_models"
 _STATEMENT_TIMEOUT: Final = timedelta(seconds=30)
 _IDLE_IN_TRANSACTION_TIMEOUT: Final = timedelta(seconds=60)
@@ -65,7 +70,8 @@ def create_engine(
         options: SQLAlchemy's own: `pool_size`, `isolation_level`, `connect_args`, `echo` and so on.
 
     Raises:
-        ValueError: If there is no URL, it is not PostgreSQL's, or its driver is an async one.
+        ImportError: If the driver that the URL names is not installed; the message says what to do.
+        ValueError: If there is no URL, it is not PostgreSQL's, or its driver is unknown or an async one.
 
     Example:
         >>> engine = create_engine(pool_size=10, statement_timeout=timedelta(seconds=5))
@@ -74,6 +80,7 @@ def create_engine(
     target = database_url(url)
     if target.get_dialect().is_async:
         raise ValueError(f"{target.drivername} is an async driver: use create_async_engine, or postgresql+psycopg")
+    import_driver(target)
     timeouts = _settings(statement_timeout, idle_in_transaction_session_timeout)
     return sqlalchemy.create_engine(target, **_with_defaults(target, application_name, timeouts, options))
 
@@ -93,7 +100,7 @@ def create_async_engine(
 
     Raises:
         ImportError: If greenlet or asyncpg is missing; the message says what to install.
-        ValueError: If there is no URL, or it is not PostgreSQL's.
+        ValueError: If there is no URL, it is not PostgreSQL's, or its driver is unknown or has no async mode.
 
     Example:
         >>> engine = create_async_engine(pool_size=10)
@@ -102,6 +109,8 @@ def create_async_engine(
     """
     target = database_url(url)
     _require("greenlet", "async")
+    if not target.get_dialect().get_async_dialect_cls(target).is_async:
+        raise ValueError(f"{target.drivername} has no async mode: use postgresql+psycopg, or postgresql+asyncpg")
     if target.get_driver_name() == "asyncpg":
         _require("asyncpg", "asyncpg")
     from sqlalchemy.ext import asyncio  # noqa: PLC0415 - needs greenlet, which a synchronous installation has not
@@ -115,6 +124,23 @@ def _require(package: str, extra: str) -> None:
         importlib.import_module(package)
     except ImportError as error:
         raise ImportError(f"create_async_engine needs {package}: pip install 'iot-models[{extra}]'") from error
+
+
+def import_driver(url: URL) -> None:
+    """Load the driver that a URL names.
+
+    Raises:
+        ImportError: If it is not installed, or (psycopg) finds no libpq; the message says what to do.
+    """
+    try:
+        url.get_dialect().import_dbapi()
+    except ImportError as error:
+        way_out = (
+            "pip install 'iot-models[binary]'"
+            if url.get_driver_name() == "psycopg"
+            else "write the URL as postgresql+psycopg://..., or install that driver"
+        )
+        raise ImportError(f"{url.drivername}: {error}; {way_out}") from error
 
 
 def _settings(statement: timedelta | None, idle: timedelta | None) -> dict[str, str]:
@@ -154,18 +180,39 @@ def normalize_url(url: str | URL) -> URL:
         'postgresql+psycopg://iot@db/iotcloud'
 
     Raises:
-        ValueError: If it is no URL, or of another database than PostgreSQL. The message hides the password.
+        ValueError: If it is no URL, of another database than PostgreSQL, or names a driver that SQLAlchemy does not
+            know. The message hides the password.
     """
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError) as error:  # ValueError: a port that is no number
         # Not the URL itself: what cannot be parsed cannot be masked, and it may hold a password.
-        raise ValueError("not a database URL: write it as postgresql://user:password@host:5432/database") from error
+        raise ValueError(f"not a database URL: {_WRITE_IT_AS}") from error
+    if not all(map(storable_text, _texts(parsed))):
+        raise ValueError(f"not a database URL, for it holds NUL or a lone surrogate: {_WRITE_IT_AS}")
     if parsed.drivername in {"postgres", "postgresql"}:
         return parsed.set(drivername="postgresql+psycopg")
     if parsed.get_backend_name() != "postgresql":
-        raise ValueError(f"iot_models works on PostgreSQL; {parsed.render_as_string()} names {parsed.drivername!r}")
+        raise ValueError(f"iot_models works on PostgreSQL; this URL names {parsed.drivername!r}")
+    try:
+        parsed.get_dialect()
+    except (ArgumentError, ImportError, ValueError) as error:  # ValueError: two drivers
+        raise ValueError(
+            f"{parsed.drivername}: {error}; write the URL as postgresql+psycopg://..., or without a driver"
+        ) from error
     return parsed
+
+
+def masked(url: URL) -> str:
+    """The URL for people to read: no password in it, also none of those that libpq takes as options."""
+    return url.difference_update_query(["password", "sslpassword"]).render_as_string()
+
+
+def _texts(url: URL) -> Iterator[str]:
+    """All that a URL holds, unescaped."""
+    yield from (str(part) for part in url[:-1])
+    for name, values in url.normalized_query.items():
+        yield from (name, *values)
 
 
 def database_url(explicit: str | URL | None = None, *, fallback: str | None = None) -> URL:
@@ -174,7 +221,7 @@ def database_url(explicit: str | URL | None = None, *, fallback: str | None = No
     Empty values count as absent.
 
     Raises:
-        ValueError: If there is none (the message lists the ways to give one), or it is not a PostgreSQL URL.
+        ValueError: If there is none (the message lists the ways to give one), or it is refused by `normalize_url`.
     """
     candidates = (explicit, *(os.environ.get(name) for name in URL_VARIABLES), fallback)
     for candidate in candidates:

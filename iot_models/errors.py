@@ -6,11 +6,25 @@ do next. `http_status` is what an HTTP API answers, so that one handler can map 
 
 from __future__ import annotations
 
+import reprlib
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Final
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+# An id or a time is shown whole, of what holds others the first few.
+_SHORT: Final = reprlib.Repr()
+_SHORT.maxlevel = 1
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+
+
+def shown(value: object) -> str:
+    """A caller's value for a message: its repr, cut where it is long or deep; its type where it has none."""
+    try:
+        return _SHORT.repr(value)
+    except Exception:  # noqa: BLE001 - an int of more than 4,300 digits, or a repr that raises: the message matters more
+        return f"<{type(value).__name__} that cannot be shown>"
 
 
 class IotModelsError(Exception):

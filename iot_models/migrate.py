@@ -141,9 +141,8 @@ def _examine(target: Target, options: Options) -> _Findings:
     def examine(revision: str | None, connection: Connection) -> _Findings:
         database = f"database {connection.scalar(text('SELECT current_database()'))}"
         parked = schema.parked_shadows(connection)
-        stays = (
-            "their devices are gone or have a newer shadow" if revision == head else "the next upgrade puts them back"
-        )
+        below = revision in {None, *known[: known.index("076")]}
+        stays = "the next upgrade puts them back" if below else "their devices are gone or have a newer shadow"
         return _Findings(
             problems=[
                 *([] if revision == head else [f"{database} {_elsewhere(revision, known)}"]),
@@ -229,7 +228,7 @@ examples:
   {_COMMAND} upgrade head --url postgresql://deployer@db/iotcloud
   {_COMMAND} downgrade 075               shadows are parked; the next upgrade puts them back
   {_COMMAND} check || exit 1             in a deployment, before the new code starts
-  {_COMMAND} sql 075:076 | psql -v ON_ERROR_STOP=1
+  {_COMMAND} sql 075:head | psql -v ON_ERROR_STOP=1
 
 The URL comes from --url, else IOT_MODELS_DATABASE_URL, else DATABASE_URL.
 Exit codes: 0 done, 1 refused or failed or a difference found, 2 wrong usage, 130 interrupted.""",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from iot_models import arguments
 from iot_models.documents import encode_document, storable_text
+from iot_models.errors import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -79,11 +80,13 @@ class CheckedReport(NamedTuple):
         report: The report itself.
         device_id: The id to look up; None if no row can carry it.
         document: The document as JSON text; None if the report is invalid.
+        acked_version: As a plain int; None if it says nothing about that, or is invalid.
     """
 
     report: Report
     device_id: str | None
     document: str | None
+    acked_version: int | None
 
 
 class Accepted(NamedTuple):
@@ -119,9 +122,10 @@ def check(report: Report, limits: DocumentLimits) -> CheckedReport:
         TypeError: If `report` is no `Report`. What is wrong inside one is no error but a status.
     """
     if not isinstance(report, Report):
-        raise TypeError(f"reports must be Report objects, got {report!r}")
+        raise TypeError(f"reports must be Report objects, got {shown(report)}")
     storable = _is_text(report.device_id) and storable_text(report.device_id)
-    return CheckedReport(report, report.device_id if storable else None, _document(report, limits))
+    document, acked_version = _checked(report, limits)
+    return CheckedReport(report, report.device_id if storable else None, document, acked_version)
 
 
 def fold(
@@ -140,32 +144,32 @@ def fold(
     current = dict(versions)
     accepted: dict[str, Accepted] = {}
     outcomes: list[ReportOutcome] = []
-    for report, device_id, document in reports:
+    for report, device_id, document, acked_version in reports:
         stands = None if device_id is None else current.get(device_id)
         if document is None:
             status = ReportStatus.INVALID
         elif device_id is None or stands is None:
             status = ReportStatus.UNKNOWN_DEVICE
         else:
-            status = judge(report.acked_version, stands)
+            status = judge(acked_version, stands)
             if status is ReportStatus.ACCEPTED:
-                if report.acked_version is not None:
-                    stands = stands._replace(reported=report.acked_version)
+                if acked_version is not None:
+                    stands = stands._replace(reported=acked_version)
                 current[device_id] = stands
                 accepted[device_id] = Accepted(document, versions[device_id], stands.reported)
         outcomes.append(ReportOutcome(report.device_id, status, *(stands or (None, None))))
     return outcomes, accepted
 
 
-def _document(report: Report, limits: DocumentLimits) -> str | None:
-    """The document as JSON text; None if anything about the report is invalid."""
+def _checked(report: Report, limits: DocumentLimits) -> tuple[str | None, int | None]:
+    """The document as JSON text and the acknowledged version; no document if anything about the report is invalid."""
     if not _is_text(report.device_id):
-        return None
+        return None, None
     try:
-        arguments.version("acked_version", report.acked_version)
-        return encode_document(report.reported, limits)
+        acked_version = arguments.version("acked_version", report.acked_version)
+        return encode_document(report.reported, limits), acked_version
     except (TypeError, ValueError):  # InvalidDocument is a ValueError
-        return None
+        return None, None
 
 
 def _is_text(value: object) -> bool:

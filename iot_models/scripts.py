@@ -14,9 +14,8 @@ from alembic.runtime.environment import EnvironmentContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import URL, Engine
-from sqlalchemy.exc import ArgumentError
 
-from iot_models.engine import database_url
+from iot_models.engine import database_url, import_driver
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -135,16 +134,15 @@ def _where(target: Target) -> dict[str, Any]:
         url = database_url(target)
     except ValueError as error:
         raise CommandError(str(error) if target else f"{error}, or pass one (--url)") from error
+    if url.get_dialect().is_async:
+        raise CommandError(
+            f"migrations run synchronously, and {url.drivername} is an async driver: write the URL as "
+            "postgresql+psycopg://... (in IOT_MODELS_DATABASE_URL, where DATABASE_URL is the service's)"
+        )
     try:
-        dialect = url.get_dialect()
-        if dialect.is_async:
-            raise CommandError(
-                f"migrations run synchronously, and {url.drivername} is an async driver: write the URL as "
-                "postgresql+psycopg://... (in IOT_MODELS_DATABASE_URL, where DATABASE_URL is the service's)"
-            )
-        dialect.import_dbapi()
-    except (ArgumentError, ImportError) as error:
-        raise CommandError(f"{url.drivername}: {error}; write the URL as postgresql+psycopg://...") from error
+        import_driver(url)
+    except ImportError as error:
+        raise CommandError(str(error)) from error
     return {"url": url.render_as_string(hide_password=False)}
 
 

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from copy import deepcopy
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import inspect
-from sqlalchemy.exc import OperationalError, ProgrammingError
+from sqlalchemy.exc import DBAPIError
 
-from iot_models import arguments, batches, statements, twin
+from iot_models import arguments, batches, isolation, savepoints, statements, twin
 from iot_models.attempts import ATTEMPTS, suppressed
 from iot_models.documents import DocumentLimits, check_document, decode_document, encode_document, storable_text
 from iot_models.errors import DeviceNotFound, StaleReport, UnknownVersion, VersionConflict
+from iot_models.hints import add_hint
 from iot_models.models import DeviceState
 from iot_models.reports import Report, ReportOutcome, ReportStatus, Versions, check, judge
 from iot_models.shadow import STALE_AFTER, Shadow
 from iot_models.tracking import set_committed_value
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
     from datetime import timedelta
     from typing import TypeAlias
 
@@ -44,6 +44,8 @@ class ShadowService:
         tenant_id: The only tenant whose devices exist here.
         limits: What a document may weigh.
         stale_after: The silence after which a shadow's `sync_status` is `stale`.
+        bind_tenant: Whether to bind each transaction to the tenant first, for row level security: see
+            `iot_models.isolation`.
 
     Raises:
         TypeError: If `tenant_id` is no string.
@@ -63,14 +65,14 @@ class ShadowService:
         *,
         limits: DocumentLimits = DocumentLimits(),  # noqa: B008 - frozen
         stale_after: timedelta = STALE_AFTER,
+        bind_tenant: bool = False,
     ) -> None:
-        arguments.require_text("tenant_id", tenant_id)
-        if not tenant_id or not storable_text(tenant_id):
-            raise ValueError(f"tenant_id must be text that PostgreSQL can store and not empty, got {tenant_id!a}")
+        arguments.require_tenant(tenant_id)
         self.tenant_id = tenant_id
         self._session = session
         self._limits = limits
         self._stale_after = stale_after
+        self._bind_tenant = bind_tenant
 
     def get(self, device_id: str) -> Shadow:
         """Read one shadow.
@@ -87,7 +89,7 @@ class ShadowService:
         """Read several shadows in one statement, in the order asked for; devices that do not exist are left out.
 
         Raises:
-            TypeError: If `device_ids` is one string, or holds anything but strings.
+            TypeError: If `device_ids` is one string or no iterable, or holds anything but strings.
         """
         wanted = arguments.device_id_list(device_ids)
         storable = [device_id for device_id in wanted if storable_text(device_id)]
@@ -223,11 +225,10 @@ class ShadowService:
             BatchRejected: With the error of every device that is missing (`DeviceNotFound`), not at its expected
                 version (`VersionConflict`) or whose document cannot be stored (`InvalidDocument`,
                 `DocumentTooLarge`); nothing is written, the transaction stays usable.
-            TypeError: If `documents` is no mapping, a device_id no string, or a version no int.
+            TypeError: If `documents` or `expected_versions` is no mapping, a device_id no string, or a version no int.
             ValueError: If a version is negative, or of a device that is not in `documents`.
         """
-        if not isinstance(documents, Mapping):
-            raise TypeError(f"documents must map device ids to documents, got {documents!r}")
+        arguments.require_mapping("documents", documents, to="documents")
         for device_id in documents:
             arguments.require_text("device_id", device_id)
         expected = arguments.versions("expected_versions", expected_versions, of=documents)
@@ -251,7 +252,7 @@ class ShadowService:
                 be stored once it is merged (`InvalidDocument`, `DocumentTooLarge`); nothing is written, the
                 transaction stays usable.
             InvalidDocument: If the patch itself cannot be stored; nothing is sent.
-            TypeError: If `device_ids` is one string, or holds anything but strings.
+            TypeError: If `device_ids` is one string or no iterable, or holds anything but strings.
         """
         wanted = arguments.device_id_list(device_ids)
         check_document(patch, self._limits)
@@ -268,15 +269,21 @@ class ShadowService:
         times: each report is judged by what those before it left behind, and the document of the last accepted one
         stays. No reports: `[]`, and no statement. 100,000 in one call work, with 1 GB of documents at most.
 
+        In AUTOCOMMIT mode what a concurrent write got ahead of is decided and written once more: where that second
+        round fails (a lost connection, a timeout), the first is written already. Send the reports again: what was
+        accepted is accepted again, unless something newer came since.
+
         Returns:
             One outcome per report, in order.
 
         Raises:
-            TypeError: If one is no `Report`; nothing is sent. What is wrong inside a report is an outcome, see
-                `ReportOutcome`: it stops no other and raises nothing.
+            TypeError: If `reports` is no iterable, or one is no `Report`; nothing is sent. What is wrong inside a
+                report is an outcome, see `ReportOutcome`: it stops no other and raises nothing.
         """
+        arguments.require_several("reports", reports)
         checked = [check(report, self._limits) for report in reports]
         outcomes, written = batches.replace_reported(self._execute, self.tenant_id, checked)
+        savepoints.remember(self._session, self.tenant_id, written)
         loaded = [device_id for device_id in written if self._loaded(self.tenant_id, device_id) is not None]
         if loaded:
             for row in self._execute(statements.many_shadows(), {"tenant": self.tenant_id, "devices": loaded}):
@@ -384,13 +391,15 @@ class ShadowService:
 
     def _execute(self, statement: Executable, binds: Mapping[str, object]) -> Result[*tuple[Any, ...]]:
         session = self._session
-        if session.autoflush:  # SQLAlchemy 2.0 does so for ORM statements only, 2.1 for these too
-            session.flush()
         try:
+            if self._bind_tenant:
+                isolation.bind_tenant(session, self.tenant_id)
+            if session.autoflush:  # SQLAlchemy 2.0 does so for ORM statements only, 2.1 for these too
+                session.flush()
             # The mapper, so that a session bound per class finds its engine too.
             return session.execute(statement, binds, bind_arguments={"mapper": DeviceState.__mapper__})
-        except (OperationalError, ProgrammingError) as error:
-            _say_what_to_run(error)
+        except (DBAPIError, OSError) as error:
+            add_hint(error)
             raise
 
     def _shadow(self, row: _Row) -> Shadow:
@@ -403,6 +412,7 @@ class ShadowService:
 
     def _written(self, row: _Row) -> Shadow:
         """The shadow that a write returned, shown to the loaded object as well, if there is one."""
+        savepoints.remember(self._session, row.tenant_id, [row.device_id])
         loaded = self._loaded(row.tenant_id, row.device_id)
         if loaded is not None:
             state = inspect(loaded)
@@ -429,11 +439,3 @@ def _refuse_reported(device_id: str, acked: int | None, desired_version: int, re
         raise UnknownVersion(device_id, acked, desired_version)
     if status is ReportStatus.STALE:
         raise StaleReport(device_id, acked, reported_version)
-
-
-def _say_what_to_run(error: OperationalError | ProgrammingError) -> None:
-    """Add the way out to the two errors of a deployment that is not finished; the error itself stays what it was."""
-    if getattr(error.orig, "sqlstate", None) in {"42P01", "42703"}:  # undefined_table, undefined_column
-        error.add_detail("The database is not migrated to revision 076: run `alembic upgrade head` against it.")
-    elif error.statement is None:  # failed before any statement: no connection
-        error.add_detail("PostgreSQL cannot be reached: start it, or correct the engine's URL.")

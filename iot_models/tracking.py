@@ -16,8 +16,8 @@ from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import attributes
 
 from iot_models.documents import DocumentLimits, check_document
+from iot_models.equality import json_equal
 from iot_models.errors import InvalidDocument
-from iot_models.twin import json_equal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
     Owner: TypeAlias = tuple[InstanceState[Any], str]
 
-# What the database can hold at all: how much of it is wanted is the service's question.
-_STORABLE: Final = DocumentLimits(max_depth=200)
+# What the database can hold at all (an array or object of jsonb less than 2**28 bytes): how much of it is wanted is the
+# service's question.
+_STORABLE: Final = DocumentLimits(max_bytes=2**28, max_depth=200)
 
 _PICKLED: Final = "iot_models.documents"
 
@@ -44,7 +45,10 @@ class _Tracked:
         """What to hold for a value: containers become tracked copies; those that are from here remain who they are."""
         if not isinstance(value, (dict, list)) or (isinstance(value, _Tracked) and value.parent is self):
             return value
-        return _Object(value, self) if isinstance(value, dict) else _Array(value, self)
+        try:
+            return _Object(value, self) if isinstance(value, dict) else _Array(value, self)
+        except RecursionError:
+            raise InvalidDocument("", "nested too deep to be copied: flatten it") from None
 
     def changed(self) -> None:
         # Without parent, or not among its values any more: taken out or replaced. Changes to it are nobody else's.
@@ -228,8 +232,8 @@ def track(attribute: InstrumentedAttribute[dict[str, Any]]) -> None:
         "load": listeners.loaded,
         # merge(load=False) hands over the other object's document. It has no public event; Mutable takes this one too.
         "_sa_event_merge_wo_load": listeners.loaded,
-        "refresh": listeners.refreshed,
-        "refresh_flush": listeners.refreshed,
+        "refresh": listeners.loaded,
+        "refresh_flush": listeners.loaded,
         "pickle": listeners.pickled,
         "unpickle": listeners.unpickled,
     }
@@ -247,12 +251,9 @@ class _Listeners:
     def loaded(self, state: InstanceState[Any], *_: object) -> None:
         document = state.dict.get(self._name)
         owner = (state, self._name)
+        # A refresh of other columns comes here too: the document that was there before stays the one to change.
         if isinstance(document, dict) and not (isinstance(document, Document) and document.owner == owner):
             state.dict[self._name] = Document(document, owner)
-
-    def refreshed(self, state: InstanceState[Any], _context: object, names: Iterable[str] | None) -> None:
-        if not names or self._name in names:
-            self.loaded(state)
 
     def assigned(self, state: InstanceState[Any], value: Any, old: object, _initiator: object) -> Any:
         if value is not None and value is not old:

@@ -5,6 +5,9 @@ shares a dict or list with an argument, so that a caller may change what it was 
 
 Two values are equal here when PostgreSQL's ``jsonb`` says so, not when Python does; see `json_equal`. Documents are
 what `json.loads` returns. Whether one may be stored is another module's question (`iot_models.documents`).
+
+Documents nest no deeper than Python recurses, which is a few hundred levels: deeper ones, and one that contains itself,
+raise `RecursionError`. ``json.loads`` gives up at such a depth too, and what may be stored ends long before.
 """
 
 from __future__ import annotations
@@ -12,21 +15,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal
 from enum import StrEnum
 from typing import Any, Final, NamedTuple, TypeAlias
+
+from iot_models.equality import ABSENT, SCALARS, json_equal, surely_equal
 
 Document: TypeAlias = dict[str, Any]
 
 # The seed's constant: a device that has not reported for longer than this is stale.
 STALE_THRESHOLD_MINUTES: Final = 30
-
-# Two values of one of these very types are equal when Python says so. The loops below ask this before anything else,
-# which keeps the common case (text against text, number against number) free of a function call.
-_SCALARS: Final = frozenset({str, int, float, bool, type(None)})
-
-# Stands for the value of an absent key: None will not do, because null is a value. It equals nothing else.
-_ABSENT: Final = object()
 
 
 class SyncStatus(StrEnum):
@@ -85,15 +82,26 @@ def compute_delta(desired: Mapping[str, object], reported: Mapping[str, object])
     """
     _require_object("desired", desired)
     _require_object("reported", reported)
+    if desired == reported and surely_equal(desired, reported):  # most of a fleet is in sync
+        return {}
     delta: Document = {}
+    alike: list[str] = []  # keys whose containers Python calls equal, who takes true for 1
     for key, wanted in desired.items():
-        actual = reported.get(key, _ABSENT)
+        actual = reported.get(key, ABSENT)
+        if wanted is actual:
+            continue
         kind = type(wanted)
-        if kind is type(actual) and kind in _SCALARS:
+        if kind is type(actual) and kind in SCALARS:
             if wanted != actual:
                 delta[key] = wanted
+        elif wanted == actual:
+            alike.append(key)
         elif not json_equal(wanted, actual):
             delta[key] = _copy(wanted)
+    if alike and not surely_equal([desired[key] for key in alike], [reported[key] for key in alike]):
+        apart = {key for key in alike if not json_equal(desired[key], reported[key])}
+        if apart:  # in the order of desired
+            delta = {key: _copy(wanted) for key, wanted in desired.items() if key in apart or key in delta}
     return delta
 
 
@@ -205,53 +213,14 @@ def sync_status(
     return SyncStatus.SYNCED if desired_version == reported_version else SyncStatus.PENDING
 
 
-def json_equal(left: object, right: object) -> bool:
-    """Return whether PostgreSQL would call two JSON values equal as ``jsonb``.
-
-    ``true`` is not ``1``, ``1`` is ``1.0``, the order of an object's keys means nothing, that of an array's elements
-    does. A float is the decimal number that it is written as: ``1e23`` equals ``10**23``, which Python denies.
-
-    Example:
-        >>> json_equal({"on": 1, "level": 20}, {"level": 20.0, "on": 1}), json_equal([1], [True])
-        (True, False)
-    """
-    kind = type(left)
-    if kind is type(right) and kind in _SCALARS:
-        return left == right
-    if isinstance(left, dict):
-        return isinstance(right, dict) and len(left) == len(right) and _objects_equal(left, right)
-    if isinstance(left, list):
-        return isinstance(right, list) and len(left) == len(right) and all(map(json_equal, left, right))
-    # Of what is left only numbers can be equal: two booleans are of one type, and true is not 1.
-    if isinstance(left, bool) or isinstance(right, bool):
-        return False
-    # JSON, and so PostgreSQL, takes a float for the decimal number that it is written as.
-    if isinstance(left, float):
-        left = Decimal(float.__repr__(left))
-    if isinstance(right, float):
-        right = Decimal(float.__repr__(right))
-    return left == right
-
-
-def _objects_equal(left: Document, right: Document) -> bool:
-    """Return whether two objects with as many keys are equal."""
-    for key, one in left.items():
-        other = right.get(key, _ABSENT)
-        kind = type(one)
-        if kind is type(other) and kind in _SCALARS:
-            if one != other:
-                return False
-        elif not json_equal(one, other):
-            return False
-    return True
-
-
 def _nested_delta(desired: Mapping[str, object], reported: Mapping[str, object]) -> Document:
+    if desired == reported and surely_equal(desired, reported):
+        return {}
     delta: Document = {}
     for key, wanted in desired.items():
-        actual = reported.get(key, _ABSENT)
+        actual = reported.get(key, ABSENT)
         kind = type(wanted)
-        if kind is type(actual) and kind in _SCALARS:
+        if kind is type(actual) and kind in SCALARS:
             if wanted != actual:
                 delta[key] = wanted
         elif isinstance(wanted, dict) and isinstance(actual, dict):
@@ -278,12 +247,13 @@ def _merge(target: Mapping[str, object], patch: Mapping[str, object]) -> Documen
 
 def _copy(value: object) -> Any:
     """Return a value that shares no container with the one given; `copy.deepcopy` takes several times as long."""
-    if type(value) in _SCALARS:
+    if type(value) in SCALARS:
         return value
+    # Scalars are asked here and not by another call: they are most of what there is.
     if isinstance(value, dict):
-        return {key: _copy(item) for key, item in value.items()}
+        return {key: item if type(item) in SCALARS else _copy(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_copy(item) for item in value]
+        return [item if type(item) in SCALARS else _copy(item) for item in value]
     return value
 
 

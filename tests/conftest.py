@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import pytest
 from alembic_runs import upgrade
-from postgres_server import NoServerError, PostgresServer, postgres_server
 from sqlalchemy import Connection, Engine, NullPool, create_engine, make_url, text
 from sqlalchemy.orm import Session
 
+from iot_models.testing import NoServerError, PostgresServer, database, postgres_server
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+# pytest's own tool for trying plugins; and our plugin, be the entry point installed or not.
+pytest_plugins = ["pytester", "pytest_iot_models"]
 
 SERVER = pytest.StashKey[PostgresServer]()
 
@@ -33,26 +38,13 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     config.get_terminal_writer().line(config.stash[SERVER].description)
 
 
-@contextmanager
-def _databases(server: PostgresServer) -> Iterator[Callable[..., str]]:
-    """Makes databases, each call another one, and drops them at the end; returns their URLs."""
-    engine = create_engine(server.url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
-    names: list[str] = []
-
-    # template0: what a given server's owner put into template1 is not part of an empty database.
-    def create(template: str = "template0") -> str:
-        name = f"iot_models_test_{secrets.token_hex(8)}"
-        with engine.connect() as connection:
-            connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template}"))
-        names.append(name)
-        return make_url(server.url).set(database=name).render_as_string(hide_password=False)
-
-    try:
-        yield create
-    finally:
-        with engine.connect() as connection:
-            for name in names:
-                connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+@pytest.fixture(autouse=True)
+def _alembic_logs_as_before() -> Iterator[None]:
+    """The migrate command sets how much is logged for the process that it has to itself; here other tests follow."""
+    logger = logging.getLogger("alembic")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
@@ -63,9 +55,9 @@ def server(pytestconfig: pytest.Config) -> PostgresServer:
 
 @pytest.fixture
 def new_database(server: PostgresServer) -> Iterator[Callable[..., str]]:
-    """Makes databases, empty or copies of the one named, and drops them after the test; returns their URLs."""
-    with _databases(server) as create:
-        yield create
+    """Makes databases, empty or copies of the one at a URL, and drops them after the test; returns their URLs."""
+    with ExitStack() as stack:
+        yield lambda template=None: stack.enter_context(database(server, template))
 
 
 @pytest.fixture
@@ -80,8 +72,7 @@ def connection(server: PostgresServer) -> Iterator[Connection]:
 @pytest.fixture(scope="session")
 def migrated_url(server: PostgresServer) -> Iterator[str]:
     """A database at head that nobody stays connected to: others are copied from it."""
-    with _databases(server) as create:
-        url = create()
+    with database(server) as url:
         upgrade(url)
         yield url
 
@@ -108,8 +99,8 @@ def session(engine: Engine) -> Iterator[Session]:
 
 
 def _engine(server: PostgresServer, migrated_url: str) -> Iterator[Engine]:
-    with _databases(server) as create:
-        engine = create_engine(create(str(make_url(migrated_url).database)), pool_size=20)
+    with database(server, migrated_url) as url:
+        engine = create_engine(url, pool_size=20)
         yield engine
         engine.dispose()
 
@@ -122,10 +113,10 @@ def server_role(server: PostgresServer) -> Iterator[str]:
     with engine.connect() as connection:
         connection.execute(text(f"CREATE ROLE {role} LOGIN PASSWORD '{role}'"))
         yield role
-        for (database,) in connection.execute(
+        for (name,) in connection.execute(
             text("SELECT datname FROM pg_database WHERE datname LIKE 'iot_models_test%'")
         ):
-            own = create_engine(make_url(server.url).set(database=database), poolclass=NullPool)
+            own = create_engine(make_url(server.url).set(database=name), poolclass=NullPool)
             with own.begin() as inside:
                 inside.execute(text(f"DROP OWNED BY {role} CASCADE"))
         connection.execute(text(f"DROP ROLE {role}"))

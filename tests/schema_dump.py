@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 
-from postgres_server import client_tool
+from client_tools import client_tool
 from sqlalchemy import make_url
 
 # \restrict and \unrestrict carry a random word; the comments name objects again, and the versions of server and tool.

@@ -31,7 +31,7 @@ INDEXES = {
     # A tenant's devices by liveness.
     "idx_device_state_status": "btree (tenant_id, status)",
 }
-# What raw 076 may have added: compared here too, so that a refusal comes before anything is stamped.
+# What later revisions add, and raw SQL may have made: compared here too, so that a refusal comes before any change.
 LATER_COLUMNS = {
     "desired_state": ("jsonb", True, "'{}'::jsonb"),
     "reported_state": ("jsonb", True, "'{}'::jsonb"),
@@ -41,6 +41,9 @@ LATER_COLUMNS = {
 }
 LATER_INDEXES = {
     "idx_device_state_shadow_pending": "btree (tenant_id) WHERE (desired_version > reported_version)",
+    "idx_device_state_shadow_pending_device": (
+        "btree (tenant_id, device_id) WHERE (desired_version > reported_version)"
+    ),
 }
 PARKED = "device_state_shadow_076"
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from event_loop import ASYNC_DRIVERS, async_engine, in_event_loop, url_for
 from fleet import DEVICE, TENANT, add_device, counted_statements
-from sqlalchemy import select, text
-from sqlalchemy.exc import ProgrammingError
+from sqlalchemy import make_url, select, text
+from sqlalchemy.exc import OperationalError, ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
@@ -412,3 +412,14 @@ async def waiting(engine: Engine, backends: int) -> None:
                 if connection.scalar(waiting) == backends:
                     return
             await asyncio.sleep(0.01)
+
+
+@in_event_loop
+async def test_a_server_that_is_not_there_is_an_error_that_says_so_whatever_the_driver_raises() -> None:
+    for driver in ("psycopg", "asyncpg"):
+        url = make_url(f"postgresql+{driver}://nobody@127.0.0.1:1/nothing")
+        async with async_engine(url) as engine, AsyncSession(engine) as session:
+            with pytest.raises((OperationalError, OSError)) as caught:
+                await AsyncShadowService(session, TENANT).get(DEVICE)
+        said = [str(caught.value), *getattr(caught.value, "__notes__", ())]
+        assert any("cannot be reached: start it, or correct the engine's URL" in words for words in said)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from postgres_server import PostgresServer
+    from iot_models.testing import PostgresServer
 
 EXAMPLE = CHECKOUT / "examples" / "fastapi_twin.py"
 START_SECONDS = 30

@@ -15,7 +15,8 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import aliased
 
 from iot_models import Base, DeviceState
-from iot_models.twin import compute_delta, json_equal
+from iot_models.equality import json_equal
+from iot_models.twin import compute_delta
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -114,6 +115,8 @@ def test_the_hybrids_stand_wherever_a_column_may(session: Session) -> None:
     ).all() == [("drifted", "pending")]
     ordered = select(DeviceState.device_id).order_by(DeviceState.is_drifted.desc(), DeviceState.is_pending.desc())
     assert session.scalars(ordered).all() == ["drifted", "pending", "in-sync"]
+    deep = select(func.count()).select_from(func.generate_series(1, 1).alias()).where(DeviceState.delta != {})
+    assert session.scalars(select(DeviceState.device_id).where(deep.scalar_subquery() == 0)).all() == ["in-sync"]
     session.execute(update(DeviceState).where(DeviceState.is_drifted).values(status="STALE"))
     session.execute(delete(DeviceState).where(DeviceState.is_pending | (DeviceState.delta == {})))
     assert session.execute(select(DeviceState.device_id, DeviceState.status)).all() == [("drifted", "STALE")]

@@ -82,6 +82,7 @@ def test_setting_desired_raises_its_version_and_sets_its_time_in_one_statement(
     [
         lambda device: setattr(device, "desired_state", deepcopy(DESIRED)),
         lambda device: setattr(device, "desired_state", device.desired_state),
+        lambda device: setattr(device, "desired_state", deepcopy(device.desired_state)),
         lambda device: setattr(device, "desired_state", device.reported_state | {}),
         lambda device: device.desired_state.update({}),
         lambda device: flag_modified(device, "desired_state"),
@@ -418,6 +419,16 @@ def test_merging_another_document_is_a_write(session: Session, device: DeviceSta
     assert device.desired_version == 9
 
 
+def test_merging_1_over_true_is_a_write(session: Session, device: DeviceState) -> None:
+    device.desired_state = {"on": True}
+    session.flush()
+    session.merge(DeviceState(tenant_id=TENANT, site_id="berlin", device_id=DEVICE, desired_state={"on": 1}))
+    session.flush()
+
+    assert stored(session, "desired_version") == (9,)
+    assert stored(session)[0]["on"] is not True
+
+
 def test_merging_an_object_of_an_older_version_is_stale(session: Session, device: DeviceState) -> None:
     detached = pickle.loads(pickle.dumps(device))
     device.desired_state = {"mode": "heat"}
@@ -502,13 +513,6 @@ CHANGES: list[Callable[[Any], object]] = [
     lambda desired: desired["zones"].reverse(),
     lambda desired: desired["zones"][0]["days"].sort(),
     lambda desired: desired["zones"][0]["days"].sort(key=lambda day: -day, reverse=True),
-    # what was just put in is part of the document
-    lambda desired: [
-        desired.__setitem__("new", {"a": []}),
-        desired["new"]["a"].append({}),
-        desired["new"]["a"][0].update(b=1),
-    ],
-    lambda desired: [desired["zones"].append([{}]), desired["zones"][-1][0].update(b=1)],
     lambda desired: desired.__setitem__("moved", desired.pop("fan")),
 ]
 
@@ -561,6 +565,50 @@ def test_a_change_inside_is_written_however_the_document_came(session: Session, 
         {"a": {"b": 1}},
         1,
     )
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        lambda desired: desired.__setitem__("new", [{}]),
+        lambda desired: desired.update(new=[{}]),
+        lambda desired: desired.__ior__({"new": [{}]}),
+        lambda desired: desired.setdefault("new", [{}]),
+        lambda desired: desired["zones"].__setitem__(0, [{}]),
+        lambda desired: desired["zones"].__setitem__(slice(0, 1), [[{}]]),
+        lambda desired: desired["zones"].insert(0, [{}]),
+        lambda desired: [desired["zones"].clear(), desired["zones"].append([{}])],
+        lambda desired: [desired["zones"].clear(), desired["zones"].extend([[{}]])],
+    ],
+)
+def test_a_change_inside_what_was_put_into_a_document_is_written(
+    session: Session, device: DeviceState, put: Callable[[Any], object]
+) -> None:
+    put(device.desired_state)
+    session.flush()
+    new = device.desired_state.get("new", device.desired_state["zones"][0])
+
+    new[0]["a"] = 1
+    session.flush()
+
+    desired, version = stored(session)
+    assert desired.get("new", desired["zones"][0]) == [{"a": 1}]
+    assert version == 9
+
+
+def test_a_document_stays_the_one_to_change_while_other_columns_are_read(session: Session) -> None:
+    device = DeviceState(tenant_id=TENANT, site_id="berlin", device_id=DEVICE, desired_state={"fan": {}})
+    fan = device.desired_state["fan"]
+    session.add(device)
+    session.flush()
+    session.refresh(device, ["status"])
+    session.expire(device, ["status"])
+    assert device.status == "OFFLINE"
+
+    fan["speed"] = 1
+    session.flush()
+
+    assert stored(session) == ({"fan": {"speed": 1}}, 1)
 
 
 def test_a_deep_copy_of_a_device_is_a_device_of_its_own(session: Session, device: DeviceState) -> None:

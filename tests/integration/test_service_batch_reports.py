@@ -155,6 +155,8 @@ def test_an_empty_batch_and_one_without_any_possible_device_are_no_statement(
 def test_what_is_no_report_is_a_mistake_and_nothing_is_sent(session: Session, service: ShadowService) -> None:
     with counted_statements(session.connection()) as seen, pytest.raises(TypeError, match="must be Report objects"):
         service.replace_reported_many([Report("a", {}), ("b", {})])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="reports must be iterable, a list for instance, got None"):
+        service.replace_reported_many(None)  # type: ignore[arg-type]
     assert seen == []
 
 

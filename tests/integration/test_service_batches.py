@@ -140,6 +140,21 @@ def test_one_patch_is_merged_into_each_device_as_rfc_7396_says(service: ShadowSe
     assert shadows["b"].desired == {"fan": {"speed": 1, "auto": True}}
 
 
+def test_a_patch_reads_and_writes_no_device_of_another_tenant(session: Session) -> None:
+    for tenant_id in ("aardvark", TENANT, "globex"):  # on either side, in whatever order the rows come
+        add_device(session, "a", tenant_id=tenant_id, desired_state={"of": tenant_id})
+    add_device(session, "theirs", tenant_id="globex")
+    service = ShadowService(session, TENANT)
+    before = {tenant_id: ShadowService(session, tenant_id).get("a") for tenant_id in ("aardvark", "globex")}
+
+    assert service.patch_desired_many(["a"], {"n": 1})["a"].desired == {"of": TENANT, "n": 1}
+    with pytest.raises(BatchRejected) as caught:
+        service.patch_desired_many(["a", "theirs"], {"n": 2})
+
+    assert list(caught.value.errors) == ["theirs"]
+    assert {tenant_id: ShadowService(session, tenant_id).get("a") for tenant_id in before} == before
+
+
 def test_a_patch_keeps_every_number_to_the_last_digit(session: Session) -> None:
     add_device(session)
     add_device(session, "other")
@@ -253,7 +268,7 @@ def test_every_device_that_stands_in_the_way_is_listed_and_nothing_is_written(ow
 
 
 @MODES
-def test_one_missing_or_overtaken_device_keeps_all_the_others_back(own_engine: Engine, mode: str) -> None:
+def test_one_missing_overtaken_or_invalid_device_keeps_all_the_others_back(own_engine: Engine, mode: str) -> None:
     with Session(own_engine) as session, session.begin():
         fleet = add_fleet(session, 50)
     with own_engine.connect() as connection:
@@ -268,9 +283,10 @@ def test_one_missing_or_overtaken_device_keeps_all_the_others_back(own_engine: E
         with pytest.raises(BatchRejected) as caught:
             service.replace_desired_many({device_id: {} for device_id in fleet}, expected_versions={"d7": 5})
         assert list(caught.value.errors) == ["d7"]
-
-    with own_engine.connect() as connection:
-        assert rows(connection) == before
+        with pytest.raises(BatchRejected) as caught:
+            service.replace_desired_many({device_id: {} for device_id in fleet} | {"d7": {"a": float("nan")}})
+        assert list(caught.value.errors) == ["d7"]
+        assert rows(session.connection()) == before
 
 
 def test_a_patch_lists_the_missing_and_those_that_it_would_make_too_large(session: Session) -> None:

@@ -16,6 +16,7 @@ from iot_models import (
     DeviceState,
     DocumentLimits,
     InvalidDocument,
+    Report,
     ShadowService,
     VersionConflict,
 )
@@ -108,6 +109,66 @@ def test_the_service_never_commits_and_the_caller_may_roll_back(session: Session
     savepoint.rollback()
 
     assert service.get(DEVICE).desired == {"mode": "eco"}
+
+
+each_write = pytest.mark.parametrize(
+    "write",
+    [
+        lambda service: service.replace_desired(DEVICE, {"mode": "heat"}),
+        lambda service: service.patch_desired_many([DEVICE], {"mode": "heat"}),
+        lambda service: service.replace_reported_many([Report(DEVICE, {"mode": "heat"})]),
+    ],
+)
+
+
+@each_write
+def test_after_a_rollback_to_a_savepoint_a_loaded_object_shows_what_its_row_says(
+    session: Session, service: ShadowService, write: Callable[[ShadowService], object]
+) -> None:
+    device = load(session)
+    savepoint = session.begin_nested()
+    write(service)
+    savepoint.rollback()
+
+    assert (device.desired_state, device.desired_version) == ({"mode": "eco"}, 7)
+    assert (device.reported_state, device.last_seen_at) == ({}, None)
+
+
+@each_write
+def test_an_object_that_is_loaded_inside_a_savepoint_is_read_anew_after_its_rollback(
+    session: Session, service: ShadowService, write: Callable[[ShadowService], object]
+) -> None:
+    outer = session.begin_nested()
+    inner = session.begin_nested()
+    write(service)
+    device = load(session)
+    inner.commit()
+    outer.rollback()
+
+    assert (device.desired_state, device.desired_version) == ({"mode": "eco"}, 7)
+    assert (device.reported_state, device.last_seen_at) == ({}, None)
+    with session.begin_nested() as again:
+        write(service)
+        again.rollback()
+    assert (device.desired_state, device.reported_state) == ({"mode": "eco"}, {})
+
+
+def test_a_write_that_a_savepoint_took_back_does_not_hide_somebody_elses(own_engine: Engine) -> None:
+    with Session(own_engine) as session, session.begin():
+        add_device(session, desired_state={"mode": "eco"}, desired_version=7)
+    with Session(own_engine) as session:
+        device = load(session)
+        with session.begin_nested() as savepoint:
+            ShadowService(session, TENANT).patch_desired(DEVICE, {"never": "happened"})
+            savepoint.rollback()
+        with Session(own_engine) as theirs, theirs.begin():
+            ShadowService(theirs, TENANT).patch_desired(DEVICE, {"operator": "B"})
+
+        device.desired_state["mode"] = "heat"
+        session.commit()
+
+        assert device.desired_state == {"mode": "heat", "operator": "B"}
+        assert device.desired_version == 9
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from alembic.util import CommandError
-from alembic_runs import run_alembic, upgrade
+from alembic_runs import downgrade, run_alembic, upgrade
 from raw_sql import RAW_075, RAW_076, SHADOWS, fleet_sql, rows_of, run_sql, seed_sql, tables_of
 from schema_dump import dump
 
@@ -54,7 +54,7 @@ def test_the_real_command_adopts_a_raw_deployment_and_does_nothing_the_second_ti
     second = run_alembic("upgrade", "head", DATABASE_URL=url)
 
     assert first.returncode == 0, first.stderr
-    assert "075 -> 076" in first.stderr
+    assert "076 -> 077" in first.stderr
     assert second.returncode == 0
     assert "Running" not in second.stderr
 
@@ -73,8 +73,11 @@ def test_what_a_team_added_of_its_own_is_left_alone(new_database: Callable[[], s
     run_sql(url, RAW_075 + own + fleet_sql())
     run_sql(plain, RAW_075 + own + fleet_sql() + seed_sql())
 
-    upgrade(url)
+    upgrade(url, "076")
+    assert dump(url) == dump(plain)
 
+    upgrade(url)
+    downgrade(url, "076")
     assert dump(url) == dump(plain)
 
 
@@ -92,6 +95,7 @@ DIFFERENCES = {
     "ALTER TABLE device_state DROP CONSTRAINT device_state_pkey": "the primary key is (): expected (tenant_id, device_id)",
     "DROP INDEX idx_device_state_site; CREATE INDEX idx_device_state_site ON device_state (site_id)": "index idx_device_state_site is btree (site_id): expected btree (tenant_id, site_id)",
     "CREATE INDEX idx_device_state_shadow_pending ON device_state (tenant_id)": "index idx_device_state_shadow_pending is btree (tenant_id): expected btree (tenant_id) WHERE (desired_version > reported_version)",
+    "CREATE INDEX idx_device_state_shadow_pending_device ON device_state (tenant_id, device_id)": "index idx_device_state_shadow_pending_device is btree (tenant_id, device_id): expected btree (tenant_id, device_id) WHERE (desired_version > reported_version)",
     "CREATE TABLE other (a text); CREATE INDEX idx_device_state_shadow_pending ON other (a)": "the name of index idx_device_state_shadow_pending is taken by another table's",
     "ALTER TABLE device_state RENAME TO real; CREATE VIEW device_state AS SELECT * FROM real": "it is no plain table (pg_class.relkind is 'v', expected 'r')",
 }
@@ -158,6 +162,55 @@ def test_a_stamped_database_with_a_strange_shadow_column_is_refused_too(new_data
         upgrade(url)
     assert dump(url) == before
     assert rows_of(url, "alembic_version") == ["(075)"]
+
+
+def test_a_stamped_database_with_another_index_of_that_name_is_refused_and_mended_as_the_runbook_says(
+    new_database: Callable[[], str],
+) -> None:
+    url = new_database()
+    upgrade(url, "076")
+    run_sql(url, "CREATE INDEX idx_device_state_shadow_pending_device ON device_state (device_id)")
+    before = dump(url)
+
+    with pytest.raises(
+        CommandError, match=r"index idx_device_state_shadow_pending_device is btree \(device_id\): expected btree"
+    ):
+        upgrade(url)
+    assert dump(url) == before
+    assert rows_of(url, "alembic_version") == ["(076)"]
+
+    run_sql(url, "ALTER INDEX idx_device_state_shadow_pending_device RENAME TO of_ours")
+    before = dump(url)
+    upgrade(url)
+    assert "INDEX of_ours ON public.device_state" in dump(url)
+    downgrade(url, "076")
+    assert dump(url) == before
+
+
+def test_a_fillfactor_that_a_team_set_is_left_alone_both_ways(new_database: Callable[[], str]) -> None:
+    for before_or_after in ("076", "077"):
+        url = new_database()
+        upgrade(url, before_or_after)
+        run_sql(url, "ALTER TABLE device_state SET (fillfactor = 95, autovacuum_vacuum_scale_factor = 0.01)")
+
+        upgrade(url)
+        assert "fillfactor='95', autovacuum_vacuum_scale_factor='0.01'" in dump(url)
+        downgrade(url, "076")
+        assert "fillfactor='95', autovacuum_vacuum_scale_factor='0.01'" in dump(url)
+
+
+def test_other_storage_settings_of_a_team_stay_when_the_fillfactor_comes_and_goes(
+    new_database: Callable[[], str],
+) -> None:
+    url = new_database()
+    upgrade(url, "076")
+    run_sql(url, "ALTER TABLE device_state SET (autovacuum_vacuum_scale_factor = 0.01)")
+    before = dump(url)
+
+    upgrade(url)
+    assert "autovacuum_vacuum_scale_factor='0.01', fillfactor='75'" in dump(url)
+    downgrade(url, "076")
+    assert dump(url) == before
 
 
 def test_the_table_may_live_in_a_schema_of_the_search_path(new_database: Callable[[], str]) -> None:

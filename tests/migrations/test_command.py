@@ -23,7 +23,7 @@ def url(new_database: Callable[[], str]) -> str:
 def test_the_x_argument_comes_before_the_environment(url: str) -> None:
     run = run_alembic("-x", f"url={url}", "upgrade", "head", IOT_MODELS_DATABASE_URL=NOWHERE)
     assert run.returncode == 0, run.stderr
-    assert "075 -> 076" in run.stderr
+    assert "076 -> 077" in run.stderr
 
 
 def test_our_variable_comes_before_the_general_one(url: str) -> None:
@@ -36,7 +36,7 @@ def test_the_general_variable_is_enough(url: str) -> None:
     assert run.returncode == 0, run.stderr
 
     current = run_alembic("current", DATABASE_URL=url)
-    assert current.stdout.strip() == "076 (head)"
+    assert current.stdout.strip() == "077 (head)"
 
 
 def test_no_url_is_an_error_that_lists_the_ways_to_give_one() -> None:
@@ -55,8 +55,25 @@ def test_a_server_that_is_not_there_is_an_error_that_says_so_and_hides_the_passw
     assert "Traceback" not in run.stderr
 
 
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg_async"])
+def test_an_async_driver_is_an_error_that_names_it_and_the_way_out(url: str, driver: str) -> None:
+    asynchronous = make_url(url).set(drivername=f"postgresql+{driver}").render_as_string(hide_password=False)
+
+    run = run_alembic("upgrade", "head", DATABASE_URL=asynchronous)
+
+    said = run.stdout + run.stderr
+    assert run.returncode != 0
+    assert f"postgresql+{driver} is an async driver" in said
+    assert "postgresql+psycopg://" in said
+    assert "Traceback" not in said
+
+
 def test_a_percent_sign_in_the_url_is_no_interpolation(url: str) -> None:
-    run = run_alembic("current", DATABASE_URL=f"{url}&application_name=50%25")
+    named = make_url(url).update_query_dict({"application_name": "50%"}).render_as_string(hide_password=False)
+    assert "50%25" in named
+
+    run = run_alembic("current", DATABASE_URL=named)
+
     assert run.returncode == 0, run.stderr
 
 
@@ -64,3 +81,25 @@ def test_sql_is_printed_without_any_url() -> None:
     run = run_alembic("upgrade", "075:076", "--sql")
     assert run.returncode == 0, run.stderr
     assert "CREATE INDEX" in run.stdout
+
+
+@pytest.mark.parametrize("driver", ["psycopg2cffi", "nosuch", "psycopg+x"])
+def test_a_driver_that_cannot_be_loaded_is_an_error_that_names_it_and_the_way_out(driver: str) -> None:
+    run = run_alembic("-x", f"url=postgresql+{driver}://iot:hunter2@127.0.0.1:1/nowhere", "current")
+
+    said = run.stdout + run.stderr
+    assert run.returncode != 0
+    assert f"postgresql+{driver}: " in said
+    assert "write the URL as postgresql+psycopg://" in said
+    assert "hunter2" not in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("url", [f"{NOWHERE}?password=hunter2&sslpassword=hunter2", f"\n{NOWHERE}"], ids=ascii)
+def test_a_password_is_hidden_wherever_it_stands(url: str) -> None:
+    run = run_alembic("-x", f"url={url}", "current")
+
+    said = run.stdout + run.stderr
+    assert run.returncode != 0
+    assert "hunter2" not in said
+    assert "Traceback" not in said

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import pytest
 from alembic import command
 from alembic_runs import CHECKOUT, config, downgrade, upgrade
-from raw_sql import RAW_075, run_sql, seed_sql
+from raw_sql import RAW_075, RAW_076, run_sql, seed_sql
 from schema_dump import dump
 from sqlalchemy import create_engine, text
+
+from iot_models.models import Base
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,13 +48,30 @@ def test_revision_076_makes_the_schema_that_the_seeds_raw_sql_makes(
     assert dump(url) == dump(raw_075)
 
 
+def test_empty_raw_and_made_by_the_models_end_at_head_in_one_schema(new_database: Callable[[], str]) -> None:
+    empty, raw, made = new_database(), new_database(), new_database()
+    upgrade(empty)
+    run_sql(raw, RAW_076)
+    upgrade(raw)
+    engine = create_engine(made)
+    Base.metadata.create_all(engine)
+    engine.dispose()
+
+    assert "idx_device_state_shadow_pending_device" in dump(empty)
+    assert dump(empty) == dump(raw) == dump(made)
+
+
 def test_each_downgrade_leaves_exactly_what_was_there_before(new_database: Callable[[], str]) -> None:
     url = new_database()
     dumps = {"base": dump(url)}
-    for revision in ("075", "076"):
+    for revision in ("075", "076", "077"):
         upgrade(url, revision)
         dumps[revision] = dump(url)
 
+    for revision in ("076", "075"):
+        downgrade(url, revision)
+        assert dump(url) == dumps[revision]
+    upgrade(url, "077")
     downgrade(url, "075")
     assert dump(url) == dumps["075"]
     upgrade(url, "076")
@@ -60,7 +79,7 @@ def test_each_downgrade_leaves_exactly_what_was_there_before(new_database: Calla
     downgrade(url, "base")
     assert dump(url) == dumps["base"]
     upgrade(url, "head")
-    assert dump(url) == dumps["076"]
+    assert dump(url) == dumps["077"]
 
 
 def test_an_upgrade_keeps_every_row_and_gives_it_an_empty_shadow(new_database: Callable[[], str]) -> None:
@@ -102,9 +121,9 @@ def test_the_alembic_folder_is_no_package_because_that_would_hide_the_library() 
     assert not (CHECKOUT / "alembic" / "__init__.py").exists()
 
 
-def test_the_first_line_of_the_history_is_075_and_its_head_is_076(migrated_url: str) -> None:
+def test_the_first_line_of_the_history_is_075_and_its_head_is_077(migrated_url: str) -> None:
     engine = create_engine(migrated_url)
     with engine.connect() as connection:
-        assert connection.scalar(text("SELECT version_num FROM alembic_version")) == "076"
+        assert connection.scalar(text("SELECT version_num FROM alembic_version")) == "077"
     engine.dispose()
-    assert [path.name for path in REVISIONS] == ["075_baseline.py", "076_device_shadow.py"]
+    assert [path.name for path in REVISIONS] == ["075_baseline.py", "076_device_shadow.py", "077_pending_by_device.py"]

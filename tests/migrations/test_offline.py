@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from alembic_runs import downgrade, run_alembic, upgrade
-from postgres_server import client_tool
+from client_tools import client_tool
 from raw_sql import RAW_075, SHADOWS, fleet_sql, rows_of, run_sql, tables_of
 from schema_dump import dump
 from sqlalchemy import make_url
@@ -38,26 +38,26 @@ def two(new_database: Callable[..., str]) -> tuple[str, str]:
     one = new_database()
     run_sql(one, RAW_075 + fleet_sql())
     upgrade(one, "075")
-    return one, new_database(str(make_url(one).database))
+    return one, new_database(one)
 
 
 def test_the_printed_sql_ends_in_the_same_result_both_ways_shadows_included(two: tuple[str, str]) -> None:
     online, offline = two
     upgrade(online)
-    run = psql(offline, "upgrade", "075:076")
+    run = psql(offline, "upgrade", "075:077")
     assert run.returncode == 0, run.stderr
     assert state(offline) == state(online)
 
     for url in two:
         run_sql(url, SHADOWS)
     downgrade(online, "075")
-    run = psql(offline, "downgrade", "076:075")
+    run = psql(offline, "downgrade", "077:075")
     assert run.returncode == 0, run.stderr
     assert len(rows_of(offline, PARKED)) == 4
     assert state(offline) == state(online)
 
     upgrade(online)
-    run = psql(offline, "upgrade", "075:076")
+    run = psql(offline, "upgrade", "075:077")
     assert run.returncode == 0, run.stderr
     assert state(offline) == state(online)
     assert PARKED not in tables_of(offline)
@@ -65,9 +65,9 @@ def test_the_printed_sql_ends_in_the_same_result_both_ways_shadows_included(two:
 
 def test_no_shadow_leaves_no_parked_table(two: tuple[str, str]) -> None:
     before = state(two[1])
-    psql(two[1], "upgrade", "075:076")
+    psql(two[1], "upgrade", "075:077")
 
-    assert psql(two[1], "downgrade", "076:075").returncode == 0
+    assert psql(two[1], "downgrade", "077:075").returncode == 0
     assert state(two[1]) == before
 
 
@@ -78,23 +78,47 @@ def test_a_parked_shadow_without_a_device_stays_and_is_counted(two: tuple[str, s
     downgrade(url, "075")
     run_sql(url, "DELETE FROM device_state WHERE device_id = 'd2'")
 
-    run = psql(url, "upgrade", "075:076")
+    run = psql(url, "upgrade", "075:head")
 
     assert run.returncode == 0
     assert "WARNING:  1 parked shadows stay in device_state_shadow_076" in run.stderr
     assert [row.split(",")[1] for row in rows_of(url, PARKED)] == ["d2"]
 
 
-def test_an_invalid_index_that_a_cancelled_build_left_is_replaced(two: tuple[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("revision", "name"),
+    [("075:076", "idx_device_state_shadow_pending"), ("076:077", "idx_device_state_shadow_pending_device")],
+)
+def test_an_invalid_index_that_a_cancelled_build_left_is_replaced(
+    two: tuple[str, str], revision: str, name: str
+) -> None:
     url = two[1]
-    upgrade(url)
-    index = "indexrelid = 'idx_device_state_shadow_pending'::regclass"
+    before, after = revision.split(":")
+    upgrade(url, after)
+    expected = dump(url)
+    index = f"indexrelid = '{name}'::regclass"
     run_sql(
-        url, f"UPDATE pg_index SET indisvalid = false WHERE {index}; UPDATE alembic_version SET version_num = '075'"
+        url,
+        f"UPDATE pg_index SET indisvalid = false WHERE {index}; UPDATE alembic_version SET version_num = '{before}'",
     )
 
-    assert psql(url, "upgrade", "075:076").returncode == 0
+    assert psql(url, "upgrade", revision).returncode == 0
     assert run_sql(url, f"SELECT indisvalid FROM pg_index WHERE {index}") == [(True,)]
+    assert dump(url) == expected
+
+
+def test_077_alone_goes_up_and_down_with_the_shadows_where_they_are(two: tuple[str, str]) -> None:
+    url = two[1]
+    upgrade(url, "076")
+    run_sql(url, SHADOWS)
+    before = state(url)
+
+    assert psql(url, "upgrade", "076:077").returncode == 0
+    after = state(url)
+    assert psql(url, "downgrade", "077:076").returncode == 0
+    assert state(url) == before
+    upgrade(url)
+    assert state(url) == after
 
 
 def test_discarding_and_dropping_are_printed_on_request(two: tuple[str, str]) -> None:
@@ -103,7 +127,7 @@ def test_discarding_and_dropping_are_printed_on_request(two: tuple[str, str]) ->
     upgrade(url)
     run_sql(url, SHADOWS)
 
-    assert psql(url, "-x", "shadow=discard", "downgrade", "076:075").returncode == 0
+    assert psql(url, "-x", "shadow=discard", "downgrade", "head:075").returncode == 0
     assert state(url) == before
 
     run = psql(url, "downgrade", "075:base")

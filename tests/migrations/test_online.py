@@ -51,12 +51,13 @@ def connected(url: str, **options: Any) -> Iterator[Connection]:
         yield connection
 
 
-@pytest.mark.parametrize("migrate", [upgrade, lambda url: downgrade(url, "075")], ids=["upgrade", "downgrade"])
+@pytest.mark.parametrize(("start", "end"), [("075", "head"), ("077", "075"), ("076", "075")])
 def test_a_lock_that_is_not_had_in_time_is_an_error_that_changed_nothing_and_lets_writers_through(
-    url: str, migrate: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+    url: str, start: str, end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ddl, "_FIRST_PAUSE", 0.05)
-    upgrade(url, "075" if migrate is upgrade else "head")
+    migrate = command.upgrade if end == "head" else command.downgrade
+    upgrade(url, start)
     before, rows = dump(url), rows_of(url)
     impatient = config(url)
     impatient.cmd_opts.x.append("lock_timeout=100ms")  # type: ignore[union-attr]
@@ -64,8 +65,7 @@ def test_a_lock_that_is_not_had_in_time_is_an_error_that_changed_nothing_and_let
     with ThreadPoolExecutor(1) as pool, connected(url) as holder:
         holder.execute(text("SELECT * FROM device_state"))  # a report that somebody left open
         pid = holder.scalar(text("SELECT pg_backend_pid()"))
-        run = command.upgrade if migrate is upgrade else command.downgrade
-        migrating = pool.submit(run, impatient, "head" if migrate is upgrade else "075")
+        migrating = pool.submit(migrate, impatient, end)
         time.sleep(0.05)
         run_sql(url, HEARTBEAT)  # goes through while the report is still open
         with pytest.raises(CommandError) as caught:
@@ -75,12 +75,12 @@ def test_a_lock_that_is_not_had_in_time_is_an_error_that_changed_nothing_and_let
     assert "no lock on device_state after 5 tries of 100ms" in said
     assert f"pid {pid}" in said
     assert "-x lock_timeout=" in said
-    if migrate is upgrade:  # a downgrade may have begun its parked copy by then
+    if start != "076":  # its downgrade may have begun the parked copy by then
         assert dump(url) == before
     assert [row.split(",")[:4] for row in rows_of(url)] == [row.split(",")[:4] for row in rows]
 
-    migrate(url)
-    assert rows_of(url, "alembic_version") == (["(076)"] if migrate is upgrade else ["(075)"])
+    migrate(config(url), end)
+    assert rows_of(url, "alembic_version") == (["(077)"] if end == "head" else ["(075)"])
 
 
 def test_a_lock_that_is_had_at_a_later_try_is_enough(
@@ -97,7 +97,7 @@ def test_a_lock_that_is_had_at_a_later_try_is_enough(
         holder.rollback()
         migrating.result(timeout=30)
 
-    assert rows_of(url, "alembic_version") == ["(076)"]
+    assert rows_of(url, "alembic_version") == ["(077)"]
 
 
 def test_another_error_than_the_lock_is_passed_on(url: str) -> None:
@@ -143,16 +143,17 @@ def test_the_index_is_built_while_a_writer_has_an_open_transaction_and_others_go
     ) == [(True,)]
 
 
-def test_an_invalid_index_is_built_again_and_a_valid_one_is_kept(url: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("before", "name"), [("075", "idx_device_state_shadow_pending"), ("076", "idx_device_state_shadow_pending_device")]
+)
+def test_an_invalid_index_is_built_again_and_a_valid_one_is_kept(
+    url: str, before: str, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     upgrade(url)
-    identity = (
-        "SELECT indexrelid, indisvalid FROM pg_index WHERE indexrelid = 'idx_device_state_shadow_pending'::regclass"
-    )
-    run_sql(
-        url, "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'idx_device_state_shadow_pending'::regclass"
-    )
+    identity = f"SELECT indexrelid, indisvalid FROM pg_index WHERE indexrelid = '{name}'::regclass"
+    run_sql(url, f"UPDATE pg_index SET indisvalid = false WHERE indexrelid = '{name}'::regclass")
     ((invalid, _),) = run_sql(url, identity)
-    run_sql(url, "UPDATE alembic_version SET version_num = '075'")
+    run_sql(url, f"UPDATE alembic_version SET version_num = '{before}'")
 
     upgrade(url)
 
@@ -161,7 +162,7 @@ def test_an_invalid_index_is_built_again_and_a_valid_one_is_kept(url: str, caplo
     assert built != invalid
     assert "is INVALID, left by an interrupted build" in caplog.text
 
-    run_sql(url, "UPDATE alembic_version SET version_num = '075'")
+    run_sql(url, f"UPDATE alembic_version SET version_num = '{before}'")
     upgrade(url)
     assert run_sql(url, identity) == [(built, True)]
 
@@ -177,7 +178,8 @@ def test_of_two_deployers_at_once_both_succeed_and_the_work_is_done_once(url: st
         runs = list(pool.map(lambda _: run_alembic(*arguments, DATABASE_URL=url), range(2)))
 
     assert [run.returncode for run in runs] == [0, 0], [run.stderr for run in runs]
-    assert sum(run.stderr.count("075 -> 076" if direction == "upgrade" else "076 -> 075") for run in runs) == 1
+    for step in ("075 -> 076", "076 -> 077") if direction == "upgrade" else ("077 -> 076", "076 -> 075"):
+        assert sum(run.stderr.count(step) for run in runs) == 1
 
 
 def test_a_deployer_that_waits_says_so_and_a_command_that_only_looks_does_not_wait(
@@ -188,12 +190,14 @@ def test_a_deployer_that_waits_says_so_and_a_command_that_only_looks_does_not_wa
         command.current(config(url))
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(upgrade, url)
-            wait_until(lambda: "another deployer is migrating this database: waiting" in caplog.text)
-            assert not waiting.done()
-            assert "alembic_version" not in tables_of(url)
-            other.execute(text("SELECT pg_advisory_unlock_all()"))
+            try:
+                wait_until(lambda: "another deployer is migrating this database: waiting" in caplog.text)
+                assert not waiting.done()
+                assert "alembic_version" not in tables_of(url)
+            finally:  # else the pool would wait for ever
+                other.execute(text("SELECT pg_advisory_unlock_all()"))
             waiting.result(timeout=30)
-    assert rows_of(url, "alembic_version") == ["(076)"]
+    assert rows_of(url, "alembic_version") == ["(077)"]
 
 
 def test_the_downgrade_copies_what_writers_change_meanwhile_and_never_makes_them_fail(
@@ -281,10 +285,13 @@ def cut_after(statements: int) -> Iterator[list[str]]:
         event.remove(Engine, "after_cursor_execute", cut)
 
 
-WAYS: dict[str, tuple[str, Callable[[str], None]]] = {
-    "from raw 075 to 076": (RAW_075 + fleet_sql(), upgrade),
-    "076 to 075": ("up;" + SHADOWS, lambda url: downgrade(url, "075")),
-    "075 with parked shadows to 076": ("up;" + SHADOWS + "down", upgrade),
+# Where each begins, and ends, and how many statements it takes at least.
+WAYS: dict[str, tuple[str, str, int]] = {
+    "raw 075 to 077": ("raw", "077", 20),
+    "076 to 077": ("076", "077", 8),
+    "077 to 076": ("077", "076", 5),
+    "077 to 075": ("077", "075", 20),
+    "075 with parked shadows to 077": ("parked", "077", 20),
 }
 
 
@@ -292,15 +299,17 @@ WAYS: dict[str, tuple[str, Callable[[str], None]]] = {
 def test_cut_off_after_any_statement_the_same_command_ends_in_the_same_result(
     new_database: Callable[..., str], way: str
 ) -> None:
-    start, migrate = WAYS[way]
+    start, end, least = WAYS[way]
     template = new_database()
-    run_sql(template, start if way.startswith("from raw") else RAW_075 + fleet_sql())
-    if not way.startswith("from raw"):
+    run_sql(template, RAW_075 + fleet_sql())
+    if start != "raw":
         upgrade(template)
         run_sql(template, SHADOWS)
-    if "parked" in way:
-        downgrade(template, "075")
-    name = str(make_url(template).database)
+    if start in {"parked", "076"}:
+        downgrade(template, "075" if start == "parked" else "076")
+
+    def migrate(url: str) -> None:
+        (downgrade if start == "077" else upgrade)(url, end)
 
     def state(url: str) -> tuple[str, list[str], list[str]]:
         return (
@@ -309,14 +318,14 @@ def test_cut_off_after_any_statement_the_same_command_ends_in_the_same_result(
             [row for table in sorted(tables_of(url) - {"device_state"}) for row in rows_of(url, table)],
         )
 
-    whole = new_database(name)
+    whole = new_database(template)
     with cut_after(0) as statements:
         migrate(whole)
     expected = state(whole)
-    assert len(statements) > 15
+    assert len(statements) >= least
 
     for cut in range(1, len(statements) + 1):
-        url = new_database(name)
+        url = new_database(template)
         with (
             cut_after(cut),
             pytest.raises(CommandError, match=r"the connection was lost.*(?s:.)*Run the same command again"),
@@ -349,6 +358,12 @@ event.listen(Engine, {moment!r}, kill)
         ("upgrade(sys.argv[1])", "after_cursor_execute", "ALTER TABLE device_state"),
         ("upgrade(sys.argv[1])", "before_cursor_execute", "CREATE INDEX CONCURRENTLY"),
         ("upgrade(sys.argv[1])", "after_cursor_execute", "UPDATE alembic_version"),
+        ("upgrade(sys.argv[1])", "before_cursor_execute", "idx_device_state_shadow_pending_device ON"),
+        (
+            "downgrade(sys.argv[1], '075')",
+            "after_cursor_execute",
+            "DROP INDEX IF EXISTS idx_device_state_shadow_pending_device",
+        ),
         ("downgrade(sys.argv[1], '075')", "after_cursor_execute", "WITH page AS"),
         ("downgrade(sys.argv[1], '075')", "after_cursor_execute", "DROP COLUMN"),
     ],

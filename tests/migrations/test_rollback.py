@@ -9,6 +9,7 @@ from alembic.util import CommandError
 from alembic_runs import downgrade, run_alembic, upgrade
 from raw_sql import RAW_075, SHADOW_COLUMNS, SHADOWS, fleet_sql, rows_of, run_sql, tables_of
 from schema_dump import dump
+from sqlalchemy import make_url
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -204,7 +205,8 @@ def test_where_a_policy_would_hide_rows_from_the_migration_it_fails_instead_of_l
         CREATE POLICY one ON device_state USING (device_id = 'd1');
     """)  # fmt: skip
 
-    run = run_alembic("-x", f"url={url.replace('://postgres@', f'://{server_role}@')}", "downgrade", "075")
+    application = make_url(url).set(username=server_role, password=server_role).render_as_string(hide_password=False)
+    run = run_alembic("-x", f"url={application}", "downgrade", "075")
 
     assert run.returncode != 0
     assert "row-level security policy" in run.stderr + run.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -14,6 +15,8 @@ from alembic_runs import CHECKOUT
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from iot_models.testing import PostgresServer
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_wheel_holds_the_package_with_the_migrations_inside_it_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_holds_the_package_with_the_migrations_inside_it_the_pytest_plugin_and_nothing_else(
+    wheel: Path,
+) -> None:
     files = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
 
     package = {str(path.relative_to(CHECKOUT)) for path in (CHECKOUT / "iot_models").glob("*.py")}
@@ -37,8 +42,8 @@ def test_the_wheel_holds_the_package_with_the_migrations_inside_it_and_nothing_e
         for path in (CHECKOUT / "alembic").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert "iot_models/alembic/versions/076_device_shadow.py" in migrations
-    assert files == package | migrations | {"iot_models/py.typed"}
+    assert "iot_models/alembic/versions/077_pending_by_device.py" in migrations
+    assert files == package | migrations | {"iot_models/py.typed", "pytest_iot_models.py"}
 
 
 def test_the_wheel_asks_for_three_libraries_and_no_more(wheel: Path) -> None:
@@ -90,7 +95,33 @@ def test_an_installed_wheel_migrates_without_a_checkout_and_writes_to_no_folder(
 
     assert where.stdout == f"{installed / 'iot_models' / 'alembic'}\n"
     assert upgraded.returncode == 0, upgraded.stderr
-    assert "Running upgrade 075 -> 076" in upgraded.stderr
+    assert "Running upgrade 076 -> 077" in upgraded.stderr
     assert (checked.returncode, checked.stderr) == (0, "")
-    assert "stands at head (076) and equals the models" in checked.stdout
+    assert "stands at head (077) and equals the models" in checked.stdout
     assert [sorted(folder.rglob("*")) for folder in folders] == before
+
+
+def test_a_new_team_installs_the_wheel_and_the_tests_of_the_documentation_pass_without_a_word_of_set_up(
+    installed: Path, tmp_path: Path, server: PostgresServer
+) -> None:
+    (example, *_) = re.findall(r"```python\n(.*?)```", (CHECKOUT / "docs/testing.md").read_text(), re.DOTALL)
+    came_from = (
+        "\n\ndef test_wheel(): import iot_models, pytest_iot_models as p; print(p.__file__, iot_models.__file__)\n"
+    )
+    (tmp_path / "test_shadows.py").write_text(example + came_from)
+
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-rP", "-p", "no:cacheprovider", "-W", "error"],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
+        | {"PYTHONPATH": str(installed), "PYTHONDONTWRITEBYTECODE": "1", "IOT_MODELS_TEST_DATABASE_URL": server.url},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert re.search(r"^shadow_server: PostgreSQL [\d.]+, from IOT_MODELS_TEST_DATABASE_URL$", run.stdout, re.MULTILINE)
+    assert f"{installed / 'pytest_iot_models.py'} {installed / 'iot_models' / '__init__.py'}\n" in run.stdout
+    assert "4 passed" in run.stdout

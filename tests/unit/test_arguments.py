@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from hostile_types import LyingInt, UnshownStr
 
 from iot_models import arguments
 
@@ -17,6 +20,60 @@ def test_a_whole_number_may_be_anything_from_its_least_to_what_bigint_holds() ->
     for number, least in ((0, 1), (-1, 0), (2**63, 0)):
         with pytest.raises(ValueError, match=f"n must be {least} or more and below 2\\*\\*63, got {number}"):
             arguments.whole("n", number, least=least)
+
+
+def test_a_whole_number_is_the_number_that_it_holds_and_not_what_it_says() -> None:
+    taken = arguments.whole("n", LyingInt(7))
+    assert (type(taken), taken) == (int, 7)
+
+    for number in (-1, 2**63, 10**5_000):
+        with pytest.raises(ValueError, match="n must be 0 or more"):
+            arguments.whole("n", LyingInt(number))
+
+
+def nested(levels: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(levels - 1):
+        value = [value]
+    return value
+
+
+UNSHOWABLE = {
+    "deep": nested(100_000),
+    "wide": [["x" * 1_000] * 1_000] * 100,
+    "huge": 10**5_000,
+    "mute": UnshownStr("text"),
+}
+
+
+@pytest.mark.parametrize("value", UNSHOWABLE.values(), ids=UNSHOWABLE)
+@pytest.mark.parametrize(
+    "refuse",
+    [
+        lambda value: arguments.require_text("n", [value]),
+        lambda value: arguments.whole("n", value),
+        lambda value: arguments.whole("n", [value]),
+        lambda value: arguments.require_mapping("n", value, to="values"),
+        lambda value: arguments.require_aware("n", value),
+        lambda value: arguments.versions("n", {"a": value}, of={"a": {}}),
+    ],
+)
+def test_what_cannot_be_shown_is_refused_by_the_name_of_its_argument(value: object, refuse: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"^n(\['a'\])? must ") as caught:
+        refuse(value)
+    assert len(str(caught.value)) < 1_000
+
+
+@pytest.mark.parametrize("value", [None, 7, len], ids=repr)
+def test_what_holds_no_ids_is_refused_by_the_name_of_its_argument(value: Any) -> None:
+    with pytest.raises(TypeError, match="device_ids must be iterable"):
+        arguments.device_id_list(value)
+
+
+@pytest.mark.parametrize("value", [["a"], "a", 7], ids=repr)
+def test_versions_that_are_no_mapping_are_refused(value: Any) -> None:
+    with pytest.raises(TypeError, match="v must map device ids to versions, got "):
+        arguments.versions("v", value, of={"a": {}})
 
 
 def test_no_versions_are_no_guards() -> None:

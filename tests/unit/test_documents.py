@@ -6,14 +6,17 @@ import datetime as dt
 import decimal
 import enum
 import json
+import time
 from typing import Any
 
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 from json_strategies import documents
 
 from iot_models import DocumentLimits, DocumentTooLarge, InvalidDocument
-from iot_models.documents import decode_document, encode_document
+from iot_models.documents import check_document, decode_document, encode_document
+from iot_models.errors import shown
 
 LIMITS = DocumentLimits()
 
@@ -62,6 +65,21 @@ def test_a_key_that_is_no_string_is_refused(key: object) -> None:
     with pytest.raises(InvalidDocument, match="keys are strings") as caught:
         encode_document({"a": {key: 1}}, LIMITS)
     assert caught.value.path == f"/a/{key}"
+
+
+def nested_tuples(levels: int) -> tuple[Any, ...]:
+    value: tuple[Any, ...] = ()
+    for _ in range(levels - 1):
+        value = (value,)
+    return value
+
+
+@pytest.mark.parametrize("key", [10**5_000, nested_tuples(100_000)], ids=["huge", "deep"])
+def test_a_key_that_cannot_be_shown_is_refused_like_any_other(key: object) -> None:
+    with pytest.raises(InvalidDocument, match=f"is {type(key).__name__}") as caught:
+        encode_document({"a": {key: 1}}, LIMITS)
+    assert caught.value.path.startswith("/a/")
+    assert len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")], ids=str)
@@ -168,7 +186,58 @@ def test_size_is_counted_in_bytes_of_utf8_and_the_limit_itself_is_allowed() -> N
     assert caught.value.http_status == 413
 
 
-@pytest.mark.parametrize(("name", "value"), [("max_bytes", 0), ("max_depth", 0), ("max_depth", 201)])
+def laughs(value: Any, levels: int) -> dict[str, Any]:
+    """Ten references to one list, level by level: little memory, 10**levels values."""
+    for _ in range(levels):
+        value = [value] * 10
+    return {"a": value}
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        laughs("lol", 8),
+        laughs({}, 8),
+        laughs({"k" * 30_000: 1}, 5),
+        laughs("ü" * 30_000, 5),
+        laughs({"fan": None}, 8),
+    ],
+    ids=["values", "empty objects", "keys", "texts", "nulls"],
+)
+def test_a_document_that_is_huge_by_repetition_is_refused_before_all_of_it_is_looked_at(
+    document: dict[str, Any],
+) -> None:
+    for refuse in (check_document, encode_document):
+        began = time.perf_counter()
+        with pytest.raises(DocumentTooLarge, match=r"more than 65,536 bytes .* at most 32,768 are allowed") as caught:
+            refuse(document, LIMITS)
+        assert time.perf_counter() - began < 1  # all of it takes minutes
+        assert caught.value.path == ""
+
+
+def test_a_patch_may_be_twice_as_large_as_a_document_for_what_it_removes() -> None:
+    document = {f"key-{number:04}": number for number in range(2_100)}
+    assert 30_000 < len(encode_document(document, LIMITS)) < 32_768
+    renamed = dict.fromkeys(document) | {f"new-{number:04}": number for number in range(2_100)}
+
+    check_document(renamed, LIMITS)
+    with pytest.raises(DocumentTooLarge, match=r"^invalid document at its root: [56]\d,\d{3} bytes"):
+        encode_document(renamed, LIMITS)
+
+
+@given(documents, st.integers(1, 200))
+def test_whatever_fits_is_never_taken_for_too_large(document: dict[str, Any], room: int) -> None:
+    size = len(json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode())
+
+    if size <= room:
+        encode_document(document, DocumentLimits(max_bytes=room, max_depth=200))
+    if size <= 2 * room:
+        check_document(document, DocumentLimits(max_bytes=room, max_depth=200))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("max_bytes", 0), ("max_bytes", -(10**5_000)), ("max_depth", 0), ("max_depth", 201)], ids=shown
+)
 def test_a_limit_that_makes_no_sense_is_refused(name: str, value: int) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be .* got {value}"):
+    with pytest.raises(ValueError, match=f"{name} must be .* got {shown(value)}"):
         DocumentLimits(**{name: value})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import make_url
 
-from iot_models.engine import create_async_engine, create_engine, database_url, normalize_url
+from iot_models.engine import create_async_engine, create_engine, database_url, masked, normalize_url
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,6 +51,62 @@ def test_the_password_of_another_database_is_not_shown() -> None:
     with pytest.raises(ValueError, match="PostgreSQL") as caught:
         normalize_url("mysql://iot:hunter2@db/iot")
     assert "hunter2" not in str(caught.value)
+
+
+def test_no_password_is_shown_to_people_wherever_it_stands_in_the_url() -> None:
+    url = make_url("postgresql://iot:hunter2@db/iot?password=hunter2&sslmode=require&sslpassword=hunter2")
+
+    assert masked(url) == "postgresql://iot:***@db/iot?sslmode=require"
+    assert url.query["password"] == "hunter2"  # noqa: S105 - nobody's; the URL itself is as it was
+
+
+@pytest.mark.parametrize("door", [normalize_url, create_engine, create_async_engine])
+@pytest.mark.parametrize("driver", ["nosuch", "", "psycopg+x"])
+def test_a_driver_that_nobody_knows_is_refused_by_name(door: Callable[[str], object], driver: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^postgresql\+{re.escape(driver)}: .*write the URL as postgresql\+psycopg://"
+    ):
+        door(f"postgresql+{driver}://iot:s3cret@db/iot")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://iot\ud800@db/iot",
+        "postgresql://iot:\0@db/iot",
+        "postgresql://iot@d\0b/iot",
+        "postgresql://iot@db/iot%00",
+        "postgresql://iot@db/iot?application_name=a&application_name=%00",
+        "postgresql://iot@db/iot?a\udfff=b",
+    ],
+    ids=ascii,
+)
+def test_a_url_that_no_server_understands_is_refused_without_showing_it(url: str) -> None:
+    for given in (url, make_url(url)):
+        with pytest.raises(
+            ValueError, match=r"^not a database URL, for it holds NUL or a lone surrogate: write"
+        ) as caught:
+            normalize_url(given)
+        assert "iot@" not in str(caught.value)
+
+
+def test_a_driver_that_is_not_installed_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("psycopg", "psycopg2"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+    with pytest.raises(
+        ImportError, match=r"^postgresql\+psycopg2: .*; write the URL as postgresql\+psycopg://.*, or install"
+    ):
+        create_engine("postgresql+psycopg2://db/iot")
+    with pytest.raises(ImportError, match=r"^postgresql\+psycopg: .*; pip install 'iot-models\[binary\]'"):
+        create_engine("postgresql://db/iot")
+
+
+def test_an_asynchronous_engine_refuses_a_driver_without_such_a_mode_and_names_the_way_out() -> None:
+    with pytest.raises(
+        ValueError, match=r"^postgresql\+psycopg2 has no async mode: use postgresql\+psycopg, or postgresql"
+    ):
+        create_async_engine("postgresql+psycopg2://db/iot")
 
 
 def test_each_source_gives_way_to_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:

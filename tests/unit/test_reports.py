@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import pytest
+from hostile_types import LyingInt
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -157,3 +158,31 @@ def test_the_reported_version_never_falls_and_nothing_seen_is_changed(
     assert stored == {"d": versions}
     assert ("d" in accepted) == any(outcome.status is ACCEPTED for outcome in outcomes)
     assert all(write.seen == versions for write in accepted.values())
+
+
+def test_a_version_that_cannot_be_shown_makes_its_report_invalid_and_stops_no_other() -> None:
+    deep: Any = []
+    for _ in range(100_000):
+        deep = [deep]
+    reports = [Report("d", {"n": 1}), Report("d", {"n": 2}, deep), Report("d", {"n": 3}, 10**5_000), Report("d", {}, 1)]
+
+    outcomes, accepted = decide(reports, {"d": Versions(1, 0)})
+
+    assert [outcome.status for outcome in outcomes] == [ACCEPTED, INVALID, INVALID, ACCEPTED]
+    assert accepted == {"d": Accepted("{}", Versions(1, 0), 1)}
+
+
+def test_what_is_written_of_a_version_is_the_number_that_it_holds() -> None:
+    _, accepted = decide([Report("d", {}, LyingInt(2))], {"d": Versions(2, 1)})
+
+    assert type(accepted["d"].reported_version) is int
+    assert accepted["d"].reported_version == 2
+
+
+def test_what_is_no_report_is_refused_however_deep_it_is() -> None:
+    deep: Any = []
+    for _ in range(100_000):
+        deep = [deep]
+
+    with pytest.raises(TypeError, match=r"reports must be Report objects, got \[\["):
+        check(deep, LIMITS)

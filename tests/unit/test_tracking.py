@@ -67,8 +67,9 @@ def test_a_deep_copy_is_the_callers_alone() -> None:
         whole = copied(device.desired_state)
         whole["new"] = 1
         whole["fan"]["speed"] = 9
-        copied(device.desired_state["fan"])["speed"] = 9
-        copied(device.desired_state["zones"]).append(9)
+        for part in ("fan", "zones"):
+            copied(device.desired_state[part]).clear()
+            assert type(copied(device.desired_state[part])) in {dict, list}
 
     assert device.desired_state == {"fan": {"speed": 1}, "zones": [[1]]}
 
@@ -114,12 +115,12 @@ def test_a_container_that_is_put_where_it_already_is_remains_the_same_one() -> N
     ],
 )
 def test_a_change_that_fails_changes_nothing(fails: Any) -> None:
-    device = device_with({"zones": [2, 1, "x", 0]})
+    device = device_with({"zones": [1, 3, 2, "x"]})
 
     with pytest.raises((ZeroDivisionError, TypeError, ValueError, IndexError, KeyError)):
         fails(device.desired_state)
 
-    assert device.desired_state == {"zones": [2, 1, "x", 0]}
+    assert device.desired_state == {"zones": [1, 3, 2, "x"]}
 
 
 @pytest.mark.parametrize(
@@ -143,6 +144,30 @@ def test_assigning_what_is_no_storable_document_is_refused_at_once(name: str, do
 
     assert caught.value.path == path
     assert device.desired_state == {"mode": "eco"}
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        lambda document, value: document.update({"a": value}),
+        lambda document, value: document.__setitem__("a", value),
+        lambda document, value: document["zones"].append(value),
+        lambda document, value: document["zones"].__setitem__(0, value),
+    ],
+)
+def test_what_is_too_deep_to_be_copied_is_refused_where_it_is_put_in(put: Callable[[Any, Any], None]) -> None:
+    itself: dict[str, Any] = {}
+    itself["a"] = [itself]
+    deep: Any = []
+    for _ in range(100_000):
+        deep = [deep]
+    device = device_with({"zones": [1]})
+
+    for value in (itself, deep):
+        with pytest.raises(InvalidDocument, match="nested too deep"):
+            put(device.desired_state, value)
+
+    assert device.desired_state == {"zones": [1]}
 
 
 def test_as_deep_as_a_document_may_be_it_can_be_tracked_copied_and_pickled() -> None:

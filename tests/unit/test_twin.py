@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from json_strategies import document_pairs, documents, documents_of, scalars_without_null, value_pairs, values
 
 from iot_models import twin
+from iot_models.equality import json_equal
 from iot_models.twin import (
     STALE_THRESHOLD_MINUTES,
     Change,
@@ -23,7 +24,6 @@ from iot_models.twin import (
     compare,
     compute_delta,
     compute_nested_delta,
-    json_equal,
     merge_patch,
     sync_status,
 )

@@ -1,0 +1,276 @@
+"""Tenants kept apart by PostgreSQL itself, for teams that want it: row level security on `device_state`.
+
+It is off until a team calls `enable`, once for each role that its application logs in as; no migration switches it on
+or off. From then on that role sees and writes the rows of one tenant: the one that the transaction was bound to by
+`bind_tenant`, or by a `ShadowService` made with `bind_tenant=True`. In a transaction that was bound to none there are
+no rows. The owner of the table, who migrates it, sees them all.
+
+Forgotten conditions are what it protects from, in the ORM, in a report, in raw SQL. Not from code that binds another
+tenant: whoever may run any SQL as that role may do so.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Final, NamedTuple, cast
+from weakref import ref
+
+from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
+
+from iot_models import arguments
+from iot_models.models import DeviceState
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from sqlalchemy import Connection
+    from sqlalchemy.engine import Transaction
+    from sqlalchemy.orm import Session, SessionTransaction
+
+log = logging.getLogger(__name__)
+
+POLICY: Final = "iot_models_tenant"
+SETTING: Final = "app.tenant_id"
+
+_TABLE: Final = DeviceState.__tablename__
+# Spelled as PostgreSQL spells it back, to be compared. Never '': that is what a setting falls back to when its
+# transaction ends, on a connection that goes on.
+_RULE: Final = f"((tenant_id = current_setting('{SETTING}'::text, true)) AND (tenant_id <> ''::text))"
+_BINDS: Final = {"table": _TABLE, "policy": POLICY, "rule": _RULE}
+_LOCK_NOT_AVAILABLE: Final = "55P03"
+_BOUND: Final = "iot_models.isolation.bound"
+
+_POLICY_NOW: Final = text("""
+    SELECT ARRAY(SELECT CAST(rolname AS text) FROM pg_roles WHERE oid = ANY (p.polroles)) AS roles,
+           c.relrowsecurity AND p.polpermissive AND p.polcmd = '*'
+             AND pg_get_expr(p.polqual, c.oid) = :rule AND pg_get_expr(p.polwithcheck, c.oid) = :rule AS in_force
+      FROM pg_class c JOIN pg_policy p ON p.polrelid = c.oid
+     WHERE c.oid = to_regclass(:table) AND p.polname = :policy
+""")
+
+# What a role is, and what it can become by SET ROLE, counts alike.
+_WAYS_AROUND: Final = text("""
+    WITH role AS (
+      SELECT r.oid, r.rolsuper, r.rolbypassrls, r.rolname,
+             CASE WHEN r.oid = me.oid THEN 'it' ELSE quote_ident(r.rolname) END AS who
+        FROM pg_roles me JOIN pg_roles r
+          ON r.oid = me.oid OR NOT me.rolsuper AND pg_has_role(me.oid, r.oid, 'MEMBER')
+       WHERE me.rolname = :role),
+    target AS (SELECT oid, relowner, relacl FROM pg_class WHERE oid = to_regclass(:table))
+    SELECT who || CASE WHEN rolsuper THEN ' is a superuser' ELSE ' has BYPASSRLS' END AS way
+      FROM role WHERE rolsuper OR rolbypassrls
+    UNION ALL
+    SELECT who || ' owns the table' FROM role JOIN target ON relowner = role.oid
+    UNION ALL
+    SELECT format('%s may use what no policy limits (REVOKE %s ON %s FROM %s)', coalesce(who, 'everybody'),
+                  string_agg(privilege_type, ', ' ORDER BY privilege_type), target.oid::regclass,
+                  coalesce(quote_ident(rolname), 'PUBLIC'))
+      FROM target CROSS JOIN aclexplode(relacl) LEFT JOIN role ON role.oid = grantee
+     WHERE privilege_type IN ('REFERENCES', 'TRIGGER', 'TRUNCATE') AND grantee <> relowner
+       AND (grantee = 0 OR role.oid IS NOT NULL)
+     GROUP BY who, rolname, target.oid
+    UNION ALL
+    SELECT concat('the policy ', quote_ident(polname), ' shows it rows too')
+      FROM target JOIN pg_policy ON polrelid = target.oid
+     WHERE polpermissive AND polname <> :policy AND (0 = ANY (polroles) OR polroles && ARRAY(SELECT oid FROM role))
+""")
+
+_SHUT_OUT: Final = text("""
+    SELECT DISTINCT coalesce(quote_ident(r.rolname), 'PUBLIC')
+      FROM pg_class c CROSS JOIN aclexplode(c.relacl) a LEFT JOIN pg_roles r ON r.oid = a.grantee
+     WHERE c.oid = to_regclass(:table) AND c.relrowsecurity
+       AND a.privilege_type IN ('SELECT', 'INSERT', 'UPDATE', 'DELETE')
+       AND NOT coalesce(r.rolsuper OR r.rolbypassrls OR pg_has_role(r.oid, c.relowner, 'USAGE'), false)
+       AND NOT EXISTS (
+         SELECT FROM pg_policy p CROSS JOIN unnest(p.polroles) AS granted
+          WHERE p.polrelid = c.oid AND (granted = 0 OR pg_has_role(r.oid, granted, 'USAGE')))
+     ORDER BY 1
+""")
+
+
+def enable(connection: Connection, role: str) -> None:
+    """From the end of this transaction on, `role` sees and writes the rows of the tenant that it is bound to.
+
+    Call it as the table's owner, once for each role that the application logs in as; a second time changes nothing.
+    The policy is one for all of them, `iot_models_tenant`.
+
+    Row level security belongs to the table: every other role that is neither its owner nor has BYPASSRLS, and that no
+    policy names, sees no row any more. A warning in the log names them. Call `enable` for them too, or give those that
+    are to see all tenants a policy beforehand: `CREATE POLICY reports ON device_state TO reports USING (true)`.
+
+    Takes an ACCESS EXCLUSIVE lock for the rest of the transaction, so end it at once. Where no `lock_timeout` is set,
+    it is 4 s for the rest of the transaction.
+
+    Raises:
+        LookupError: If there is no such role.
+        ValueError: If isolation would not hold for the role, with all the reasons: it is a superuser, has BYPASSRLS,
+            owns the table, may use TRUNCATE, REFERENCES or TRIGGER on it, or another policy shows it rows; or it is a
+            member of a role of which that is true. Nothing is changed.
+        RuntimeError: If the connection is in AUTOCOMMIT mode.
+        TypeError: If `role` is no string.
+
+    Example:
+        >>> with create_engine("postgresql://owner@db/iot").begin() as connection:
+        ...     isolation.enable(connection, "app")
+    """
+    _require_transaction(connection)
+    _require_role(connection, role)
+    if ways := connection.scalars(_WAYS_AROUND, {**_BINDS, "role": role}).all():
+        raise ValueError(
+            f"isolation would not hold for role {role!r}: {'; '.join(ways)}. Take that away, or let the application "
+            f"log in as a role of its own (CREATE ROLE, then GRANT SELECT, INSERT, UPDATE, DELETE ON {_TABLE})"
+        )
+    now = _policy_now(connection)
+    if now.in_force and role in now.roles:
+        return
+    _lock(connection)
+    _write_policy(connection, {*_policy_now(connection).roles, role})
+    _run(connection, f"ALTER TABLE {_TABLE} ENABLE ROW LEVEL SECURITY")
+    _warn(connection)
+
+
+def disable(connection: Connection, role: str) -> None:
+    """Take back `enable` for this role; where it was not enabled, nothing is changed.
+
+    With the last policy of the table, row level security is switched off, and its privileges alone say again what a
+    role sees. While it stays on for others, `role` sees no rows; a warning in the log says so.
+
+    Locks as `enable` does. Of an `AsyncConnection`, both: `await connection.run_sync(isolation.disable, "app")`.
+
+    Raises:
+        LookupError: If there is no such role.
+        RuntimeError: If the connection is in AUTOCOMMIT mode.
+        TypeError: If `role` is no string.
+    """
+    _require_transaction(connection)
+    _require_role(connection, role)
+    if role not in _policy_now(connection).roles:
+        return
+    _lock(connection)
+    _write_policy(connection, {*_policy_now(connection).roles} - {role})
+    if connection.scalar(text("SELECT count(*) FROM pg_policy WHERE polrelid = to_regclass(:table)"), _BINDS) == 0:
+        _run(connection, f"ALTER TABLE {_TABLE} DISABLE ROW LEVEL SECURITY")
+    _warn(connection)
+
+
+def bind_tenant(session: Session, tenant_id: str) -> None:
+    """Bind the session to a tenant until its transaction ends, by commit or rollback; the next one is bound to none.
+
+    One `SET LOCAL`, which reaches the workers of a Citus cluster too where `citus.propagate_set_commands` is `local`.
+    The same tenant again is no statement, unless the savepoint in which it was bound has ended. A `ShadowService` with
+    `bind_tenant=True` calls this itself, in each transaction.
+
+    Of an `AsyncSession`: `await session.run_sync(bind_tenant, "acme")`.
+
+    Raises:
+        RuntimeError: If the transaction was bound to another tenant already, also where that was rolled back to a
+            savepoint since; or if the session is in AUTOCOMMIT mode, in which no statement would find the tenant set.
+        TypeError: If `tenant_id` is no string.
+        ValueError: If `tenant_id` is empty or cannot be stored as text.
+
+    Example:
+        >>> with Session(engine) as session, session.begin():
+        ...     isolation.bind_tenant(session, "acme")
+        ...     session.scalars(select(DeviceState)).all()  # acme's
+    """
+    arguments.require_tenant(tenant_id)
+    connection = session.connection(bind_arguments={"mapper": DeviceState.__mapper__})
+    bound: _Bound | None = connection.info.get(_BOUND)
+    if bound is not None and bound.is_open():
+        if bound.tenant_id != tenant_id:
+            raise RuntimeError(
+                f"this transaction is bound to tenant {bound.tenant_id!a} and works for no other: commit it, or roll "
+                f"it back, before binding {tenant_id!a}"
+            )
+        if bound.is_set():
+            return
+    _require_transaction(connection)
+    # SET takes no parameters. E'' means the same whatever standard_conforming_strings says.
+    literal = tenant_id.replace("\\", r"\\").replace("'", "''")
+    _run(connection, f"SET LOCAL {SETTING} = E'{literal}'")
+    transaction = cast("SessionTransaction", session.get_transaction())
+    innermost = cast("Transaction", connection.get_nested_transaction() or connection.get_transaction())
+    connection.info[_BOUND] = _Bound(tenant_id, ref(transaction), ref(innermost))
+
+
+class _Bound(NamedTuple):
+    """What a connection was bound to: by which transaction of a session, and in which savepoint, if any."""
+
+    tenant_id: str
+    # Weak: the pool keeps this for as long as the connection, which nobody may hold back from returning to it.
+    transaction: ref[SessionTransaction]
+    innermost: ref[Transaction]
+
+    def is_open(self) -> bool:
+        transaction = self.transaction()
+        return transaction is not None and transaction.is_active
+
+    def is_set(self) -> bool:
+        """Whether it surely is: a savepoint that ended may have been rolled back, and the setting with it."""
+        innermost = self.innermost()
+        return innermost is not None and innermost.is_active
+
+
+class _Policy(NamedTuple):
+    roles: Collection[str]
+    in_force: bool
+
+
+def _policy_now(connection: Connection) -> _Policy:
+    row = connection.execute(_POLICY_NOW, _BINDS).one_or_none()
+    return _Policy(row.roles, row.in_force) if row is not None else _Policy((), in_force=False)
+
+
+def _write_policy(connection: Connection, roles: Collection[str]) -> None:
+    _run(connection, f"DROP POLICY IF EXISTS {POLICY} ON {_TABLE}")
+    if roles:
+        names = ", ".join('"' + role.replace('"', '""') + '"' for role in sorted(roles))
+        _run(connection, f"CREATE POLICY {POLICY} ON {_TABLE} FOR ALL TO {names} USING ({_RULE}) WITH CHECK ({_RULE})")
+
+
+def _require_transaction(connection: Connection) -> None:
+    if connection.connection.autocommit:  # the driver's own: asking for the isolation level would be a statement
+        raise RuntimeError(
+            "this connection is in AUTOCOMMIT mode, where each statement is a transaction of its own: tenants are "
+            "isolated by transaction, so use an engine without isolation_level='AUTOCOMMIT'"
+        )
+
+
+def _require_role(connection: Connection, role: str) -> None:
+    arguments.require_text("role", role)
+    # CAST: as a name it would be cut down to 63 bytes, and so to another role's.
+    found = text("SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = CAST(:role AS text))")
+    if not connection.scalar(found, {"role": role}):
+        raise LookupError(f"there is no role {role!a} on this server: check the name, or CREATE ROLE first")
+
+
+def _lock(connection: Connection) -> None:
+    connection.execute(
+        text("SELECT set_config('lock_timeout', '4s', true) WHERE current_setting('lock_timeout') = '0'")
+    )
+    try:
+        _run(connection, f"LOCK TABLE {_TABLE} IN ACCESS EXCLUSIVE MODE")
+    except OperationalError as error:
+        if getattr(error.orig, "sqlstate", None) == _LOCK_NOT_AVAILABLE:
+            error.add_detail(
+                f"Other transactions use {_TABLE}: nothing was changed. End them (pg_stat_activity), or try again at a "
+                "quieter moment."
+            )
+        raise
+
+
+def _warn(connection: Connection) -> None:
+    if roles := connection.scalars(_SHUT_OUT, _BINDS).all():
+        log.warning(
+            "row level security on %s now hides every row from %s: enable isolation for them too, or, if they are to "
+            "see all tenants, CREATE POLICY ... ON %s TO ... USING (true)",
+            _TABLE,
+            ", ".join(roles),
+            _TABLE,
+        )
+
+
+def _run(connection: Connection, statement: str) -> None:
+    """Run a statement as it stands: what it quotes may hold a colon or a percent sign."""
+    connection.exec_driver_sql(statement, execution_options={"no_parameters": True})

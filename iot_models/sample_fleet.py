@@ -1,0 +1,80 @@
+"""Ten devices for tests: one in each state that a shadow can be in, for two tenants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import func, insert
+
+from iot_models.models import DeviceState
+from iot_models.twin import STALE_THRESHOLD_MINUTES
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
+
+@dataclass(frozen=True, slots=True)
+class SampleFleet:
+    """Names in the sample fleet. Both tenants have devices with these five ids.
+
+    What the ids say holds for `tenant_id`. All five of `other_tenant_id` are pending at version 9 with documents of
+    their own: a statement that forgets its tenant finds too many devices, or another document.
+
+    Attributes:
+        tenant_id: The tenant to test with.
+        other_tenant_id: The tenant whose devices must never show.
+        synced: Acknowledged at version 3, the reported document equal to the desired one, seen just now.
+        pending: Version 4 is desired and version 3 acknowledged; the delta is `{"target_c": 23.5}`; seen just now.
+        drifted: Acknowledged at version 3, and yet it reports `"mode": "eco"` where `auto` is desired; seen just now.
+        stale: As `synced`, but not heard of for twice the threshold.
+        new: Registered, never written to and never heard of: version 0, empty documents.
+    """
+
+    tenant_id: str = "acme"
+    other_tenant_id: str = "globex"
+    synced: str = "synced"
+    pending: str = "pending"
+    drifted: str = "drifted"
+    stale: str = "stale"
+    new: str = "new"
+
+
+def add_sample_fleet(session: Session) -> SampleFleet:
+    """Insert the fleet in the session's transaction, and commit nothing. From async code: `session.run_sync` takes it.
+
+    Example:
+        >>> fleet = add_sample_fleet(session)
+        >>> ShadowService(session, fleet.tenant_id).count_pending()
+        1
+    """
+    fleet = SampleFleet()
+    wanted = {"mode": "auto", "target_c": 21.5}
+    long_ago = func.now() - 2 * timedelta(minutes=STALE_THRESHOLD_MINUTES)
+    written: dict[str, Any] = {
+        "status": "ONLINE",
+        "desired_state": wanted,
+        "reported_state": wanted,
+        "desired_version": 3,
+        "reported_version": 3,
+        "shadow_updated_at": func.now(),
+        "last_heartbeat_at": func.now(),
+        "last_seen_at": func.now(),
+    }
+    devices: dict[str, dict[str, Any]] = {
+        fleet.synced: written,
+        fleet.pending: written | {"desired_state": wanted | {"target_c": 23.5}, "desired_version": 4},
+        fleet.drifted: written | {"reported_state": wanted | {"mode": "eco"}},
+        fleet.stale: written | {"status": "STALE", "last_heartbeat_at": long_ago, "last_seen_at": long_ago},
+        fleet.new: {},
+    }
+    elsewhere = written | {"desired_state": {"target_c": 5}, "desired_version": 9, "reported_version": 8}
+    for device_id, columns in devices.items():
+        for tenant_id, site_id, values in (
+            (fleet.tenant_id, "berlin", columns),
+            (fleet.other_tenant_id, "springfield", elsewhere),
+        ):
+            row = {"tenant_id": tenant_id, "site_id": site_id, "device_id": device_id, **values}
+            session.execute(insert(DeviceState).values(row))
+    return fleet

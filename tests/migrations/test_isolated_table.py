@@ -1,0 +1,119 @@
+"""Migrations of a table whose tenants PostgreSQL keeps apart: they see every row, and leave isolation as it is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from alembic_runs import downgrade, upgrade
+from isolated import isolate
+from raw_sql import RAW_075, SHADOWS, fleet_sql, rows_of, run_sql, tables_of
+from schema_dump import dump
+from sqlalchemy import NullPool, create_engine, make_url
+
+from iot_models import isolation, migrate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PARKED = "device_state_shadow_076"
+
+
+@pytest.fixture
+def url(new_database: Callable[[], str], server_role: str) -> str:
+    """A fleet of two tenants with shadows, isolated."""
+    url = new_database()
+    upgrade(url)
+    run_sql(url, fleet_sql(), SHADOWS)
+    isolate(create_engine(url, poolclass=NullPool), server_role)
+    return url
+
+
+def tenants(url: str, role: str, tenant: str | None = None) -> set[str]:
+    """The tenants that the role sees, bound to one or to none."""
+    application = make_url(url).set(username=role, password=role).render_as_string(hide_password=False)
+    bind = f"SET LOCAL app.tenant_id = '{tenant}';" if tenant else ""
+    return {row[0] for row in run_sql(application, bind + "SELECT tenant_id FROM device_state")}
+
+
+def test_a_rollback_and_the_upgrade_after_it_keep_every_shadow_of_every_tenant_and_the_policy(
+    url: str, server_role: str
+) -> None:
+    before, schema = rows_of(url), dump(url)
+    policy = [line for line in schema.splitlines() if "POLICY" in line or "ROW LEVEL" in line]
+    assert len(policy) == 2
+
+    downgrade(url, "075")
+    assert {row.split(",")[0] for row in rows_of(url, PARKED)} == {"(acme", "(globex"}
+    left = [line for line in dump(url).splitlines() if "POLICY" in line or "ROW LEVEL" in line]
+    assert [line for line in left if PARKED not in line] == policy
+    assert tenants(url, server_role, "acme") == {"acme"}
+    assert tenants(url, server_role) == set()
+    with pytest.raises(Exception, match=f"permission denied for table {PARKED}"):
+        run_sql(
+            make_url(url).set(username=server_role, password=server_role).render_as_string(hide_password=False),
+            f"SELECT * FROM {PARKED}",
+        )
+
+    upgrade(url)
+    assert rows_of(url) == before
+    assert dump(url) == schema
+    assert PARKED not in tables_of(url)
+
+
+def test_default_privileges_show_nobody_what_a_rollback_parked(url: str, server_role: str) -> None:
+    before = rows_of(url)
+    run_sql(url, f"ALTER DEFAULT PRIVILEGES GRANT ALL ON TABLES TO {server_role}")
+    application = make_url(url).set(username=server_role, password=server_role).render_as_string(hide_password=False)
+
+    downgrade(url, "075")
+
+    assert len(rows_of(url, PARKED)) > 1
+    assert run_sql(application, f"SELECT * FROM {PARKED}") == []
+    run_sql(url, "UPDATE device_state SET status = 'STALE'; UPDATE device_state SET status = 'ONLINE'")
+    upgrade(url)
+    assert rows_of(url) == before
+
+
+def test_the_gate_of_a_deployment_takes_an_isolated_table_for_what_it_is(url: str) -> None:
+    assert migrate.check(url) == []
+
+
+def test_no_migration_switches_isolation_on(new_database: Callable[[], str]) -> None:
+    url = new_database()
+    run_sql(url, RAW_075 + fleet_sql())
+
+    upgrade(url)
+
+    assert "ROW LEVEL SECURITY" not in dump(url)
+    assert "POLICY" not in dump(url)
+
+
+def test_isolation_may_come_before_the_migration(new_database: Callable[[], str], server_role: str) -> None:
+    url = new_database()
+    run_sql(url, RAW_075 + fleet_sql())
+    isolate(create_engine(url, poolclass=NullPool), server_role)
+    before = rows_of(url, columns="tenant_id, device_id, state")
+
+    upgrade(url)
+
+    assert rows_of(url, columns="tenant_id, device_id, state") == before
+    assert tenants(url, server_role, "globex") == {"globex"}
+
+
+def test_a_table_in_a_schema_of_the_search_path_is_isolated_there(
+    new_database: Callable[[], str], server_role: str
+) -> None:
+    url = new_database()
+    run_sql(url, f"CREATE SCHEMA app; SET search_path = app; GRANT USAGE ON SCHEMA app TO {server_role};" + RAW_075)
+    run_sql(
+        url,
+        f"ALTER DATABASE {make_url(url).database} SET search_path = app, public; SET search_path = app;" + fleet_sql(),
+    )
+    engine = create_engine(url, poolclass=NullPool)
+    isolate(engine, server_role)
+    with engine.begin() as connection:
+        isolation.enable(connection, server_role)
+
+    assert tenants(url, server_role, "globex") == {"globex"}
+    assert tenants(url, server_role) == set()
