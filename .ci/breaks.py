@@ -1,0 +1,372 @@
+"""Break the code on purpose, one guarantee at a time, and demand that a test notices.
+
+    python .ci/breaks.py                 all of them
+    python .ci/breaks.py lock tenant     those whose name holds one of these words
+    python .ci/breaks.py --by FILE ...   caught by these test files, not by those that each break names
+
+Each break is made in a copy of the checkout (the files that git tracks or would add, as they are now). Its tests must
+pass there unbroken, and one of them must fail within two minutes with the break. A text to break that is not there
+exactly once is an error: this list cannot rot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Break:
+    """What goes wrong; the file, the text that keeps it from going wrong, and what stands there instead."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+DESIRED = "tests/integration/test_service_desired.py"
+REPORTED = "tests/integration/test_service_reported.py"
+BATCHES = "tests/integration/test_service_batches.py"
+REPORTS = "tests/integration/test_service_batch_reports.py"
+READS = "tests/integration/test_service_reads.py"
+FLEET = "tests/integration/test_service_fleet.py"
+CONCURRENCY = "tests/integration/test_service_concurrency.py"
+SESSION = "tests/integration/test_service_in_a_session.py"
+ORM = "tests/integration/test_orm_guard.py"
+ROLLBACK = "tests/migrations/test_rollback.py"
+TWIN = "tests/unit/test_twin.py"
+
+BREAKS = [
+    # Versions
+    Break(
+        "expected_version guards no write",
+        "iot_models/statements.py",
+        "type_=BigInteger)] if guarded else []",
+        "type_=BigInteger)] if guarded is None else []",
+        (DESIRED,),
+    ),
+    Break(
+        "a write that changes nothing does not raise the version",
+        "iot_models/statements.py",
+        "desired_state=_DOCUMENT,\n            desired_version=_C.desired_version + 1,",
+        "desired_state=_DOCUMENT,\n            desired_version=_C.desired_version"
+        " + case((_C.desired_state == _DOCUMENT, 0), else_=1),",
+        (DESIRED,),
+    ),
+    Break(
+        "a late report overwrites newer state",
+        "iot_models/statements.py",
+        "guard.append(version.between(_C.reported_version, _C.desired_version))",
+        "guard.append(version <= _C.desired_version)",
+        (REPORTED,),
+    ),
+    Break(
+        "a late report of a batch overwrites newer state",
+        "iot_models/reports.py",
+        "if acked_version < versions.reported:",
+        "if acked_version < 0:",
+        (REPORTS,),
+    ),
+    Break(
+        "a version that was never asked is acknowledged",
+        "iot_models/statements.py",
+        "guard.append(version.between(_C.reported_version, _C.desired_version))",
+        "guard.append(version >= _C.reported_version)",
+        (REPORTED,),
+    ),
+    Break(
+        "LEAST swapped for GREATEST: acknowledging one version acknowledges the newest",
+        "iot_models/statements.py",
+        "func.least(version, _C.desired_version)",
+        "func.greatest(version, _C.desired_version)",
+        (REPORTED,),
+    ),
+    Break(
+        "a report without a version acknowledges the newest",
+        "iot_models/statements.py",
+        '{"reported_state": _DOCUMENT, "last_seen_at": func.now()}',
+        '{"reported_state": _DOCUMENT, "last_seen_at": func.now(), "reported_version": _C.desired_version}',
+        (REPORTED,),
+    ),
+    Break(
+        "a write that a savepoint took back stays in the loaded object",
+        "iot_models/savepoints.py",
+        "if ended.nested:",
+        "if not ended.nested:",
+        (SESSION,),
+    ),
+    # Batches
+    Break(
+        "a batch writes its valid documents before it rejects the invalid ones",
+        "iot_models/batches.py",
+        "rows = [] if errors else _write_desired(execute, tenant_id, texts, expected)",
+        "rows = _write_desired(execute, tenant_id, texts, expected) if texts else []\n"
+        "        rows = [] if errors else rows",
+        (BATCHES,),
+    ),
+    Break(
+        "a batch of desired documents writes whom it can",
+        "iot_models/statements.py",
+        ".where(_OF_TENANT, _C.device_id == new.c.devices, all_locked)",
+        ".where(_OF_TENANT, _C.device_id == new.c.devices, _C.device_id.in_(select(locked.c.device_id)))",
+        (BATCHES,),
+    ),
+    Break(
+        "batches lock their rows in no order",
+        "iot_models/statements.py",
+        "        .order_by(_LOCKED.c.device_id)\n",
+        "",
+        (BATCHES,),
+    ),
+    Break(
+        "an invalid report stops those behind it",
+        "iot_models/batches.py",
+        "decided, accepted = fold(left.values(),",
+        "left = dict(list(left.items())[: next((n for n, r in left.items() if r.document is None), len(left))])\n"
+        "        decided, accepted = fold(left.values(),",
+        (REPORTS,),
+    ),
+    Break(
+        "a batch of reports writes over what was written since it looked",
+        "iot_models/statements.py",
+        "locked = _locked(new, *seen, carrying",
+        "locked = _locked(new, carrying",
+        (REPORTS,),
+    ),
+    # Patches
+    Break(
+        "a patch takes no lock",
+        "iot_models/statements.py",
+        "        .where(_OF_TENANT, _OF_DEVICE)\n        .with_for_update(key_share=True)\n",
+        "        .where(_OF_TENANT, _OF_DEVICE)\n",
+        (CONCURRENCY,),
+    ),
+    Break(
+        "a patch of desired writes over what was written since it read",
+        "iot_models/shadows.py",
+        "self._execute(statements.write_desired(guarded=True), binds)",
+        "self._execute(statements.write_desired(guarded=False), binds)",
+        (CONCURRENCY,),
+    ),
+    Break(
+        "a patch of reported writes over what was written since it read",
+        "iot_models/shadows.py",
+        "statements.write_reported(acked=acked is not None, unchanged=True)",
+        "statements.write_reported(acked=acked is not None, unchanged=False)",
+        (CONCURRENCY,),
+    ),
+    # Tenants
+    Break(
+        "a report reaches the other tenants' devices of that id",
+        "iot_models/statements.py",
+        "update(_TABLE).where(_OF_TENANT, _OF_DEVICE, *guard)",
+        "update(_TABLE).where(_OF_DEVICE, *guard)",
+        (REPORTED,),
+    ),
+    Break(
+        "a batch reaches the other tenants' devices of those ids",
+        "iot_models/statements.py",
+        ".where(_OF_TENANT, _C.device_id == new.c.devices, all_locked)",
+        ".where(_C.device_id == new.c.devices, all_locked)",
+        (BATCHES,),
+    ),
+    Break(
+        "a patch of many merges with the documents of other tenants",
+        "iot_models/statements.py",
+        'label("document"), _C.desired_version)\n        .where(_OF_TENANT, _OF_DEVICES)',
+        'label("document"), _C.desired_version)\n        .where(_OF_DEVICES)',
+        (BATCHES,),
+    ),
+    Break(
+        "all tenants' devices are counted",
+        "iot_models/statements.py",
+        'func.count().label("devices")).where(_OF_TENANT)',
+        'func.count().label("devices"))',
+        (FLEET,),
+    ),
+    # Documents
+    Break(
+        "documents are not checked before they are sent",
+        "iot_models/documents.py",
+        "    check_document(document, limits)\n    text = _encode(document)",
+        "    text = _encode(document)",
+        (SESSION, "tests/unit/test_documents.py"),
+    ),
+    Break(
+        "true is equal to 1",
+        "iot_models/equality.py",
+        "    if isinstance(left, bool) or isinstance(right, bool):\n        return False\n",
+        "",
+        (TWIN,),
+    ),
+    Break(
+        "a device has drifted only where @> says so, which takes arrays for sets",
+        "iot_models/statements.py",
+        'exists(select(literal_column("1")).select_from(wanted).where(lacking).correlate(_TABLE))',
+        "~_C.reported_state.contains(_C.desired_state)",
+        (FLEET,),
+    ),
+    # Objects
+    Break(
+        "an object's write is not guarded by the version that it was read at",
+        "iot_models/models.py",
+        '        _C.desired_version == bindparam("loaded"),\n',
+        "",
+        (ORM,),
+    ),
+    Break(
+        "a change deep inside a loaded document is not noticed",
+        "iot_models/tracking.py",
+        "        return _Object(value, self) if isinstance(value, dict) else _Array(value, self)",
+        "        return value",
+        (ORM,),
+    ),
+    # Pages
+    Break(
+        "the pages of pending follow another order than their keys",
+        "iot_models/statements.py",
+        "_PENDING, *behind).order_by(_C.device_id)",
+        "_PENDING, *behind).order_by(_C.device_id.desc())",
+        (READS, FLEET),
+    ),
+    Break(
+        "iter_pending ends with the first full page",
+        "iot_models/shadows.py",
+        "if len(page) < size:",
+        "if len(page) <= size:",
+        (FLEET,),
+    ),
+    # Migrations
+    Break(
+        "the downgrade parks no shadows",
+        "alembic/versions/076_device_shadow.py",
+        '_move(op.get_bind(), PARK, "parked")',
+        "pass",
+        (ROLLBACK,),
+    ),
+    Break(
+        "the upgrade puts no shadows back",
+        "alembic/versions/076_device_shadow.py",
+        "            _put_back(op.get_bind())\n",
+        "            pass\n",
+        (ROLLBACK,),
+    ),
+]
+
+
+class BrokenListError(Exception):
+    """This file, or the tests without any break, must be mended first; the message says where."""
+
+
+def copy_checkout(to: Path) -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=CHECKOUT, check=True, capture_output=True, text=True,
+    ).stdout.split("\0")  # fmt: skip
+    for name in filter(None, listed):
+        source, target = CHECKOUT / name, to / name
+        if source.is_file():  # one that is deleted and not committed yet is listed too
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(source.read_bytes())
+
+
+def python(copy: Path, *arguments: str, seconds: float) -> subprocess.CompletedProcess[str]:
+    """Run in the copy, so that its modules come before those of the installed checkout."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=copy,
+        # No .pyc: two versions of a file may be as long and as old.
+        env=os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+    )
+
+
+def pytest(copy: Path, tests: tuple[str, ...], seconds: float) -> subprocess.CompletedProcess[str]:
+    return python(
+        copy, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:randomly", *tests,
+        seconds=seconds,
+    )  # fmt: skip
+
+
+def check_list(copy: Path) -> None:
+    """Every text is where it is said to be, once, and it is the copy's code that runs.
+
+    Raises:
+        BrokenListError: If not.
+    """
+    for one in BREAKS:
+        found = (copy / one.file).read_text().count(one.old)
+        if found != 1:
+            raise BrokenListError(f"{one.name}: {found} times in {one.file}, not once:\n{one.old}")
+    imported = python(copy, "-c", "import iot_models; print(iot_models.__file__)", seconds=30).stdout.strip()
+    if imported != str(copy / "iot_models/__init__.py"):
+        raise BrokenListError(f"the tests of the copy in {copy} would import {imported}")
+
+
+def caught_by(copy: Path, one: Break, tests: tuple[str, ...]) -> str | None:
+    """The test that failed with the break; None if none did."""
+    path = copy / one.file
+    text = path.read_text()
+    path.write_text(text.replace(one.old, one.new))
+    try:
+        done = pytest(copy, tests, SECONDS)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        path.write_text(text)
+    failed = re.search(r"^FAILED (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    # A collection or a fixture that breaks down is no test that notices.
+    return failed[1] if done.returncode == 1 and failed else None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Break the code on purpose and demand that a test notices.")
+    parser.add_argument("words", nargs="*", help="only breaks whose name holds one of these")
+    parser.add_argument("--by", nargs="+", metavar="FILE", help="the test files that have to notice")
+    given = parser.parse_args()
+    chosen = [one for one in BREAKS if not given.words or any(word in one.name for word in given.words)]
+    survivors = []
+    # Resolved: where the temporary folder is a symbolic link, __file__ would name another path.
+    with tempfile.TemporaryDirectory(prefix="iot_models_breaks_") as folder:
+        copy = Path(folder).resolve()
+        copy_checkout(copy)
+        check_list(copy)
+        print(f"{len(chosen)} breaks. First the same tests without any.", flush=True)
+        needed = tuple(given.by or dict.fromkeys(test for one in chosen for test in one.tests))
+        began = time.monotonic()
+        if (done := pytest(copy, needed, SECONDS * 5)).returncode:
+            raise BrokenListError(f"without any break the tests fail:\n{done.stdout[-4000:]}{done.stderr[-2000:]}")
+        print(f"pass in {time.monotonic() - began:.0f} s\n", flush=True)
+        for number, one in enumerate(chosen, 1):
+            print(f"{number:2} {one.name} ...", flush=True)
+            began = time.monotonic()
+            test = caught_by(copy, one, tuple(given.by or one.tests))
+            if test is None:
+                survivors.append(one.name)
+            print(f"   {time.monotonic() - began:5.1f} s  {test or 'NOT CAUGHT'}", flush=True)
+    print(f"\n{len(chosen) - len(survivors)} of {len(chosen)} breaks caught, each in less than {SECONDS} s")
+    for name in survivors:
+        print(f"NOT CAUGHT: {name}")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except BrokenListError as error:
+        sys.exit(f"{Path(__file__).name}: {error}")

@@ -1,0 +1,281 @@
+"""Search for what the corpus does not hold: Hypothesis puts its pieces together anew, the same judge looks on.
+
+    python tests/fuzz/fuzz.py --minutes 10 [--seed N]
+
+Exit code 0: nothing found. 1: something found, and printed as lines for `FOUND` in `corpus_found.py`. 130: interrupted.
+"""
+
+# ruff: noqa: T201, S307 - a program that puts its folders on the path, prints, and evaluates what it made up
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import secrets
+import sys
+import time
+import typing
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+import corpus
+import corpus_found
+from alembic_runs import upgrade
+from awaiting import awaits
+from corpus import DEVICE_IDS, DOCUMENTS, ODD_DEVICE_IDS, TEXTS, UNSTORABLE_TEXTS, VERSIONS
+from corpus_wire import JSON_TEXTS, URLS
+from doors import DOORS
+from expected import KNOWN_DEVICES, TENANTS
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from oracle import FindingError, NotApplicableError, World
+from oracle_pure import judge_helpers, judge_url
+from sqlalchemy import NullPool, text
+from sqlalchemy.orm import Session
+
+from iot_models.engine import create_engine
+from iot_models.testing import database, postgres_server
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from hypothesis.strategies import SearchStrategy
+    from sqlalchemy import Engine
+
+PROGRESS_SECONDS = 2.0
+ATTEMPTS_A_ROUND = 500
+INTERRUPTED = 130
+SHORT = 1_000  # bytes of a JSON text that something is inserted into
+KNOWN_NAMES = [name for name, device_id in DEVICE_IDS.items() if device_id in KNOWN_DEVICES]
+# Names that a finding may use: they are those of corpus_found.py.
+NAMES = vars(corpus_found)
+
+# Everything below is made as source text: what is found can be pasted, and made anew as often as it is needed.
+
+
+def pieces(table: str, names: Iterable[str], call: str = "") -> SearchStrategy[str]:
+    return st.sampled_from([f"{table}[{name!r}]{call}" for name in names])
+
+
+def sources(values: SearchStrategy[Any]) -> SearchStrategy[str]:
+    return values.map(ascii)
+
+
+def mostly(usual: SearchStrategy[str], unusual: SearchStrategy[str]) -> SearchStrategy[str]:
+    """Of many parts few are to be bad, or nothing is ever stored."""
+    return st.integers(0, 7).flatmap(lambda number: unusual if number == 7 else usual)
+
+
+def texts() -> SearchStrategy[str]:
+    known = pieces("TEXTS", TEXTS) | pieces("LOOK_ALIKES", corpus.LOOK_ALIKES)
+    # All that any of the known ones holds, shuffled.
+    letters = sorted(set("".join([*TEXTS.values(), *corpus.LOOK_ALIKES.values()])))
+    made = sources(st.text(letters, max_size=12))
+    both = st.tuples(known, made).map(" + ".join)
+    long = sources(st.integers(1, 40_000)).map("'x' * {}".format)
+    return mostly(known | made | both, pieces("UNSTORABLE_TEXTS", UNSTORABLE_TEXTS) | long)
+
+
+def values() -> SearchStrategy[str]:
+    odd = [name for name in corpus.TYPES if not awaits(f"document, type: {name}")]
+    usual = texts() | sources(
+        st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(2**70), 2**70) | st.booleans() | st.none()
+    )
+    unusual = (
+        pieces("TYPES", odd, "()") | pieces("NUMBERS", corpus.NUMBERS) | st.integers(4_290, 4_310).map("10**{}".format)
+    )
+    leaves = mostly(usual, unusual)
+    return st.recursive(leaves, lambda inner: objects(inner) | arrays(inner), max_leaves=12)
+
+
+def objects(inner: SearchStrategy[str]) -> SearchStrategy[str]:
+    keys = texts() | st.sampled_from(["'fan'", "'of'", "'speed'", "'a'"])
+    members = st.tuples(keys, inner).map(": ".join)
+    return st.lists(members, max_size=4).map(lambda made: "{" + ", ".join(made) + "}")
+
+
+def arrays(inner: SearchStrategy[str]) -> SearchStrategy[str]:
+    return st.lists(inner, max_size=3).map(lambda made: "[" + ", ".join(made) + "]")
+
+
+def documents(door: str) -> SearchStrategy[str]:
+    kind = "helpers" if door == "helpers" else "document"
+    made = objects(values())
+    known = pieces(
+        "DOCUMENTS", [name for name in DOCUMENTS if not awaits(f"{kind}, {name}", door) and "deep" not in name], "()"
+    )
+    nested = st.tuples(st.integers(7, 13), made).map(lambda parts: f"wrapped({parts[0]}, {parts[1]})")
+    both = st.tuples(made, made).map(lambda parts: f"{{**{parts[0]}, 'fan': {parts[1]}}}")
+    read = st.tuples(
+        pieces("JSON_TEXTS", [name for name, body in JSON_TEXTS.items() if len(body) < SHORT]),
+        st.integers(0, 60),
+        sources(st.binary(max_size=3)),
+    ).map(lambda parts: f"reading({', '.join(map(str, parts))})")
+    return made | known | nested | both | read
+
+
+def devices() -> SearchStrategy[str]:
+    odd = [name for name in ODD_DEVICE_IDS if not awaits(f"device, {name}")]
+    few = sources(st.sampled_from(KNOWN_DEVICES[:5]))
+    return mostly(
+        few | pieces("DEVICE_IDS", KNOWN_NAMES),
+        texts() | pieces("DEVICE_IDS", DEVICE_IDS) | pieces("ODD_DEVICE_IDS", odd, "()"),
+    )
+
+
+def versions() -> SearchStrategy[str]:
+    known = pieces("VERSIONS", [name for name in VERSIONS if not awaits(f"version, {name}")], "()")
+    few = st.just("None") | st.just("7") | sources(st.integers(3, 7))
+    return mostly(few, sources(st.integers(-1, 10)) | sources(st.integers(2**31 - 2, 2**63 + 1)) | known)
+
+
+def sent(door: str) -> SearchStrategy[str]:
+    if door == "helpers":
+        return documents(door)
+    if door == "url":
+        known = pieces(
+            "URLS", [name for name, url in URLS.items() if isinstance(url, str) and not awaits(f"url, {name}")]
+        )
+        inserted = sources(st.text("postgresql+psycopg:/@[]%?&=#0 \\\x00", max_size=4))
+        return st.tuples(known, st.integers(0, 40), inserted).map(
+            lambda parts: f"{parts[0]}[:{parts[1]}] + {parts[2]} + {parts[0]}[{parts[1]}:]"
+        )
+    parts = {
+        "tenant_id": sources(st.sampled_from(TENANTS)),
+        "device_id": sources(st.sampled_from(KNOWN_DEVICES[:5])) if DOORS[door].kind == "orm" else devices(),
+        "document": documents(door) if "document" in DOORS[door].takes else st.just("{}"),
+        "version": versions() if "version" in DOORS[door].takes else st.just("None"),
+    }
+    return st.tuples(*parts.values()).map(lambda made: f"Attempt({', '.join(made)})")
+
+
+def attempts() -> SearchStrategy[tuple[str, str]]:
+    """A door's name, and the source of what is sent through it."""
+    by_door = {door: st.tuples(st.just(door), sent(door)) for door in [*DOORS, "helpers", "url"]}
+    return st.sampled_from(list(by_door)).flatmap(by_door.__getitem__)
+
+
+class TimeIsOver(BaseException):
+    """Ends a round at once, also one that makes an example smaller: Hypothesis lets it pass."""
+
+
+@dataclass(slots=True)
+class Search:
+    """What was tried and found so far."""
+
+    until: float
+    world: World | None = None
+    began: float = field(default_factory=time.monotonic)
+    reported_at: float = 0.0
+    fates: Counter[str] = field(default_factory=Counter)
+    doors: Counter[str] = field(default_factory=Counter)
+    findings: dict[str, tuple[str, str, str]] = field(default_factory=dict)
+    last: tuple[str, str, str] | None = None
+
+    def attempt(self, door: str, source: str) -> None:
+        now = time.monotonic()
+        if now >= self.until:
+            raise TimeIsOver
+        if now - self.reported_at >= PROGRESS_SECONDS:
+            self.reported_at = now
+            self.report()
+        try:
+            fate = self._judge(door, source)
+        except FindingError as finding:
+            if _signature(door, finding) in self.findings:
+                return
+            self.last = (door, source, str(finding))
+            raise
+        self.fates[fate] += 1
+        self.doors[door] += 1
+
+    def _judge(self, door: str, source: str) -> str:
+        try:
+            made = eval(source, NAMES)
+            if door == "url":
+                return judge_url(made)
+            if door == "helpers":
+                return judge_helpers(lambda: eval(source, NAMES))
+            return typing.cast("World", self.world).judge(door, made)
+        except (NotApplicableError, corpus_found.UnmakeableError):
+            return "not applicable"
+
+    def report(self) -> None:
+        spent = time.monotonic() - self.began
+        fates = ", ".join(f"{count:,} {fate}" for fate, count in sorted(self.fates.items()))
+        print(f"{spent:4.0f} s of {self.until - self.began:.0f}: {fates}; {len(self.findings)} findings", flush=True)
+
+    def keep(self) -> None:
+        """Take the smallest example that Hypothesis came to for a finding."""
+        if self.last:
+            door, source, what = self.last
+            self.findings[_signature(door, what)] = self.last
+            print(f"FOUND at {door}: {what}\n    ({door!r}, lambda: {source}),", flush=True)
+            self.last = None
+
+
+def _signature(door: str, finding: object) -> str:
+    return door + re.sub(r"[\d'\"].*", "", str(finding))[:60]
+
+
+def search(found: Search, engine: Engine, number: int) -> None:
+    """Round after round, each with a seed and a world of its own, until the time is over."""
+    options = settings(
+        max_examples=ATTEMPTS_A_ROUND,
+        deadline=None,
+        database=None,
+        phases=(Phase.generate, Phase.shrink),
+        report_multiple_bugs=False,
+        print_blob=False,
+        suppress_health_check=list(HealthCheck),
+    )
+    while time.monotonic() < found.until:
+
+        @seed(number)
+        @options
+        @given(attempts())
+        def one_round(made: tuple[str, str]) -> None:
+            found.attempt(*made)
+
+        with engine.connect() as connection:
+            # What earlier rounds wrote and undid is still in the way of reading.
+            connection.execute(text("TRUNCATE device_state"))
+            connection.commit()
+            found.world = World(Session(connection, join_transaction_mode="create_savepoint"))
+            with contextlib.suppress(FindingError, TimeIsOver), contextlib.redirect_stderr(None):
+                one_round()
+        found.keep()
+        number += 1
+
+
+def main() -> int:
+    """Search as long as asked for, and return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--seed", type=int, default=secrets.randbelow(10**9))
+    options = parser.parse_args()
+    print(f"seed {options.seed}", flush=True)
+    interrupted = False
+    # A database of its own, on the server that the tests would run on.
+    with postgres_server() as server, database(server) as url:
+        print(server.description, flush=True)
+        upgrade(url)
+        found = Search(until=time.monotonic() + 60 * options.minutes)
+        try:
+            search(found, create_engine(url, poolclass=NullPool), options.seed)
+        except KeyboardInterrupt:
+            interrupted = True
+        found.report()
+    for door, count in sorted(found.doors.items()):
+        print(f"{count:10,} {door}")
+    for door, source, what in found.findings.values():
+        print(f"\n{door}: {what}\n    ({door!r}, lambda: {source}),")
+    return 1 if found.findings else INTERRUPTED if interrupted else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""Each hostile thing through each door of the service and the models, by the judge of `oracle`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from awaiting import AWAITING, awaits
+from corpus import DEVICE_IDS, DOCUMENTS, ODD_DEVICE_IDS, UNSTORABLE_TEXTS, VERSIONS
+from corpus_found import FOUND
+from doors import DOORS, Attempt
+from event_loop import async_engine, in_event_loop, url_for
+from expected import DEVICE, TENANT, TENANTS, devices_of
+from oracle import FindingError, NotApplicableError, World
+from oracle_pure import judge_helpers, judge_url
+from sqlalchemy.orm import Session
+
+from iot_models import ShadowService
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from sqlalchemy import Connection, Engine
+
+
+def attempts(door: str) -> Iterator[tuple[str, Callable[[], Attempt]]]:
+    """What the corpus holds for a door, one hostile thing at a time."""
+    if "document" in DOORS[door].takes:
+        for name, make in DOCUMENTS.items():
+            yield f"document, {name}", partial(_sending, "document", make)
+    if "version" in DOORS[door].takes:
+        for name, make in VERSIONS.items():
+            yield f"version, {name}", partial(_sending, "version", make)
+    for name, device_id in DEVICE_IDS.items():
+        yield f"device, {name}", partial(Attempt, TENANT, device_id)
+    for name, make in ODD_DEVICE_IDS.items():
+        yield f"device, {name}", partial(_sending, "device_id", make)
+    for tenant in TENANTS:
+        for device_id in (DEVICE, devices_of(tenant)[3]):
+            yield f"tenant {tenant!a}, {device_id!a}", partial(Attempt, tenant, device_id)
+
+
+def _sending(part: str, make: Callable[[], object]) -> Attempt:
+    parts: dict[str, Any] = {part: make()}
+    return replace(Attempt(TENANT, DEVICE), **parts)
+
+
+def findings(session: Session, door: str, wanted: Callable[[str], bool]) -> dict[str, str]:
+    """What was found at a door, by the name of the entry."""
+    world = World(session)
+    found: dict[str, str] = {}
+    for name, make in attempts(door):
+        if wanted(name):
+            try:
+                world.judge(door, make())
+            except NotApplicableError:
+                continue
+            except FindingError as finding:
+                found[name] = f"{name}: {finding}"
+    return found
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_hostile_data_are_refused_or_stored_as_they_are(session: Session, door: str) -> None:
+    found = findings(session, door, lambda name: not awaits(name, door))
+
+    assert not found, "\n".join([f"{door}:", *found.values()])
+
+
+# One door for each way in which values are bound.
+@pytest.mark.parametrize("door", ["get", "get_many", "pending", "replace_desired", "replace_desired_many"])
+@in_event_loop
+async def test_the_other_driver_tells_no_difference(engine: Engine, door: str) -> None:
+    def run(connection: Connection) -> dict[str, str]:
+        with Session(connection, join_transaction_mode="create_savepoint") as session:
+            return findings(session, door, lambda name: not awaits(name, door))
+
+    async with async_engine(url_for("asyncpg", engine.url)) as other, other.connect() as connection:
+        found = await connection.run_sync(run)
+        await connection.rollback()
+
+    assert not found, "\n".join([f"{door}:", *found.values()])
+
+
+def test_what_awaits_a_repair_still_fails(session: Session) -> None:
+    failing: set[str] = set()
+    for door in DOORS:
+        with session.begin_nested() as savepoint:
+            awaiting = {name for name, _ in attempts(door) if {name, f"{door}: {name}"} & AWAITING.keys()}
+            found = findings(session, door, awaiting.__contains__)
+            failing |= found.keys() | {f"{door}: {name}" for name in found}
+            savepoint.rollback()
+
+    assert {name for name in AWAITING if "url" not in name and "helpers" not in name} <= failing
+
+
+def test_what_was_found_once_stays_mended(session: Session) -> None:
+    world = World(session)
+    for door, make in FOUND:
+        if door == "url":
+            judge_url(make())
+        elif door == "helpers":
+            judge_helpers(make)
+        else:
+            world.judge(door, make())
+
+
+@pytest.mark.parametrize("tenant_id", [*UNSTORABLE_TEXTS.values(), ""], ids=ascii)
+def test_a_tenant_that_no_row_can_carry_is_refused_at_once(session: Session, tenant_id: str) -> None:
+    with pytest.raises(ValueError, match="tenant_id must be text that PostgreSQL can store and not empty"):
+        ShadowService(session, tenant_id)
+
+
+# Those that are no text.
+ODD = {
+    name: make for name, make in ODD_DEVICE_IDS.items() if not isinstance(make(), str) and not awaits(f"device, {name}")
+}
+
+
+@pytest.mark.parametrize("make", ODD.values(), ids=ODD)
+def test_a_tenant_that_is_no_text_is_refused_at_once(session: Session, make: Callable[[], object]) -> None:
+    with pytest.raises(TypeError, match="tenant_id must be a str"):
+        ShadowService(session, make())  # type: ignore[arg-type]

@@ -1,0 +1,61 @@
+"""Nothing is lost, whoever else writes: many processes, and a proof from what they were told and what is there."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+from history import keep_history, read_rows
+from load import SERIALIZATION, Findings, Load
+from record import READ, SECTIONS, WRITTEN
+from workload import DEVICES, TENANTS
+from writer import ROLLED_BACK, Plan
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sqlalchemy import Engine
+
+PROCESSES = 4
+SECONDS = 7
+MOST_SECONDS = 60  # on a machine that has much else to do
+ENOUGH = 300  # acknowledged units of work: every call and every refusal is among them
+
+
+def run(engine: Engine, folder: Path, isolation: str, *, longest: int) -> Findings:
+    """Let writers loose on a migrated database, and check what they leave behind."""
+    keep_history(engine, [(tenant, device) for tenant in TENANTS for device in DEVICES])
+    with engine.connect() as connection:
+        before = read_rows(connection)
+    url = engine.url.render_as_string(hide_password=False)
+    load = Load(Plan(url, "ci", str(folder), isolation, seed=76, hostile=False, longest=longest), PROCESSES)
+    began = time.monotonic()
+    with load.writers():
+        time.sleep(SECONDS)
+        while load.count()["acknowledged"] < ENOUGH and time.monotonic() < began + MOST_SECONDS:
+            time.sleep(0.1)
+    return load.findings(before)
+
+
+@pytest.mark.parametrize("isolation", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
+def test_the_records_of_many_writers_and_the_rows_tell_one_story(
+    own_engine: Engine, tmp_path: Path, isolation: str
+) -> None:
+    findings = run(own_engine, tmp_path, isolation, longest=4)
+
+    assert findings.violations == []
+    # In the stricter levels a loser learns of it by SQLSTATE 40001, as PostgreSQL has it; the transaction left nothing.
+    assert (findings.errors[SERIALIZATION] > 0) == (isolation != "READ COMMITTED")
+    # Nothing of this is proved by writers that had nothing to do: every call was taken, and refused where it can be.
+    answers = findings.answers()
+    assert {kind for kind, status in answers if status in {WRITTEN, READ}} == set(SECTIONS)
+    assert {"VersionConflict", "StaleReport", "UnknownVersion"} <= {status for _, status in answers}
+
+
+def test_writers_whose_transactions_are_one_call_each_never_deadlock(own_engine: Engine, tmp_path: Path) -> None:
+    findings = run(own_engine, tmp_path, "READ COMMITTED", longest=1)
+
+    assert findings.violations == []
+    assert set(findings.errors) <= {ROLLED_BACK, "StaleDataError"}
+    assert sum(len(operation.entries) > 1 for unit in findings.units for operation in unit.operations) > 50
