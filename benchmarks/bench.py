@@ -1,0 +1,133 @@
+"""How fast is the service, beside the limit and beside what a user would write instead?
+
+    python benchmarks/bench.py [--rounds 9] [--only SECTION ...] [--no-report]
+
+It runs on a PostgreSQL of its own, once with a disk that is waited for and once with `synchronous_commit=off`; or on
+the server that IOT_MODELS_BENCH_URL names, in a database of its own (`iot_models_bench`), which it drops. It prints its
+tables and writes benchmarks/results.md and the plots beside it. A missed target is said to be missed; the exit code is
+0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+import sys
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import batches
+import fleet
+import psycopg
+import single
+import storage
+import tasks
+import twins
+from fleet_data import database, load, plain
+from plots import draw
+from report import markdown, to_terminal
+from rounds import Figure, Progress
+from targets import DURABLE, RELAXED, judge
+
+from iot_models import embedded
+from iot_models.engine import normalize_url
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HERE = Path(__file__).resolve().parent
+URL_VARIABLE = "IOT_MODELS_BENCH_URL"
+SECTIONS = ("one device", "tasks", "batches", "fleet", "storage", "documents")
+FLEETS = (10_000, 100_000, 1_000_000)
+SETTINGS = {DURABLE: {"synchronous_commit": "on"}, RELAXED: {"synchronous_commit": "off"}}
+# What a server for this has; the embedded one's own defaults are those of data that is thrown away.
+SERVER = {
+    "fsync": "on",
+    "full_page_writes": "on",
+    "synchronous_commit": "on",
+    "shared_buffers": "1GB",
+    "max_wal_size": "8GB",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9, help="rounds that count (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="some sections only")
+    parser.add_argument("--no-report", action="store_true", help="print the tables and write no file")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    progress = Progress()
+    with server() as (url, tools, name):
+        progress.say(f"PostgreSQL {name}", at_once=True)
+        figures = measure(url, tools, arguments.rounds, arguments.only, progress)
+    targets = judge(figures) if set(arguments.only) == set(SECTIONS) else []
+    to_terminal(figures, targets)
+    if targets and not arguments.no_report:
+        (HERE / "results.md").write_text(markdown(figures, targets, name, arguments.rounds))
+        for path in (HERE / "results.md", *draw(figures, HERE / "plots")):
+            progress.say(f"wrote {path.relative_to(HERE.parent)}", at_once=True)
+
+
+@contextmanager
+def server() -> Iterator[tuple[str, Path, str]]:
+    """The server's URL, the folder of its pgbench, and what to call it."""
+    given = os.environ.get(URL_VARIABLE)
+    if not given:
+        with embedded.postgres(settings=SERVER) as own:
+            yield own.url, own.bin, f"{own.version}, embedded"
+        return
+    url = normalize_url(given).render_as_string(hide_password=False)
+    with psycopg.connect(plain(url)) as connection:
+        version = connection.info.parameter_status("server_version")
+    on_path = shutil.which("pgbench")
+    yield url, Path(on_path).parent if on_path else embedded.wheel_binaries(), f"{version}, {URL_VARIABLE}"
+
+
+def measure(url: str, tools: Path, rounds: int, only: list[str], progress: Progress) -> list[Figure]:
+    figures: list[Figure] = []
+    for setting, configuration in SETTINGS.items():
+        for section in ("one device", "tasks", "batches"):
+            if section not in only:
+                continue
+            with database(url, "iot_models_bench", **configuration) as own:
+                if section == "one device":
+                    figures += single.measure(own, setting, tools, rounds, progress)
+                elif section == "tasks":
+                    figures += tasks.measure(own, setting, rounds, progress)
+                else:
+                    figures += batches.measure(own, setting, rounds, progress)
+    if {"fleet", "storage"} & set(only):
+        for devices in FLEETS:
+            figures += _fleet(url, devices, rounds, only, progress)
+    if "documents" in only:
+        figures += twins.measure(rounds, progress)
+    return figures
+
+
+def _fleet(url: str, devices: int, rounds: int, only: list[str], progress: Progress) -> list[Figure]:
+    figures: list[Figure] = []
+    with ExitStack() as stack:
+        own = stack.enter_context(database(url, "iot_models_bench", **SETTINGS[RELAXED]))
+        progress.say(f"loading {devices:,} devices", at_once=True)
+        load(own, devices)
+        if "fleet" in only:
+            figures += fleet.measure(own, devices, rounds, progress)
+        if devices == FLEETS[-1]:
+            if "storage" in only:
+                figures += storage.measure(own, devices, progress)
+            if "fleet" in only:
+                progress.say(f"making all of {devices:,} devices pending", at_once=True)
+                fleet.make_all_pending(own)
+                figures += fleet.memory(own, devices, progress)
+    return figures
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
