@@ -80,6 +80,13 @@ BREAKS = [
         (REPORTS,),
     ),
     Break(
+        "a late report of a batch is written by its first statement",
+        "iot_models/statements.py",
+        "locked.c.acked.between(locked.c.reported_version, locked.c.desired_version)",
+        "locked.c.acked <= locked.c.desired_version",
+        (REPORTS,),
+    ),
+    Break(
         "a version that was never asked is acknowledged",
         "iot_models/statements.py",
         "guard.append(version.between(_C.reported_version, _C.desired_version))",
@@ -131,18 +138,26 @@ BREAKS = [
         (BATCHES,),
     ),
     Break(
+        "who is refused in a batch of reports is not locked in order with the others",
+        "iot_models/statements.py",
+        "locked = _locked(new, carrying=",
+        "late = [] if decided else [new.c.acked.is_(None) | new.c.acked.between(_LOCKED.c.reported_version,"
+        " _LOCKED.c.desired_version)]\n    locked = _locked(new, *late, carrying=",
+        (REPORTS,),
+    ),
+    Break(
         "an invalid report stops those behind it",
         "iot_models/batches.py",
-        "decided, accepted = fold(left.values(),",
+        "decided, to_write = fold(left.values(),",
         "left = dict(list(left.items())[: next((n for n, r in left.items() if r.document is None), len(left))])\n"
-        "        decided, accepted = fold(left.values(),",
+        "        decided, to_write = fold(left.values(),",
         (REPORTS,),
     ),
     Break(
         "a batch of reports writes over what was written since it looked",
         "iot_models/statements.py",
-        "locked = _locked(new, *seen, carrying",
-        "locked = _locked(new, carrying",
+        "(locked.c.desired_version == locked.c.desired) & (locked.c.reported_version == locked.c.reported)",
+        "locked.c.device_id == locked.c.device_id",
         (REPORTS,),
     ),
     # Patches

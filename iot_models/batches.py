@@ -11,7 +11,7 @@ from iot_models import statements, twin
 from iot_models.attempts import ATTEMPTS, suppressed_batch
 from iot_models.documents import decode_document, encode_document, storable_text
 from iot_models.errors import BatchRejected, DeviceNotFound, IotModelsError, VersionConflict
-from iot_models.reports import CheckedReport, ReportOutcome, Versions, fold
+from iot_models.reports import CheckedReport, ReportOutcome, ReportStatus, Versions, fold
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -95,23 +95,30 @@ def replace_reported(
 ) -> tuple[list[ReportOutcome], set[str]]:
     """Apply reports as if one after another; returns an outcome for each, in order, and the devices written.
 
-    Two statements: reads and locks the rows, decides, writes.
+    One guarded statement; a second asks what became of those that it did not write. Where a report is invalid or a
+    device reports twice, two statements instead: reads and locks the rows, decides, writes.
 
     Raises:
         RuntimeError: If nothing explains why rows are not written.
     """
+    accepted = _write_guarded(execute, tenant_id, reports)
+    written = set(accepted)
     outcomes: dict[int, ReportOutcome] = {}
-    written: set[str] = set()
-    left = dict(enumerate(reports))
+    left: dict[int, CheckedReport] = {}
+    for place, report in enumerate(reports):
+        if report.device_id in written:
+            outcomes[place] = ReportOutcome(report.device_id, ReportStatus.ACCEPTED, *accepted[report.device_id])
+        else:
+            left[place] = report
     for _ in range(ATTEMPTS):
-        decided, accepted = fold(left.values(), _versions(execute, tenant_id, left.values()))
-        outcomes.update(zip(left, decided, strict=True))
-        written |= _write_reported(execute, tenant_id, accepted)
-        # Missed only in AUTOCOMMIT mode, where a version changed since: these start anew, no other depends on them.
-        missed = accepted.keys() - written
-        left = {place: report for place, report in left.items() if report.device_id in missed}
         if not left:
             return [outcomes[place] for place in range(len(reports))], written
+        decided, to_write = fold(left.values(), _versions(execute, tenant_id, left.values()))
+        outcomes.update(zip(left, decided, strict=True))
+        written |= _write_decided(execute, tenant_id, to_write)
+        # Missed only in AUTOCOMMIT mode, where a version changed since: these start anew, no other depends on them.
+        missed = to_write.keys() - written
+        left = {place: report for place, report in left.items() if report.device_id in missed}
     raise suppressed_batch(list(dict.fromkeys(str(report.device_id) for report in left.values())))
 
 
@@ -171,7 +178,26 @@ def _versions(execute: Execute, tenant_id: str, reports: Iterable[CheckedReport]
     return {row.device_id: Versions(row.desired_version, row.reported_version) for row in rows}
 
 
-def _write_reported(execute: Execute, tenant_id: str, accepted: Mapping[str, Accepted]) -> set[str]:
+def _write_guarded(execute: Execute, tenant_id: str, reports: Sequence[CheckedReport]) -> dict[str, Versions]:
+    """Write whose acknowledged version is neither late nor unknown; returns who was written.
+
+    Nobody where a report is invalid or a device reports twice. What has to be looked at afterwards is then locked by
+    this statement already, in its order.
+    """
+    writable = {report.device_id: report for report in reports if report.document is not None}
+    if len(writable) < len(reports) or None in writable or not reports:
+        return {}
+    binds = {
+        "tenant": tenant_id,
+        "devices": list(writable),
+        "documents": [report.document for report in reports],
+        "acked": [report.acked_version for report in reports],
+    }
+    rows = execute(statements.write_reported_many(decided=False), binds)
+    return {row.device_id: Versions(row.desired_version, row.reported_version) for row in rows}
+
+
+def _write_decided(execute: Execute, tenant_id: str, accepted: Mapping[str, Accepted]) -> set[str]:
     """Write where the versions are still those seen; returns who was written."""
     if not accepted:
         return set()
@@ -183,4 +209,4 @@ def _write_reported(execute: Execute, tenant_id: str, accepted: Mapping[str, Acc
         "desired": [write.seen.desired for write in accepted.values()],
         "reported": [write.seen.reported for write in accepted.values()],
     }
-    return set(execute(statements.write_reported_many(), binds).scalars())
+    return set(execute(statements.write_reported_many(decided=True), binds).scalars())

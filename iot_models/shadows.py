@@ -264,14 +264,16 @@ class ShadowService:
     def replace_reported_many(self, reports: Iterable[Report]) -> list[ReportOutcome]:
         """Apply reports as if one after another with `replace_reported`, each with an outcome instead of an error.
 
-        Reads and locks the rows, decides, writes: two statements, and a third where the session has loaded some of the
-        devices. Rows are locked in the order of `device_id`, as in `replace_desired_many`. A device may report several
-        times: each report is judged by what those before it left behind, and the document of the last accepted one
-        stays. No reports: `[]`, and no statement. 100,000 in one call work, with 1 GB of documents at most.
+        One guarded `UPDATE`; a second statement asks what became of those that it did not write. Where a report is
+        invalid, or a device reports twice, the rows are read and locked first: two statements. One more where the
+        session has loaded some of the devices. Rows are locked in the order of `device_id`, as in
+        `replace_desired_many`. A device may report several times: each report is judged by what those before it left
+        behind, and the document of the last accepted one stays. No reports: `[]`, and no statement. 100,000 in one
+        call work, with 1 GB of documents at most.
 
-        In AUTOCOMMIT mode what a concurrent write got ahead of is decided and written once more: where that second
-        round fails (a lost connection, a timeout), the first is written already. Send the reports again: what was
-        accepted is accepted again, unless something newer came since.
+        In AUTOCOMMIT mode each of these statements is a transaction of its own: where one fails (a lost connection, a
+        timeout), what those before it wrote stays. Send the reports again: what was accepted is accepted again, unless
+        something newer came since.
 
         Returns:
             One outcome per report, in order.

@@ -229,29 +229,36 @@ def write_desired_many() -> ShadowUpdate:
 
 
 @cache
-def write_reported_many() -> ReturningUpdate[str]:
+def write_reported_many(*, decided: bool) -> ReturningUpdate[str, int, int]:
     """Set the reported documents of several devices, `reported_version` and `last_seen_at`; binds `tenant` and arrays.
 
-    The arrays are `devices` (each once), `documents`, `acked`, and what both versions were when that was decided:
-    `desired` and `reported`. A row whose versions are others is left alone. Returns who was written.
+    The arrays are `devices` (each once), `documents` and `acked` (NULL: as it is). A row is written under the guard of
+    `write_reported`. Decided, the arrays `desired` and `reported` say for which versions that was settled before: a row
+    whose versions are others is left alone. Returns who was written, and both versions.
 
-    Locks the rows, in order, before it writes the first: in AUTOCOMMIT mode no statement before has done so for good.
+    All rows are locked, in order, before the first is written, also those that the guard then refuses: whoever asks
+    afterwards why does not lock out of order, and finds what the guard saw.
 
     The documents go through the sort of that, where a second table of them would have to be joined to who is locked: a
     generic plan (psycopg prepares what it has run five times) takes both for ten rows and compares each with each.
     """
-    new = _rows_of("new", documents=Text(), acked=BigInteger(), desired=BigInteger(), reported=BigInteger())
-    seen = (_LOCKED.c.desired_version == new.c.desired, _LOCKED.c.reported_version == new.c.reported)
-    locked = _locked(new, *seen, carrying=(new.c.documents, new.c.acked))
+    arrays = {"desired": BigInteger(), "reported": BigInteger()} if decided else {}
+    new = _rows_of("new", documents=Text(), acked=BigInteger(), **arrays)
+    locked = _locked(new, carrying=(_LOCKED.c.desired_version, _LOCKED.c.reported_version, *new.c[1:]))
+    if decided:
+        guard = (locked.c.desired_version == locked.c.desired) & (locked.c.reported_version == locked.c.reported)
+    else:
+        in_between = locked.c.acked.between(locked.c.reported_version, locked.c.desired_version)
+        guard = locked.c.acked.is_(None) | in_between
     return (
         update(_TABLE)
-        .where(_OF_TENANT, _C.device_id == locked.c.device_id)
+        .where(_OF_TENANT, _C.device_id == locked.c.device_id, guard)
         .values(
             reported_state=cast(locked.c.documents, JSONB),
-            reported_version=locked.c.acked,
+            reported_version=func.coalesce(locked.c.acked, locked.c.reported_version),
             last_seen_at=func.now(),
         )
-        .returning(_C.device_id)
+        .returning(_C.device_id, _C.desired_version, _C.reported_version)
     )
 
 

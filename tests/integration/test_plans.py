@@ -189,7 +189,8 @@ def test_the_primary_key_serves_single_devices_and_batches(fleet: Connection) ->
         (statements.locked_versions(), many),
         (statements.locked_desired_documents(), many),
         (statements.write_desired_many(), many | {"expected": [None] * len(ids)}),
-        (statements.write_reported_many(), many | {"desired": ones, "reported": ones, "acked": ones}),
+        (statements.write_reported_many(decided=False), many | {"acked": ones}),
+        (statements.write_reported_many(decided=True), many | {"acked": ones, "desired": ones, "reported": ones}),
     ):
         assert access(fleet, statement, **binds) == {PRIMARY_KEY}, statement
 
@@ -213,7 +214,11 @@ def test_what_a_batch_costs_grows_with_its_devices_and_not_with_their_square(
 
         for statement, binds in (
             (statements.write_desired_many(), {"expected": [None] * len(ids)}),
-            (statements.write_reported_many(), {"desired": [3] * len(ids), "reported": twos, "acked": twos}),
+            (statements.write_reported_many(decided=False), {"acked": [3] * len(ids)}),
+            (
+                statements.write_reported_many(decided=True),
+                {"acked": twos, "desired": [3] * len(ids), "reported": [3] * len(ids)},
+            ),
         ):
             plan = prepared_plan(connection, statement, **known, **binds)
             compared = sum(node.get("Rows Removed by Join Filter", 0) * node["Actual Loops"] for node in nodes(plan))

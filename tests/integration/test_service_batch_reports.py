@@ -183,11 +183,13 @@ def test_the_number_of_statements_does_not_grow_with_the_batch(
         service.replace_reported_many(reports)
     with counted_statements(session.connection()) as refused:
         service.replace_reported_many([Report(report.device_id, {}, 1) for report in reports])
+    with counted_statements(session.connection()) as twice:
+        service.replace_reported_many([*reports, reports[0]])
     loaded = session.scalars(select(DeviceState)).all()
     with counted_statements(session.connection()) as shown:
         service.replace_reported_many(reports)
 
-    assert [len(seen) for seen in (accepted, refused, shown)] == [2, 1, 3]
+    assert [len(seen) for seen in (accepted, refused, twice, shown)] == [1, 2, 2, 2]
     assert len(loaded) == count + 5
 
 
@@ -349,6 +351,48 @@ def test_in_autocommit_mode_a_report_is_judged_again_when_its_device_was_written
         "a": {"n": 0}, "b": {"theirs": 1}, "c": {"n": 1}
     }  # fmt: skip
     assert loaded.reported_version == 0  # not written by this batch: what was loaded stays what it was
+
+
+def test_in_autocommit_mode_a_refused_report_whose_device_catches_up_is_judged_by_what_it_says_now(
+    own_engine: Engine,
+) -> None:
+    with Session(own_engine) as session, session.begin():
+        for device_id in "ab":
+            add_device(session, device_id, desired_version=2, reported_version=0)
+
+    def catch_up() -> None:
+        with Session(own_engine) as other, other.begin():
+            ShadowService(other, TENANT).replace_desired("a", {})
+
+    with Session(own_engine.execution_options(isolation_level="AUTOCOMMIT")) as session:
+        service = ShadowService(session, TENANT)
+        before_statement(service, 2, catch_up)
+        outcomes = service.replace_reported_many([Report("a", {"n": 1}, 3), Report("b", {"n": 1}, 2)])
+
+    assert outcomes == [ReportOutcome("a", ACCEPTED, 3, 3), ReportOutcome("b", ACCEPTED, 2, 2)]
+
+
+def test_batches_whose_refused_reports_cross_wait_for_each_other_and_never_deadlock(own_engine: Engine) -> None:
+    """Who is refused is locked by the first statement too: asking why takes no lock out of order."""
+    fleet = [f"d{n}" for n in range(10)]
+    with Session(own_engine) as session, session.begin():
+        for device_id in fleet:
+            add_device(session, device_id, desired_version=1)
+    start = threading.Barrier(4)
+
+    def work(n: int) -> set[ReportStatus]:
+        order = random.Random(n)  # noqa: S311 - no secret
+        found = set()
+        start.wait()
+        for _ in range(40):
+            refused = set(order.sample(fleet, 5))
+            with Session(own_engine) as session, session.begin():
+                batch = [Report(d, {}, 2 if d in refused else 1) for d in order.sample(fleet, len(fleet))]
+                found |= {outcome.status for outcome in ShadowService(session, TENANT).replace_reported_many(batch)}
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set.union(*pool.map(work, range(4))) == {ACCEPTED, UNKNOWN_VERSION}
 
 
 @pytest.mark.parametrize("mode", ["READ COMMITTED", "AUTOCOMMIT"])
