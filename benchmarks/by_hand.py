@@ -154,6 +154,34 @@ def by_core(stack: ExitStack, url: str) -> Works:
     return {"SQLAlchemy Core by hand, AUTOCOMMIT": ("core", each_timed(get, replace, patch, report))}
 
 
+def by_driver_sql(stack: ExitStack, url: str) -> Works:
+    """The psycopg statements as text through SQLAlchemy's Connection: what is left of it where nothing is compiled."""
+    connection = stack.enter_context(engine_of(stack, url, autocommit=True).connect())
+    devices = Devices("driver")
+
+    def get() -> None:
+        assert connection.exec_driver_sql(GET, (TENANT, devices.next())).one_or_none()
+
+    def replace() -> None:
+        device = devices.next()
+        binds = (json.dumps(DOCUMENT), TENANT, device, devices.versions[device])
+        assert connection.exec_driver_sql(REPLACE, binds).one_or_none()
+        devices.versions[device] += 1
+
+    def patch() -> None:
+        device = devices.next()
+        document, version = connection.exec_driver_sql(LOCK, (TENANT, device)).one()
+        merged = json.dumps(twin.merge_patch(document, PATCH))
+        assert connection.exec_driver_sql(REPLACE, (merged, TENANT, device, version)).one_or_none()
+        devices.versions[device] += 1
+
+    def report() -> None:
+        binds = (json.dumps(DOCUMENT), 2, TENANT, devices.next(), 2)
+        assert connection.exec_driver_sql(REPORT, binds).one_or_none()
+
+    return {"SQLAlchemy by hand, SQL as text, AUTOCOMMIT": ("driver", each_timed(get, replace, patch, report))}
+
+
 def asyncpg_works(connection: asyncpg.Connection, devices: Devices) -> dict[str, Any]:
     get_sql, replace_sql, report_sql, lock_sql = map(numbered, (GET, REPLACE, REPORT, LOCK))
 

@@ -23,7 +23,7 @@ DARK: Final = {
     OURS: "#6cb0ff", SLATE: "#8d97a3", TEAL: "#5fa99e", OCHRE: "#b8934a", PLUM: "#b785ad",
 }  # fmt: skip
 OTHERS: Final = {  # by how the contender's name begins
-    "asyncpg": TEAL, "ORM": OCHRE, "SQLAlchemy Core": PLUM, "deepdiff": OCHRE, "jsonpatch": PLUM,
+    "asyncpg": TEAL, "ORM": OCHRE, "SQLAlchemy": PLUM, "deepdiff": OCHRE, "jsonpatch": PLUM,
 }  # fmt: skip
 
 # DejaVu Sans comes with matplotlib: the places of texts are reckoned with it. It is wide, so that the page's own fits.

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, ExitStack
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
-from by_hand import asyncpg_works, by_core, by_psycopg, pgbench
+from by_hand import asyncpg_works, by_core, by_driver_sql, by_psycopg, pgbench
 from fleet_data import DEVICES, DOCUMENT, PATCH, TENANT, Devices, each_timed, engine_of, load, plain
 from orm import by_orm
 from rounds import Figure, Progress, interleaved
@@ -35,6 +35,7 @@ def measure(url: str, setting: str, tools: Path, rounds: int, progress: Progress
         contenders = (
             pgbench(url, tools)
             | by_psycopg(stack, url)
+            | by_driver_sql(stack, url)
             | by_core(stack, url)
             | by_orm(stack, url)
             | _ours(stack, url)
