@@ -112,14 +112,16 @@ def replace_reported(
             left[place] = report
     for _ in range(ATTEMPTS):
         if not left:
-            return [outcomes[place] for place in range(len(reports))], written
+            break
         decided, to_write = fold(left.values(), _versions(execute, tenant_id, left.values()))
         outcomes.update(zip(left, decided, strict=True))
         written |= _write_decided(execute, tenant_id, to_write)
         # Missed only in AUTOCOMMIT mode, where a version changed since: these start anew, no other depends on them.
         missed = to_write.keys() - written
         left = {place: report for place, report in left.items() if report.device_id in missed}
-    raise suppressed_batch(list(dict.fromkeys(str(report.device_id) for report in left.values())))
+    if left:
+        raise suppressed_batch(list(dict.fromkeys(str(report.device_id) for report in left.values())))
+    return [outcomes[place] for place in range(len(reports))], written
 
 
 def _each(device_ids: Iterable[str], encode: Callable[[str], str]) -> tuple[dict[str, str], _Errors]:
