@@ -146,6 +146,8 @@ class World:
             attempts += [Attempt(TENANT, DEVICE, version=DESIRED_VERSION + 1), Attempt(TENANT, "absent")]
         if door.kind == "after":
             attempts.append(Attempt(TENANT, None))
+        if door.kind == "each":  # a report that is invalid sends the others another way
+            attempts.append(Attempt(TENANT, DEVICE, None))
         sent: set[str] = set()
         for attempt in attempts:
             with self._undone():
