@@ -71,16 +71,17 @@ REPLACE_REPORTED = Write("replace_reported", ONE, 1, _NEW, (ONE, _NEW), {"acked_
 PATCH_REPORTED = Write("patch_reported", ONE, 2, _MERGED, (ONE, _NEW), {"acked_version": 7})
 REPLACE_DESIRED_MANY = Write("replace_desired_many", BATCH, 1, _NEW, (dict.fromkeys(BATCH, _NEW),), {})
 PATCH_DESIRED_MANY = Write("patch_desired_many", BATCH, 2, _MERGED, (list(BATCH), _NEW), {})
-REPLACE_REPORTED_MANY = Write(
-    "replace_reported_many", BATCH, 2, _NEW, ([Report(device_id, _NEW, 7) for device_id in BATCH],), {}
-)
+_REPORTS = [Report(device_id, _NEW, 7) for device_id in BATCH]
+REPLACE_REPORTED_MANY = Write("replace_reported_many", BATCH, 1, _NEW, (_REPORTS,), {})
+# A device reports twice: judged before anything is written.
+REPORTED_TWICE = Write("replace_reported_many", BATCH, 2, _NEW, ([*_REPORTS, _REPORTS[0]],), {})
 
-BATCHES = (REPLACE_DESIRED_MANY, PATCH_DESIRED_MANY, REPLACE_REPORTED_MANY)
+BATCHES = (REPLACE_DESIRED_MANY, PATCH_DESIRED_MANY, REPLACE_REPORTED_MANY, REPORTED_TWICE)
 WRITES = (REPLACE_DESIRED, PATCH_DESIRED, REPLACE_REPORTED, PATCH_REPORTED, *BATCHES)
 
 
 def each_of(*writes: Write) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("write", writes, ids=lambda write: write.method)
+    return pytest.mark.parametrize("write", writes, ids=lambda write: f"{write.method}, {write.statements}")
 
 
 each_write = each_of(*WRITES)
