@@ -16,7 +16,7 @@ BIN := .venv/bin
 .PHONY: demo test test-matrix check lint-sql bench bench-stall soak fuzz breaks format clean
 
 demo: .venv/installed
-	@$(BIN)/python -m iot_models.demo
+	@$(BIN)/python examples/demo.py
 
 test: .venv/installed
 	@rm -rf .coverage

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
     from sqlalchemy.orm import Session
 
-    from iot_models.sample_fleet import SampleFleet
     from iot_models.testing import PostgresServer
+    from iot_models.testing.sample_fleet import SampleFleet
 
 _USED = pytest.StashKey[str]()
 
@@ -33,7 +33,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session")
 def shadow_server(pytestconfig: pytest.Config) -> Iterator[PostgresServer]:
-    """The PostgreSQL of this run: the one at IOT_MODELS_TEST_DATABASE_URL, else a container, else the embedded one."""
+    """The PostgreSQL of this run: the one at IOT_MODELS_TEST_DATABASE_URL, else a container, else the throwaway one."""
     from iot_models.testing import NoServerError, postgres_server  # noqa: PLC0415
 
     with ExitStack() as stack:
@@ -91,7 +91,7 @@ def shadow_session(shadow_engine: Engine) -> Iterator[Session]:
 @pytest.fixture
 def shadow_fleet(shadow_session: Session) -> SampleFleet:
     """Ten devices in `shadow_session`, one in each state for each of two tenants; their names."""
-    from iot_models.sample_fleet import add_sample_fleet  # noqa: PLC0415
+    from iot_models.testing.sample_fleet import add_sample_fleet  # noqa: PLC0415
 
     fleet = add_sample_fleet(shadow_session)
     shadow_session.commit()  # ends a savepoint: the fleet stays where the test rolls back

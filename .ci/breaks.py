@@ -52,14 +52,14 @@ BREAKS = [
     # Versions
     Break(
         "expected_version guards no write",
-        "iot_models/statements.py",
+        "iot_models/_core/statements.py",
         "type_=BigInteger)] if guarded else []",
         "type_=BigInteger)] if guarded is None else []",
         (DESIRED,),
     ),
     Break(
         "a write that changes nothing does not raise the version",
-        "iot_models/statements.py",
+        "iot_models/_core/statements.py",
         "desired_state=_DOCUMENT,\n            desired_version=_C.desired_version + 1,",
         "desired_state=_DOCUMENT,\n            desired_version=_C.desired_version"
         " + case((_C.desired_state == _DOCUMENT, 0), else_=1),",
@@ -67,7 +67,7 @@ BREAKS = [
     ),
     Break(
         "a late report overwrites newer state",
-        "iot_models/statements.py",
+        "iot_models/_core/statements.py",
         "guard.append(version.between(_C.reported_version, _C.desired_version))",
         "guard.append(version <= _C.desired_version)",
         (REPORTED,),
@@ -81,35 +81,35 @@ BREAKS = [
     ),
     Break(
         "a late report of a batch is written by its first statement",
-        "iot_models/statements.py",
+        "iot_models/_core/statements.py",
         "locked.c.acked.between(locked.c.reported_version, locked.c.desired_version)",
         "locked.c.acked <= locked.c.desired_version",
         (REPORTS,),
     ),
     Break(
         "a version that was never asked is acknowledged",
-        "iot_models/statements.py",
+        "iot_models/_core/statements.py",
         "guard.append(version.between(_C.reported_version, _C.desired_version))",
         "guard.append(version >= _C.reported_version)",
         (REPORTED,),
     ),
     Break(
         "LEAST swapped for GREATEST: acknowledging one version acknowledges the newest",
-        "iot_models/statements.py",
+        "iot_models/_core/statements.py",
         "func.least(version, _C.desired_version)",
         "func.greatest(version, _C.desired_version)",
         (REPORTED,),
     ),
     Break(
         "a report without a version acknowledges the newest",
-        "iot_models/statements.py",
+        "iot_models/_core/statements.py",
         '{"reported_state": _DOCUMENT, "last_seen_at": func.now()}',
         '{"reported_state": _DOCUMENT, "last_seen_at": func.now(), "reported_version": _C.desired_version}',
         (REPORTED,),
     ),
     Break(
         "a write that a savepoint took back stays in the loaded object",
-        "iot_models/savepoints.py",
+        "iot_models/_core/loaded_objects.py",
         "if ended.nested:",
         "if not ended.nested:",
         (SESSION,),
@@ -117,7 +117,7 @@ BREAKS = [
     # Batches
     Break(
         "a batch writes its valid documents before it rejects the invalid ones",
-        "iot_models/batches.py",
+        "iot_models/_core/batches.py",
         "rows = [] if errors else _write_desired(execute, tenant_id, texts, expected)",
         "rows = _write_desired(execute, tenant_id, texts, expected) if texts else []\n"
         "        rows = [] if errors else rows",
@@ -125,21 +125,21 @@ BREAKS = [
     ),
     Break(
         "a batch of desired documents writes whom it can",
-        "iot_models/statements.py",
+        "iot_models/_core/statements.py",
         ".where(_OF_TENANT, _C.device_id == new.c.devices, all_locked)",
         ".where(_OF_TENANT, _C.device_id == new.c.devices, _C.device_id.in_(select(locked.c.device_id)))",
         (BATCHES,),
     ),
     Break(
         "batches lock their rows in no order",
-        "iot_models/statements.py",
+        "iot_models/_core/statements.py",
         "        .order_by(_LOCKED.c.device_id)\n",
         "",
         (BATCHES,),
     ),
     Break(
         "who is refused in a batch of reports is not locked in order with the others",
-        "iot_models/statements.py",
+        "iot_models/_core/statements.py",
         "locked = _locked(new, carrying=",
         "late = [] if decided else [new.c.acked.is_(None) | new.c.acked.between(_LOCKED.c.reported_version,"
         " _LOCKED.c.desired_version)]\n    locked = _locked(new, *late, carrying=",
@@ -147,7 +147,7 @@ BREAKS = [
     ),
     Break(
         "an invalid report stops those behind it",
-        "iot_models/batches.py",
+        "iot_models/_core/batches.py",
         "decided, to_write = fold(left.values(),",
         "left = dict(list(left.items())[: next((n for n, r in left.items() if r.document is None), len(left))])\n"
         "        decided, to_write = fold(left.values(),",
@@ -155,7 +155,7 @@ BREAKS = [
     ),
     Break(
         "a batch of reports writes over what was written since it looked",
-        "iot_models/statements.py",
+        "iot_models/_core/statements.py",
         "(locked.c.desired_version == locked.c.desired) & (locked.c.reported_version == locked.c.reported)",
         "locked.c.device_id == locked.c.device_id",
         (REPORTS,),
@@ -163,21 +163,21 @@ BREAKS = [
     # Patches
     Break(
         "a patch takes no lock",
-        "iot_models/statements.py",
+        "iot_models/_core/statements.py",
         "        .where(_OF_TENANT, _OF_DEVICE)\n        .with_for_update(key_share=True)\n",
         "        .where(_OF_TENANT, _OF_DEVICE)\n",
         (CONCURRENCY,),
     ),
     Break(
         "a patch of desired writes over what was written since it read",
-        "iot_models/shadows.py",
+        "iot_models/service.py",
         "self._execute(statements.write_desired(guarded=True), binds)",
         "self._execute(statements.write_desired(guarded=False), binds)",
         (CONCURRENCY,),
     ),
     Break(
         "a patch of reported writes over what was written since it read",
-        "iot_models/shadows.py",
+        "iot_models/service.py",
         "statements.write_reported(acked=acked is not None, unchanged=True)",
         "statements.write_reported(acked=acked is not None, unchanged=False)",
         (CONCURRENCY,),
@@ -185,28 +185,28 @@ BREAKS = [
     # Tenants
     Break(
         "a report reaches the other tenants' devices of that id",
-        "iot_models/statements.py",
+        "iot_models/_core/statements.py",
         "update(_TABLE).where(_OF_TENANT, _OF_DEVICE, *guard)",
         "update(_TABLE).where(_OF_DEVICE, *guard)",
         (REPORTED,),
     ),
     Break(
         "a batch reaches the other tenants' devices of those ids",
-        "iot_models/statements.py",
+        "iot_models/_core/statements.py",
         ".where(_OF_TENANT, _C.device_id == new.c.devices, all_locked)",
         ".where(_C.device_id == new.c.devices, all_locked)",
         (BATCHES,),
     ),
     Break(
         "a patch of many merges with the documents of other tenants",
-        "iot_models/statements.py",
+        "iot_models/_core/statements.py",
         'label("document"), _C.desired_version)\n        .where(_OF_TENANT, _OF_DEVICES)',
         'label("document"), _C.desired_version)\n        .where(_OF_DEVICES)',
         (BATCHES,),
     ),
     Break(
         "all tenants' devices are counted",
-        "iot_models/statements.py",
+        "iot_models/_core/statements.py",
         'func.count().label("devices")).where(_OF_TENANT)',
         'func.count().label("devices"))',
         (FLEET,),
@@ -214,21 +214,21 @@ BREAKS = [
     # Documents
     Break(
         "documents are not checked before they are sent",
-        "iot_models/documents.py",
+        "iot_models/_core/documents.py",
         "    check_document(document, limits)\n    text = _encode(document)",
         "    text = _encode(document)",
         (SESSION, "tests/unit/test_documents.py"),
     ),
     Break(
         "true is equal to 1",
-        "iot_models/equality.py",
+        "iot_models/_core/equality.py",
         "    if isinstance(left, bool) or isinstance(right, bool):\n        return False\n",
         "",
         (TWIN,),
     ),
     Break(
         "a device has drifted only where @> says so, which takes arrays for sets",
-        "iot_models/statements.py",
+        "iot_models/_core/statements.py",
         'exists(select(literal_column("1")).select_from(wanted).where(lacking).correlate(_TABLE))',
         "~_C.reported_state.contains(_C.desired_state)",
         (FLEET,),
@@ -243,7 +243,7 @@ BREAKS = [
     ),
     Break(
         "a change deep inside a loaded document is not noticed",
-        "iot_models/tracking.py",
+        "iot_models/_core/tracked_documents.py",
         "        return _Object(value, self) if isinstance(value, dict) else _Array(value, self)",
         "        return value",
         (ORM,),
@@ -251,14 +251,14 @@ BREAKS = [
     # Pages
     Break(
         "the pages of pending follow another order than their keys",
-        "iot_models/statements.py",
+        "iot_models/_core/statements.py",
         "_PENDING, *behind).order_by(_C.device_id)",
         "_PENDING, *behind).order_by(_C.device_id.desc())",
         (READS, FLEET),
     ),
     Break(
         "iter_pending ends with the first full page",
-        "iot_models/shadows.py",
+        "iot_models/service.py",
         "if len(page) < size:",
         "if len(page) <= size:",
         (FLEET,),

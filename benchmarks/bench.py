@@ -32,8 +32,8 @@ from report import markdown, to_terminal
 from rounds import Figure, Progress
 from targets import DURABLE, RELAXED, judge
 
-from iot_models import embedded
 from iot_models.engine import normalize_url
+from iot_models.testing import throwaway
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,7 +43,7 @@ URL_VARIABLE = "IOT_MODELS_BENCH_URL"
 SECTIONS = ("one device", "tasks", "batches", "fleet", "storage", "documents")
 FLEETS = (10_000, 100_000, 1_000_000)
 SETTINGS = {DURABLE: {"synchronous_commit": "on"}, RELAXED: {"synchronous_commit": "off"}}
-# What a server for this has; the embedded one's own defaults are those of data that is thrown away.
+# What a server for this has; the throwaway one's own defaults are those of data that is thrown away.
 SERVER = {
     "fsync": "on",
     "full_page_writes": "on",
@@ -77,14 +77,14 @@ def server() -> Iterator[tuple[str, Path, str]]:
     """The server's URL, the folder of its pgbench, and what to call it."""
     given = os.environ.get(URL_VARIABLE)
     if not given:
-        with embedded.postgres(settings=SERVER) as own:
-            yield own.url, own.bin, f"{own.version}, embedded"
+        with throwaway.postgres(settings=SERVER) as own:
+            yield own.url, own.bin, f"{own.version}, throwaway"
         return
     url = normalize_url(given).render_as_string(hide_password=False)
     with psycopg.connect(plain(url)) as connection:
         version = connection.info.parameter_status("server_version")
     on_path = shutil.which("pgbench")
-    yield url, Path(on_path).parent if on_path else embedded.wheel_binaries(), f"{version}, {URL_VARIABLE}"
+    yield url, Path(on_path).parent if on_path else throwaway.wheel_binaries(), f"{version}, {URL_VARIABLE}"
 
 
 def measure(url: str, tools: Path, rounds: int, only: list[str], progress: Progress) -> list[Figure]:

@@ -12,7 +12,8 @@ import psycopg
 from fleet_data import COLUMNS, DEVICES, DOCUMENT, PATCH, TENANT, Devices, each_timed, engine_of, plain
 from sqlalchemy import make_url
 
-from iot_models import statements, twin
+from iot_models import twin
+from iot_models._core import statements
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -36,7 +36,7 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import make_url
 
-from iot_models import embedded
+from iot_models.testing import throwaway
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -188,7 +188,7 @@ def _writers(url: str, rows: int, pause: float) -> Iterator[Callable[[], Writes]
 class Bench:
     """One server, its databases, and what is done to them."""
 
-    def __init__(self, server: embedded.Server, pause: float) -> None:
+    def __init__(self, server: throwaway.Server, pause: float) -> None:
         self.server = server
         self.pause = pause
 
@@ -444,7 +444,7 @@ def main() -> int:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     report = Report()
     settings = {"shared_buffers": "512MB"} | (DURABLE if arguments.durable else {})
-    with embedded.postgres(settings=settings) as server:
+    with throwaway.postgres(settings=settings) as server:
         bench = Bench(server, arguments.pause / 1000)
         for rows in arguments.rows:
             shares = {"1 % with a shadow": 100} | ({"all with a shadow": 1} if rows <= ALL_UP_TO else {})

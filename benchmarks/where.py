@@ -20,8 +20,9 @@ from sqlalchemy import make_url
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from iot_models import AsyncShadowService, ShadowService, embedded
+from iot_models import AsyncShadowService, ShadowService
 from iot_models.engine import create_async_engine, create_engine
+from iot_models.testing import throwaway
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +34,7 @@ PACKAGES = ("iot_models", "sqlalchemy", "psycopg", "asyncpg", "asyncio", "json")
 
 
 def main() -> None:
-    with embedded.postgres() as server, database(server.url, "iot_models_bench") as url:
+    with throwaway.postgres() as server, database(server.url, "iot_models_bench") as url:
         load(url, DEVICES)
         one_session(url)
         asyncio.run(many_tasks(url))

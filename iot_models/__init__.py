@@ -3,8 +3,8 @@
 Migrations are Alembic's: `alembic upgrade head`.
 """
 
+from iot_models._core.documents import DocumentLimits
 from iot_models.aio import AsyncShadowService
-from iot_models.documents import DocumentLimits
 from iot_models.errors import (
     BatchRejected,
     DeviceNotFound,
@@ -17,8 +17,8 @@ from iot_models.errors import (
 )
 from iot_models.models import Base, DeviceState
 from iot_models.reports import Report, ReportOutcome, ReportStatus
+from iot_models.service import ShadowService
 from iot_models.shadow import Shadow
-from iot_models.shadows import ShadowService
 from iot_models.twin import (
     STALE_THRESHOLD_MINUTES,
     Comparison,

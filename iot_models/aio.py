@@ -10,9 +10,9 @@ from functools import wraps
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
-from iot_models.documents import DocumentLimits
+from iot_models._core.documents import DocumentLimits
+from iot_models.service import ShadowService
 from iot_models.shadow import STALE_AFTER
-from iot_models.shadows import ShadowService
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
@@ -54,7 +54,7 @@ class AsyncShadowService:
         limits: What a document may weigh.
         stale_after: The silence after which a shadow's `sync_status` is `stale`.
         bind_tenant: Whether to bind each transaction to the tenant first, for row level security: see
-            `iot_models.isolation`.
+            `iot_models.tenancy`.
 
     Raises:
         TypeError: If `tenant_id` is no string.

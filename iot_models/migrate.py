@@ -13,14 +13,14 @@ from alembic.util import CommandError
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from iot_models import schema, scripts
+from iot_models._migrations import comparison, runner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from sqlalchemy import Connection
 
-    from iot_models.scripts import Options, Target
+    from iot_models._migrations.runner import Options, Target
 
 _COMMAND: Final = "python -m iot_models.migrate"
 _INTERRUPTED: Final = 130  # what a shell makes of Ctrl-C
@@ -46,7 +46,7 @@ def upgrade(url_or_engine: Target = None, revision: str = "head", *, lock_timeou
         >>> from iot_models import migrate
         >>> migrate.upgrade("postgresql://deployer@db/iotcloud", "head")
     """
-    scripts.run(command.upgrade, url_or_engine, revision, {"lock_timeout": lock_timeout})
+    runner.run(command.upgrade, url_or_engine, revision, {"lock_timeout": lock_timeout})
 
 
 def downgrade(
@@ -71,7 +71,7 @@ def downgrade(
         sqlalchemy.exc.DBAPIError: As for `upgrade`.
     """
     options = {"shadow": shadow, "device_state": device_state, "lock_timeout": lock_timeout}
-    scripts.run(command.downgrade, url_or_engine, revision, options)
+    runner.run(command.downgrade, url_or_engine, revision, options)
 
 
 def current(url_or_engine: Target = None) -> str | None:
@@ -81,7 +81,7 @@ def current(url_or_engine: Target = None) -> str | None:
         CommandError: As for `upgrade`.
         sqlalchemy.exc.DBAPIError: As for `upgrade`.
     """
-    return scripts.ask(url_or_engine, {}, lambda revision, _: revision)
+    return runner.ask(url_or_engine, {}, lambda revision, _: revision)
 
 
 def check(url_or_engine: Target = None) -> list[str]:
@@ -122,9 +122,9 @@ def _sql(revision_range: str, options: Options) -> str:
     first, _, last = revision_range.partition(":")
     if not (first and last):
         raise CommandError(f"{revision_range!r} is no range of revisions: write FROM:TO, as in 075:076 or 076:075")
-    order = ["base", *scripts.revisions()]
-    start, end = (order.index(scripts.resolve(name)) for name in (first, last))
-    return scripts.offline(command.upgrade if start <= end else command.downgrade, revision_range, options)
+    order = ["base", *runner.revisions()]
+    start, end = (order.index(runner.resolve(name)) for name in (first, last))
+    return runner.offline(command.upgrade if start <= end else command.downgrade, revision_range, options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,25 +135,25 @@ class _Findings:
 
 
 def _examine(target: Target, options: Options) -> _Findings:
-    known = scripts.revisions()
+    known = runner.revisions()
     head = known[-1]
 
     def examine(revision: str | None, connection: Connection) -> _Findings:
         database = f"database {connection.scalar(text('SELECT current_database()'))}"
-        parked = schema.parked_shadows(connection)
+        parked = comparison.parked_shadows(connection)
         below = revision in {None, *known[: known.index("076")]}
         stays = "the next upgrade puts them back" if below else "their devices are gone or have a newer shadow"
         return _Findings(
             problems=[
                 *([] if revision == head else [f"{database} {_elsewhere(revision, known)}"]),
-                *(f"{database}: {found}" for found in schema.interrupted_rollback(connection)),
-                *(schema.differences(connection) if revision == head else []),
+                *(f"{database}: {found}" for found in comparison.interrupted_rollback(connection)),
+                *(comparison.differences(connection) if revision == head else []),
             ],
             verdict=f"{database} stands at head ({head}) and equals the models",
-            note=None if parked is None else f"shadows parked in {schema.PARKED}: {parked:,}; {stays}",
+            note=None if parked is None else f"shadows parked in {comparison.PARKED}: {parked:,}; {stays}",
         )
 
-    return scripts.ask(target, options, examine)
+    return runner.ask(target, options, examine)
 
 
 def _elsewhere(revision: str | None, known: list[str]) -> str:
@@ -193,18 +193,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run_move(given: argparse.Namespace, url: str | None, options: Options) -> tuple[int, str]:
     if given.sql:
-        return 0, scripts.offline(given.move, given.revision, options)
-    scripts.run(given.move, url, given.revision, options)
+        return 0, runner.offline(given.move, given.revision, options)
+    runner.run(given.move, url, given.revision, options)
     return 0, ""
 
 
 def _run_current(_: argparse.Namespace, url: str | None, options: Options) -> tuple[int, str]:
-    revision = scripts.ask(url, options, lambda revision, _: revision)
-    return 0, f"{revision or '<base>'}{' (head)' if revision == scripts.revisions()[-1] else ''}\n"
+    revision = runner.ask(url, options, lambda revision, _: revision)
+    return 0, f"{revision or '<base>'}{' (head)' if revision == runner.revisions()[-1] else ''}\n"
 
 
 def _run_history(_: argparse.Namespace, __: str | None, ___: Options) -> tuple[int, str]:
-    return 0, scripts.history()
+    return 0, runner.history()
 
 
 def _run_check(_: argparse.Namespace, url: str | None, options: Options) -> tuple[int, str]:

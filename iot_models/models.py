@@ -45,7 +45,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, mapped_column, objec
 from sqlalchemy.orm.attributes import set_committed_value
 from sqlalchemy.orm.exc import StaleDataError
 
-from iot_models import tracking, twin
+from iot_models import twin
+from iot_models._core import tracked_documents
 
 
 class Base(DeclarativeBase):
@@ -213,12 +214,12 @@ _WRITE_DESIRED: Final = (
 )
 
 for _attribute in (DeviceState.state, DeviceState.desired_state, DeviceState.reported_state):
-    tracking.track(_attribute)
+    tracked_documents.track(_attribute)
 
 
 @event.listens_for(DeviceState, "before_insert", propagate=True)
 def _before_insert(mapper: Mapper[DeviceState], _connection: Connection, device: DeviceState) -> None:
-    tracking.check_changes(device, *_DOCUMENTS)
+    tracked_documents.check_changes(device, *_DOCUMENTS)
     session = object_session(device)
     key = mapper.identity_key_from_instance(device)
     if session is not None and session.identity_map.get(key) in session.deleted:
@@ -228,7 +229,7 @@ def _before_insert(mapper: Mapper[DeviceState], _connection: Connection, device:
 
 @event.listens_for(DeviceState, "before_update", propagate=True)
 def _before_update(_mapper: Mapper[DeviceState], connection: Connection, device: DeviceState) -> None:
-    tracking.check_changes(device, *_DOCUMENTS)
+    tracked_documents.check_changes(device, *_DOCUMENTS)
     state = inspect(device)
     if state.attrs.desired_version.history.has_changes():
         raise StaleDataError(

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from iot_models import arguments
-from iot_models.documents import encode_document, storable_text
+from iot_models._core import validation
+from iot_models._core.documents import encode_document, storable_text
 from iot_models.errors import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from iot_models.documents import DocumentLimits
+    from iot_models._core.documents import DocumentLimits
 
 
 class ReportStatus(StrEnum):
@@ -166,7 +166,7 @@ def _checked(report: Report, limits: DocumentLimits) -> tuple[str | None, int | 
     if not _is_text(report.device_id):
         return None, None
     try:
-        acked_version = arguments.version("acked_version", report.acked_version)
+        acked_version = validation.version("acked_version", report.acked_version)
         return encode_document(report.reported, limits), acked_version
     except (TypeError, ValueError):  # InvalidDocument is a ValueError
         return None, None

@@ -4,7 +4,7 @@ Pure functions of their arguments: no database, no clock unless asked, and no ar
 shares a dict or list with an argument, so that a caller may change what it was given.
 
 Two values are equal here when PostgreSQL's ``jsonb`` says so, not when Python does; see `json_equal`. Documents are
-what `json.loads` returns. Whether one may be stored is another module's question (`iot_models.documents`).
+what `json.loads` returns. Whether one may be stored is another module's question (`iot_models._core.documents`).
 
 Documents nest no deeper than Python recurses, which is a few hundred levels: deeper ones, and one that contains itself,
 raise `RecursionError`. ``json.loads`` gives up at such a depth too, and what may be stored ends long before.
@@ -18,7 +18,7 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final, NamedTuple, TypeAlias
 
-from iot_models.equality import ABSENT, SCALARS, json_equal, surely_equal
+from iot_models._core.equality import ABSENT, SCALARS, json_equal, surely_equal
 
 Document: TypeAlias = dict[str, Any]
 

@@ -15,7 +15,7 @@ from oracle import FindingError, check_error
 from reference import ORM_DEPTH, merged, storable
 
 from iot_models import InvalidDocument, Shadow, compare, compute_delta, compute_nested_delta, merge_patch
-from iot_models.documents import DocumentLimits, encode_document
+from iot_models._core.documents import DocumentLimits, encode_document
 from iot_models.engine import create_async_engine, create_engine, database_url, normalize_url
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from reference import merged, storable
 from sqlalchemy import Engine, insert, text
 
 from iot_models import DeviceState
-from iot_models.equality import json_equal
+from iot_models._core.equality import json_equal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -1,7 +1,7 @@
 """A PostgreSQL of one's own that keeps what it promised: to be shut down at once, killed, and started again.
 
 Its commits are durable (`fsync`, `full_page_writes` and `synchronous_commit` are on) and its data folder outlives each
-run of the server, which is what the embedded server of the other tests leaves out. Nothing of it outlives the `with`
+run of the server, which is what the throwaway server of the other tests leaves out. Nothing of it outlives the `with`
 block: a guard process, this very file run as a script, cleans up where this process could not.
 """
 
@@ -131,7 +131,7 @@ def durable_postgres(*, settings: Mapping[str, str] | None = None) -> Iterator[D
         ...     server.start()
     """
     # Not above: the guard is this file run with -I, where nothing but the standard library can be imported.
-    from iot_models.embedded import (  # noqa: PLC0415
+    from iot_models.testing.throwaway import (  # noqa: PLC0415
         _BUILTIN_LOCALE,
         _INITDB,
         _account,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from durable_server import _SETTINGS, DurableServer, _guarded
 from sqlalchemy import create_engine, make_url, text
 
-from iot_models.embedded import _account, _temporary_folder
+from iot_models.testing.throwaway import _account, _temporary_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,12 +8,11 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+import demo
 import pytest
 from alembic_runs import CHECKOUT
 from rich.console import Console
 from sqlalchemy import create_engine, text
-
-from iot_models import demo
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 def run_demo(**environment: str) -> str:
     inherited = {name: value for name, value in os.environ.items() if not name.endswith("DATABASE_URL")}
     run = subprocess.run(
-        [sys.executable, "-m", "iot_models.demo"],
+        [sys.executable, str(CHECKOUT / "examples/demo.py")],
         env=inherited | environment,
         check=True,
         capture_output=True,

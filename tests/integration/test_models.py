@@ -15,7 +15,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import aliased
 
 from iot_models import Base, DeviceState
-from iot_models.equality import json_equal
+from iot_models._core.equality import json_equal
 from iot_models.twin import compute_delta
 
 if TYPE_CHECKING:

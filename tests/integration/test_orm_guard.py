@@ -19,7 +19,7 @@ from sqlalchemy.orm.attributes import flag_modified
 from sqlalchemy.orm.exc import StaleDataError
 
 from iot_models import DeviceState, InvalidDocument, ShadowService
-from iot_models.tracking import set_committed_value
+from iot_models._core.tracked_documents import set_committed_value
 
 if TYPE_CHECKING:
     from collections.abc import Callable

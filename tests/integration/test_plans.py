@@ -10,7 +10,7 @@ from fleet import TENANT
 from sqlalchemy import text
 from sqlalchemy.dialects.postgresql import asyncpg
 
-from iot_models import statements
+from iot_models._core import statements
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

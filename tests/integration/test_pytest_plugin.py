@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy import NullPool, create_engine, text
 
-from iot_models import migrate, sample_fleet
+from iot_models import migrate
+from iot_models.testing import sample_fleet
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -161,7 +162,7 @@ def test_async_code_has_the_same_databases_with_either_driver(team: Team) -> Non
 
         import pytest
         from iot_models import AsyncShadowService
-        from iot_models.sample_fleet import add_sample_fleet
+        from iot_models.testing.sample_fleet import add_sample_fleet
         from sqlalchemy import make_url
         from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 

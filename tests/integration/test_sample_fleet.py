@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import func, select
 
 from iot_models import DeviceState, ShadowService, SyncStatus
-from iot_models.sample_fleet import SampleFleet, add_sample_fleet
+from iot_models.testing.sample_fleet import SampleFleet, add_sample_fleet
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session

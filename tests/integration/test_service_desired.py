@@ -11,7 +11,7 @@ from sqlalchemy import create_engine, func, select, text, update
 from sqlalchemy.orm import Session
 
 from iot_models import DeviceNotFound, DeviceState, DocumentLimits, DocumentTooLarge, ShadowService, VersionConflict
-from iot_models.equality import json_equal
+from iot_models._core.equality import json_equal
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from json_strategies import document_pairs, value_pairs
 
-from iot_models.equality import json_equal
+from iot_models._core.equality import json_equal
 from iot_models.twin import compare, compute_delta, compute_nested_delta, merge_patch, sync_status
 
 if TYPE_CHECKING:

@@ -23,7 +23,8 @@ from sqlalchemy import Engine, NullPool, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from iot_models import ddl, migrate, schema, scripts
+from iot_models import migrate
+from iot_models._migrations import comparison, operations, runner
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -241,8 +242,8 @@ def test_comparing_leaves_nothing_in_the_callers_transaction(at_head: str) -> No
     engine = create_engine(at_head, poolclass=NullPool)
     with engine.connect() as connection:
         connection.execute(text("SET LOCAL lock_timeout = '7s'"))
-        assert len(schema.differences(connection)) == 1
-        assert len(schema.differences(connection)) == 1
+        assert len(comparison.differences(connection)) == 1
+        assert len(comparison.differences(connection)) == 1
         assert connection.scalar(text("SELECT to_regclass('pg_temp.device_state')")) is None
         assert connection.scalar(text("SHOW lock_timeout")) == "7s"
 
@@ -410,7 +411,7 @@ def test_a_revision_of_another_history_is_told_apart_from_an_old_one(at_head: st
 
 
 def test_an_interrupted_downgrade_is_told_with_the_way_to_stay(at_head: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ddl, "_FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(operations, "_FIRST_PAUSE", 0.001)
     run_sql(at_head, fleet_sql(), SHADOWS)
     before = rows_of(at_head)
     migrate.downgrade(at_head, "076")
@@ -528,7 +529,7 @@ def test_a_url_object_keeps_its_password_and_its_percent_signs(empty: str) -> No
 
 
 def test_an_upgrade_waits_for_a_lock_as_long_as_it_is_told(empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ddl, "_FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(operations, "_FIRST_PAUSE", 0.001)
     migrate.upgrade(empty, "075")
     engine = create_engine(empty, poolclass=NullPool)
     with engine.connect() as reader:
@@ -596,5 +597,5 @@ def test_the_sql_from_code_does_what_the_upgrade_and_the_downgrade_do(empty: str
 def test_the_scripts_may_stand_in_a_folder_with_a_percent_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "100%(here)s"
     shutil.copytree(CHECKOUT / "alembic", folder)
-    monkeypatch.setattr(scripts, "FOLDER", folder)
-    assert scripts.revisions() == ["075", "076", "077"]
+    monkeypatch.setattr(runner, "FOLDER", folder)
+    assert runner.revisions() == ["075", "076", "077"]

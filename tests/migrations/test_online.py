@@ -23,7 +23,8 @@ from raw_sql import RAW_075, SHADOWS, fleet_sql, rows_of, run_sql, seed_sql, tab
 from schema_dump import dump
 from sqlalchemy import Connection, Engine, NullPool, create_engine, event, make_url, text
 
-from iot_models import ddl, embedded
+from iot_models._migrations import operations
+from iot_models.testing import throwaway
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -55,7 +56,7 @@ def connected(url: str, **options: Any) -> Iterator[Connection]:
 def test_a_lock_that_is_not_had_in_time_is_an_error_that_changed_nothing_and_lets_writers_through(
     url: str, start: str, end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ddl, "_FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(operations, "_FIRST_PAUSE", 0.05)
     migrate = command.upgrade if end == "head" else command.downgrade
     upgrade(url, start)
     before, rows = dump(url), rows_of(url)
@@ -86,7 +87,7 @@ def test_a_lock_that_is_not_had_in_time_is_an_error_that_changed_nothing_and_let
 def test_a_lock_that_is_had_at_a_later_try_is_enough(
     url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(ddl, "_FIRST_PAUSE", 0.2)
+    monkeypatch.setattr(operations, "_FIRST_PAUSE", 0.2)
     patient = config(url)
     patient.cmd_opts.x.append("lock_timeout=100ms")  # type: ignore[union-attr]
 
@@ -112,13 +113,13 @@ def test_another_error_than_the_lock_is_passed_on(url: str) -> None:
 
 def test_a_lock_whose_holder_is_gone_by_then_says_so(url: str) -> None:
     with connected(url) as connection:
-        assert ddl._lock_holders(connection, "device_state") == "nobody now"  # noqa: SLF001
+        assert operations._lock_holders(connection, "device_state") == "nobody now"  # noqa: SLF001
 
 
 def test_the_index_is_built_while_a_writer_has_an_open_transaction_and_others_go_on(
     url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(ddl, "_PROGRESS_EVERY", 0.05)
+    monkeypatch.setattr(operations, "_PROGRESS_EVERY", 0.05)
     run_sql(url, seed_sql(), "DROP INDEX idx_device_state_shadow_pending")
 
     def build() -> None:
@@ -389,11 +390,11 @@ def test_a_client_killed_outright_leaves_nothing_that_the_next_run_does_not_mend
     assert len(rows_of(url)) == 10
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="the embedded server needs POSIX")
+@pytest.mark.skipif(sys.platform == "win32", reason="the throwaway server needs POSIX")
 def test_a_server_that_crashes_in_the_middle_is_no_harm_either() -> None:
     """SIGKILL to the very backend that migrates: the server throws everybody out and recovers from its log."""
-    # Durable, unlike what the embedded server is otherwise: what was committed must survive.
-    with embedded.postgres(settings={"synchronous_commit": "on"}) as server:
+    # Durable, unlike what the throwaway server is otherwise: what was committed must survive.
+    with throwaway.postgres(settings={"synchronous_commit": "on"}) as server:
         run_sql(server.url, RAW_075 + fleet_sql())
         for needle, migrate in (
             ("CREATE INDEX", upgrade),

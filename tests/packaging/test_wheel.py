@@ -36,7 +36,7 @@ def test_the_wheel_holds_the_package_with_the_migrations_inside_it_the_pytest_pl
 ) -> None:
     files = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
 
-    package = {str(path.relative_to(CHECKOUT)) for path in (CHECKOUT / "iot_models").glob("*.py")}
+    package = {str(path.relative_to(CHECKOUT)) for path in (CHECKOUT / "iot_models").rglob("*.py")}
     migrations = {
         f"iot_models/{path.relative_to(CHECKOUT)}"
         for path in (CHECKOUT / "alembic").rglob("*")
@@ -89,7 +89,7 @@ def test_an_installed_wheel_migrates_without_a_checkout_and_writes_to_no_folder(
         )
 
     url = new_database()
-    where = run("-c", "from iot_models import scripts; print(scripts.FOLDER)")
+    where = run("-c", "from iot_models._migrations import runner; print(runner.FOLDER)")
     upgraded = run("-m", "iot_models.migrate", "upgrade", "head")
     checked = run("-m", "iot_models.migrate", "check")
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from json_strategies import documents
 
 from iot_models import DocumentLimits, DocumentTooLarge, InvalidDocument
-from iot_models.documents import check_document, decode_document, encode_document
+from iot_models._core.documents import check_document, decode_document, encode_document
 from iot_models.errors import shown
 
 LIMITS = DocumentLimits()

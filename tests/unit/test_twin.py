@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from json_strategies import document_pairs, documents, documents_of, scalars_without_null, value_pairs, values
 
 from iot_models import twin
-from iot_models.equality import json_equal
+from iot_models._core.equality import json_equal
 from iot_models.twin import (
     STALE_THRESHOLD_MINUTES,
     Change,

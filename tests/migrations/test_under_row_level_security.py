@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 from alembic_runs import downgrade, upgrade
-from isolated import isolate
 from raw_sql import RAW_075, SHADOWS, fleet_sql, rows_of, run_sql, tables_of
 from schema_dump import dump
 from sqlalchemy import NullPool, create_engine, make_url
+from tenants import isolate
 
-from iot_models import isolation, migrate
+from iot_models import migrate, tenancy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -113,7 +113,7 @@ def test_a_table_in_a_schema_of_the_search_path_is_isolated_there(
     engine = create_engine(url, poolclass=NullPool)
     isolate(engine, server_role)
     with engine.begin() as connection:
-        isolation.enable(connection, server_role)
+        tenancy.enable(connection, server_role)
 
     assert tenants(url, server_role, "globex") == {"globex"}
     assert tenants(url, server_role) == set()

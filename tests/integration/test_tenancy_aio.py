@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import pytest
 from event_loop import ASYNC_DRIVERS, async_engine, in_event_loop, url_for
 from fleet import DEVICE, TENANT
-from isolated import OTHER, STRANGE, clear, isolate, login, two_tenants
 from sqlalchemy import insert, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
+from tenants import OTHER, STRANGE, clear, isolate, login, two_tenants
 
-from iot_models import AsyncShadowService, DeviceNotFound, DeviceState, isolation
-from iot_models.isolation import bind_tenant
+from iot_models import AsyncShadowService, DeviceNotFound, DeviceState, tenancy
+from iot_models.tenancy import bind_tenant
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,7 +79,7 @@ async def test_the_owner_may_switch_it_off_and_on_from_asyncio(
         async_engine(url_for(driver, own_engine.url)) as owner,
         async_engine(url_for(driver, login(own_engine, server_role))) as app,
     ):
-        for switch, tenants in ((isolation.disable, [TENANT, OTHER]), (isolation.enable, [])):
+        for switch, tenants in ((tenancy.disable, [TENANT, OTHER]), (tenancy.enable, [])):
             async with owner.begin() as connection:
                 await connection.run_sync(switch, server_role)
             async with AsyncSession(app) as session:

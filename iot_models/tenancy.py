@@ -18,7 +18,7 @@ from weakref import ref
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
-from iot_models import arguments
+from iot_models._core import validation
 from iot_models.models import DeviceState
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ _TABLE: Final = DeviceState.__tablename__
 _RULE: Final = f"((tenant_id = current_setting('{SETTING}'::text, true)) AND (tenant_id <> ''::text))"
 _BINDS: Final = {"table": _TABLE, "policy": POLICY, "rule": _RULE}
 _LOCK_NOT_AVAILABLE: Final = "55P03"
-_BOUND: Final = "iot_models.isolation.bound"
+_BOUND: Final = "iot_models.tenancy.bound"
 
 _POLICY_NOW: Final = text("""
     SELECT ARRAY(SELECT CAST(rolname AS text) FROM pg_roles WHERE oid = ANY (p.polroles)) AS roles,
@@ -112,7 +112,7 @@ def enable(connection: Connection, role: str) -> None:
 
     Example:
         >>> with create_engine("postgresql://owner@db/iot").begin() as connection:
-        ...     isolation.enable(connection, "app")
+        ...     tenancy.enable(connection, "app")
     """
     _require_transaction(connection)
     _require_role(connection, role)
@@ -136,7 +136,7 @@ def disable(connection: Connection, role: str) -> None:
     With the last policy of the table, row level security is switched off, and its privileges alone say again what a
     role sees. While it stays on for others, `role` sees no rows; a warning in the log says so.
 
-    Locks as `enable` does. Of an `AsyncConnection`, both: `await connection.run_sync(isolation.disable, "app")`.
+    Locks as `enable` does. Of an `AsyncConnection`, both: `await connection.run_sync(tenancy.disable, "app")`.
 
     Raises:
         LookupError: If there is no such role.
@@ -171,10 +171,10 @@ def bind_tenant(session: Session, tenant_id: str) -> None:
 
     Example:
         >>> with Session(engine) as session, session.begin():
-        ...     isolation.bind_tenant(session, "acme")
+        ...     tenancy.bind_tenant(session, "acme")
         ...     session.scalars(select(DeviceState)).all()  # acme's
     """
-    arguments.require_tenant(tenant_id)
+    validation.require_tenant(tenant_id)
     connection = session.connection(bind_arguments={"mapper": DeviceState.__mapper__})
     bound: _Bound | None = connection.info.get(_BOUND)
     if bound is not None and bound.is_open():
@@ -238,7 +238,7 @@ def _require_transaction(connection: Connection) -> None:
 
 
 def _require_role(connection: Connection, role: str) -> None:
-    arguments.require_text("role", role)
+    validation.require_text("role", role)
     # CAST: as a name it would be cut down to 63 bytes, and so to another role's.
     found = text("SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = CAST(:role AS text))")
     if not connection.scalar(found, {"role": role}):

@@ -1,6 +1,6 @@
 """Alembic operations that look before a revision leaps: `op.table_exists`, `op.expect_table`.
 
-`iot_models.ddl` imports this module, and so registers them too.
+`iot_models._migrations.operations` imports this module, and so registers them too.
 """
 
 from __future__ import annotations

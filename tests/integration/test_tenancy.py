@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 from fleet import DEVICE, TENANT, counted_statements
-from isolated import OTHER, STRANGE, application, rows, tenants
 from sqlalchemy import delete, insert, select, text, update
 from sqlalchemy.exc import DBAPIError, ProgrammingError
 from sqlalchemy.orm import Session
+from tenants import OTHER, STRANGE, application, rows, tenants
 
 from iot_models import DeviceNotFound, DeviceState, Report, ShadowService, SyncStatus
-from iot_models.isolation import bind_tenant
+from iot_models.tenancy import bind_tenant
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import inspect
 from sqlalchemy.exc import DBAPIError
 
-from iot_models import arguments, batches, isolation, savepoints, statements, twin
-from iot_models.attempts import ATTEMPTS, suppressed
-from iot_models.documents import DocumentLimits, check_document, decode_document, encode_document, storable_text
+from iot_models import tenancy, twin
+from iot_models._core import batches, loaded_objects, statements, validation
+from iot_models._core.database_errors import add_hint
+from iot_models._core.documents import DocumentLimits, check_document, decode_document, encode_document, storable_text
+from iot_models._core.retries import ATTEMPTS, suppressed
+from iot_models._core.tracked_documents import set_committed_value
 from iot_models.errors import DeviceNotFound, StaleReport, UnknownVersion, VersionConflict
-from iot_models.hints import add_hint
 from iot_models.models import DeviceState
 from iot_models.reports import Report, ReportOutcome, ReportStatus, Versions, check, judge
 from iot_models.shadow import STALE_AFTER, Shadow
-from iot_models.tracking import set_committed_value
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -45,7 +46,7 @@ class ShadowService:
         limits: What a document may weigh.
         stale_after: The silence after which a shadow's `sync_status` is `stale`.
         bind_tenant: Whether to bind each transaction to the tenant first, for row level security: see
-            `iot_models.isolation`.
+            `iot_models.tenancy`.
 
     Raises:
         TypeError: If `tenant_id` is no string.
@@ -67,7 +68,7 @@ class ShadowService:
         stale_after: timedelta = STALE_AFTER,
         bind_tenant: bool = False,
     ) -> None:
-        arguments.require_tenant(tenant_id)
+        validation.require_tenant(tenant_id)
         self.tenant_id = tenant_id
         self._session = session
         self._limits = limits
@@ -91,7 +92,7 @@ class ShadowService:
         Raises:
             TypeError: If `device_ids` is one string or no iterable, or holds anything but strings.
         """
-        wanted = arguments.device_id_list(device_ids)
+        wanted = validation.device_id_list(device_ids)
         storable = [device_id for device_id in wanted if storable_text(device_id)]
         rows = self._execute(statements.many_shadows(), {"tenant": self.tenant_id, "devices": storable})
         found = {shadow.device_id: shadow for shadow in map(self._shadow, rows)}
@@ -110,7 +111,7 @@ class ShadowService:
             InvalidDocument: If `desired` cannot be stored (`DocumentTooLarge`: is too large); nothing is sent.
             TypeError, ValueError: If `expected_version` is no int, or negative.
         """
-        expected = arguments.version("expected_version", expected_version)
+        expected = validation.version("expected_version", expected_version)
         binds = self._device(device_id) | {"document": encode_document(desired, self._limits), "expected": expected}
         for _ in range(ATTEMPTS):
             row = self._execute(statements.write_desired(guarded=expected is not None), binds).one_or_none()
@@ -134,7 +135,7 @@ class ShadowService:
             InvalidDocument: If the patch, or the document after it, cannot be stored; nothing is written.
             TypeError, ValueError: If `expected_version` is no int, or negative.
         """
-        expected = arguments.version("expected_version", expected_version)
+        expected = validation.version("expected_version", expected_version)
         device = self._device(device_id)
         check_document(patch, self._limits)
         for _ in range(ATTEMPTS):
@@ -163,7 +164,7 @@ class ShadowService:
             InvalidDocument: If `reported` cannot be stored (`DocumentTooLarge`: is too large); nothing is sent.
             TypeError, ValueError: If `acked_version` is no int, or negative.
         """
-        acked = arguments.version("acked_version", acked_version)
+        acked = validation.version("acked_version", acked_version)
         binds = self._device(device_id) | {"document": encode_document(reported, self._limits), "acked": acked}
         statement = statements.write_reported(acked=acked is not None, unchanged=False)
         for _ in range(ATTEMPTS):
@@ -189,7 +190,7 @@ class ShadowService:
             InvalidDocument: If the patch, or the document after it, cannot be stored; nothing is written.
             TypeError, ValueError: If `acked_version` is no int, or negative.
         """
-        acked = arguments.version("acked_version", acked_version)
+        acked = validation.version("acked_version", acked_version)
         device = self._device(device_id)
         check_document(patch, self._limits)
         statement = statements.write_reported(acked=acked is not None, unchanged=True)
@@ -228,10 +229,10 @@ class ShadowService:
             TypeError: If `documents` or `expected_versions` is no mapping, a device_id no string, or a version no int.
             ValueError: If a version is negative, or of a device that is not in `documents`.
         """
-        arguments.require_mapping("documents", documents, to="documents")
+        validation.require_mapping("documents", documents, to="documents")
         for device_id in documents:
-            arguments.require_text("device_id", device_id)
-        expected = arguments.versions("expected_versions", expected_versions, of=documents)
+            validation.require_text("device_id", device_id)
+        expected = validation.versions("expected_versions", expected_versions, of=documents)
         if not documents:
             return {}
         rows = batches.replace_desired(self._execute, self.tenant_id, documents, expected, self._limits)
@@ -254,7 +255,7 @@ class ShadowService:
             InvalidDocument: If the patch itself cannot be stored; nothing is sent.
             TypeError: If `device_ids` is one string or no iterable, or holds anything but strings.
         """
-        wanted = arguments.device_id_list(device_ids)
+        wanted = validation.device_id_list(device_ids)
         check_document(patch, self._limits)
         if not wanted:
             return {}
@@ -282,10 +283,10 @@ class ShadowService:
             TypeError: If `reports` is no iterable, or one is no `Report`; nothing is sent. What is wrong inside a
                 report is an outcome, see `ReportOutcome`: it stops no other and raises nothing.
         """
-        arguments.require_several("reports", reports)
+        validation.require_several("reports", reports)
         checked = [check(report, self._limits) for report in reports]
         outcomes, written = batches.replace_reported(self._execute, self.tenant_id, checked)
-        savepoints.remember(self._session, self.tenant_id, written)
+        loaded_objects.remember(self._session, self.tenant_id, written)
         loaded = [device_id for device_id in written if self._loaded(self.tenant_id, device_id) is not None]
         if loaded:
             for row in self._execute(statements.many_shadows(), {"tenant": self.tenant_id, "devices": loaded}):
@@ -318,7 +319,7 @@ class ShadowService:
             TypeError: If `batch_size` is no int.
             ValueError: If `batch_size` is below 1. Both at the call, not at the first device.
         """
-        return self._pages_of_pending(arguments.whole("batch_size", batch_size, least=1))
+        return self._pages_of_pending(validation.whole("batch_size", batch_size, least=1))
 
     def count_pending(self) -> int:
         """How many devices have yet to acknowledge the newest version."""
@@ -351,13 +352,13 @@ class ShadowService:
             ValueError: If `now` has no time zone.
         """
         now = datetime.now(UTC) if now is None else now
-        arguments.require_aware("now", now)
+        validation.require_aware("now", now)
         binds = {"tenant": self.tenant_id, "now": now, "stale_after": self._stale_after}
         counts = {row.sync_status: row.devices for row in self._execute(statements.status_counts(), binds)}
         return {status: counts.get(status, 0) for status in twin.SyncStatus}
 
     def _device(self, device_id: str) -> dict[str, object]:
-        arguments.require_text("device_id", device_id)
+        validation.require_text("device_id", device_id)
         if not storable_text(device_id):  # no row can carry it
             raise DeviceNotFound(self.tenant_id, device_id)
         return {"tenant": self.tenant_id, "device": device_id}
@@ -375,9 +376,9 @@ class ShadowService:
         return row
 
     def _page(self, statement: Executable, limit: int, after: str | None) -> list[Shadow]:
-        binds: dict[str, object] = {"tenant": self.tenant_id, "limit": arguments.whole("limit", limit)}
+        binds: dict[str, object] = {"tenant": self.tenant_id, "limit": validation.whole("limit", limit)}
         if after is not None:
-            arguments.require_text("after", after)
+            validation.require_text("after", after)
             if not storable_text(after):
                 raise ValueError(f"after must be a device_id of a page before, got {after!a}")
             binds["after"] = after
@@ -395,7 +396,7 @@ class ShadowService:
         session = self._session
         try:
             if self._bind_tenant:
-                isolation.bind_tenant(session, self.tenant_id)
+                tenancy.bind_tenant(session, self.tenant_id)
             if session.autoflush:  # SQLAlchemy 2.0 does so for ORM statements only, 2.1 for these too
                 session.flush()
             # The mapper, so that a session bound per class finds its engine too.
@@ -414,7 +415,7 @@ class ShadowService:
 
     def _written(self, row: _Row) -> Shadow:
         """The shadow that a write returned, shown to the loaded object as well, if there is one."""
-        savepoints.remember(self._session, row.tenant_id, [row.device_id])
+        loaded_objects.remember(self._session, row.tenant_id, [row.device_id])
         loaded = self._loaded(row.tenant_id, row.device_id)
         if loaded is not None:
             state = inspect(loaded)

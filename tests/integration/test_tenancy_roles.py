@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 from fleet import TENANT
-from isolated import OFF, OTHER, PRIVILEGES, rolled_back, run, security, tenants_for
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError, ProgrammingError
+from tenants import OFF, OTHER, PRIVILEGES, rolled_back, run, security, tenants_for
 
-from iot_models import isolation
+from iot_models import tenancy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +39,7 @@ def owner(engine: Engine, app: str) -> Iterator[Connection]:
 def test_enabled_the_role_sees_one_tenant_and_the_owner_all(owner: Connection, app: str) -> None:
     assert tenants_for(owner, app) == {TENANT, OTHER}
 
-    isolation.enable(owner, app)
+    tenancy.enable(owner, app)
 
     assert tenants_for(owner, app) == {TENANT}
     assert tenants_for(owner, app, OTHER) == {OTHER}
@@ -48,33 +48,33 @@ def test_enabled_the_role_sees_one_tenant_and_the_owner_all(owner: Connection, a
 
 
 def test_enabling_twice_changes_nothing_and_takes_no_lock(owner: Connection, app: str) -> None:
-    isolation.enable(owner, app)
+    tenancy.enable(owner, app)
     before = security(owner)
 
     with owner.begin_nested() as savepoint:
         run(owner, "SET TRANSACTION READ ONLY")
-        isolation.enable(owner, app)
+        tenancy.enable(owner, app)
         savepoint.rollback()
 
     assert security(owner) == before
 
 
 def test_disabled_the_role_sees_all_tenants_again(owner: Connection, app: str) -> None:
-    isolation.enable(owner, app)
-    isolation.disable(owner, app)
+    tenancy.enable(owner, app)
+    tenancy.disable(owner, app)
 
     assert tenants_for(owner, app) == {TENANT, OTHER}
     assert security(owner) == OFF
 
 
 def test_disabling_what_is_not_enabled_changes_nothing(owner: Connection, app: str) -> None:
-    isolation.disable(owner, app)
+    tenancy.disable(owner, app)
     assert security(owner) == OFF
 
     run(owner, f"CREATE ROLE {app}_2")
-    isolation.enable(owner, app)
+    tenancy.enable(owner, app)
     before = security(owner)
-    isolation.disable(owner, f"{app}_2")
+    tenancy.disable(owner, f"{app}_2")
     assert security(owner) == before
 
 
@@ -83,18 +83,18 @@ def test_several_roles_are_isolated_each_by_itself(
 ) -> None:
     run(owner, f"CREATE ROLE {app}_2")
     run(owner, f"GRANT {PRIVILEGES} ON device_state TO {app}_2")
-    isolation.enable(owner, app)
-    isolation.enable(owner, f"{app}_2")
+    tenancy.enable(owner, app)
+    tenancy.enable(owner, f"{app}_2")
     assert tenants_for(owner, app) == {TENANT}
     assert tenants_for(owner, f"{app}_2", OTHER) == {OTHER}
 
     caplog.clear()
-    isolation.disable(owner, app)
+    tenancy.disable(owner, app)
     assert tenants_for(owner, app) == set()  # row level security is still on
     assert f"hides every row from {app}:" in caplog.text
     assert tenants_for(owner, f"{app}_2", OTHER) == {OTHER}
 
-    isolation.disable(owner, f"{app}_2")
+    tenancy.disable(owner, f"{app}_2")
     assert tenants_for(owner, app) == {TENANT, OTHER}
 
 
@@ -104,10 +104,10 @@ def test_a_role_may_have_any_name(owner: Connection, name: str) -> None:
     run(owner, f"CREATE ROLE {quoted}")
     run(owner, f"GRANT {PRIVILEGES} ON device_state TO {quoted}")
 
-    isolation.enable(owner, name)
+    tenancy.enable(owner, name)
     assert tenants_for(owner, quoted) == {TENANT}
-    isolation.enable(owner, name)
-    isolation.disable(owner, name)
+    tenancy.enable(owner, name)
+    tenancy.disable(owner, name)
     assert security(owner) == OFF
 
 
@@ -115,7 +115,7 @@ def test_a_group_is_isolated_with_its_members(owner: Connection, app: str) -> No
     run(owner, f"CREATE ROLE {app}_group")
     run(owner, f"GRANT {app}_group TO {app}")
 
-    isolation.enable(owner, f"{app}_group")
+    tenancy.enable(owner, f"{app}_group")
 
     assert tenants_for(owner, app) == {TENANT}
 
@@ -130,10 +130,10 @@ def test_a_group_is_isolated_with_its_members(owner: Connection, app: str) -> No
     ],
 )
 def test_enabling_again_mends_what_somebody_changed(owner: Connection, app: str, damage: str) -> None:
-    isolation.enable(owner, app)
+    tenancy.enable(owner, app)
     run(owner, damage)
 
-    isolation.enable(owner, app)
+    tenancy.enable(owner, app)
 
     assert tenants_for(owner, app) == {TENANT}
     (_, _, _, _, _, permissive, command, using, check) = security(owner)[0]
@@ -147,9 +147,9 @@ def test_policies_of_a_teams_own_stay_and_row_level_security_with_them(owner: Co
     run(owner, "CREATE POLICY here ON device_state AS RESTRICTIVE USING (site_id = 's')")
     before = security(owner)
 
-    isolation.enable(owner, app)
+    tenancy.enable(owner, app)
     assert tenants_for(owner, app) == {TENANT}
-    isolation.disable(owner, app)
+    tenancy.disable(owner, app)
 
     assert security(owner) == before
 
@@ -171,8 +171,8 @@ def test_a_warning_names_the_roles_that_see_nothing_any_more(
         run(owner, f"GRANT SELECT ON device_state TO {app}_{role}")
     run(owner, f"CREATE POLICY support ON device_state TO {app}_support USING (true)")
 
-    with caplog.at_level(logging.WARNING, "iot_models.isolation"):
-        isolation.enable(owner, app)
+    with caplog.at_level(logging.WARNING, "iot_models.tenancy"):
+        tenancy.enable(owner, app)
 
     (record,) = caplog.records
     assert f"now hides every row from {app}_ingest, {app}_reports: enable isolation for them too" in record.message
@@ -180,15 +180,15 @@ def test_a_warning_names_the_roles_that_see_nothing_any_more(
     assert tenants_for(owner, f"{app}_support") == {TENANT, OTHER}
     caplog.clear()
     run(owner, "GRANT SELECT ON device_state TO PUBLIC")
-    isolation.enable(owner, f"{app}_ingest")
+    tenancy.enable(owner, f"{app}_ingest")
     assert f"from PUBLIC, {app}_reports:" in caplog.text
 
 
 def test_nobody_is_warned_where_nobody_is_shut_out(
     owner: Connection, app: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    isolation.enable(owner, app)
-    isolation.disable(owner, app)
+    tenancy.enable(owner, app)
+    tenancy.disable(owner, app)
 
     assert not caplog.records
 
@@ -200,19 +200,19 @@ def test_only_the_owner_may_enable_and_disable(owner: Connection, app: str) -> N
     run(owner, f"SET LOCAL ROLE {app}")
 
     with pytest.raises(ProgrammingError, match="must be owner of table device_state"):
-        isolation.enable(owner, app)
+        tenancy.enable(owner, app)
 
 
 def test_a_transaction_that_is_rolled_back_leaves_nothing_behind(own_engine: Engine, app: str) -> None:
     with own_engine.connect() as connection:
-        isolation.enable(connection, app)
+        tenancy.enable(connection, app)
         connection.rollback()
         assert security(connection) == OFF
 
 
 def test_autocommit_mode_is_refused_since_nobody_may_see_half_of_it(engine: Engine, app: str) -> None:
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        for call in (isolation.enable, isolation.disable):
+        for call in (tenancy.enable, tenancy.disable):
             with pytest.raises(RuntimeError, match="AUTOCOMMIT mode"):
                 call(connection, app)
         assert security(connection) == OFF
@@ -223,18 +223,18 @@ def test_a_lock_that_is_not_had_in_time_is_an_error_that_says_what_to_do(own_eng
         reader.execute(text("SELECT FROM device_state"))
         run(connection, "SET lock_timeout = '50ms'")
         with pytest.raises(OperationalError, match="Other transactions use device_state: nothing was changed"):
-            isolation.enable(connection, app)
+            tenancy.enable(connection, app)
         connection.rollback()
         assert connection.scalar(text("SHOW lock_timeout")) == "0"
         assert security(connection) == OFF
 
 
 def test_no_lock_is_waited_for_longer_than_four_seconds_unless_the_caller_says_so(owner: Connection, app: str) -> None:
-    isolation.enable(owner, app)
+    tenancy.enable(owner, app)
     assert owner.scalar(text("SHOW lock_timeout")) == "4s"
 
     run(owner, "SET LOCAL lock_timeout = '1min'")
-    isolation.disable(owner, app)
+    tenancy.disable(owner, app)
     assert owner.scalar(text("SHOW lock_timeout")) == "1min"
 
 
@@ -243,7 +243,7 @@ def test_another_error_while_the_lock_is_taken_is_passed_on_as_it_is(own_engine:
         reader.execute(text("SELECT FROM device_state"))
         run(connection, "SET statement_timeout = '50ms'")
         with pytest.raises(OperationalError, match="statement timeout") as caught:
-            isolation.enable(connection, app)
+            tenancy.enable(connection, app)
         assert "nothing was changed" not in str(caught.value)
 
 
@@ -253,7 +253,7 @@ def test_two_that_enable_at_once_both_take_effect(own_engine: Engine, app: str) 
 
     def enable(role: str) -> None:
         with own_engine.begin() as connection:
-            isolation.enable(connection, role)
+            tenancy.enable(connection, role)
 
     try:
         with own_engine.connect() as reader, ThreadPoolExecutor(2) as pool:

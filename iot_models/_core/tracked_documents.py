@@ -15,8 +15,8 @@ from sqlalchemy import event, inspect
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import attributes
 
-from iot_models.documents import DocumentLimits, check_document
-from iot_models.equality import json_equal
+from iot_models._core.documents import DocumentLimits, check_document
+from iot_models._core.equality import json_equal
 from iot_models.errors import InvalidDocument
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # service's question.
 _STORABLE: Final = DocumentLimits(max_bytes=2**28, max_depth=200)
 
-_PICKLED: Final = "iot_models.documents"
+_PICKLED: Final = "iot_models._core.documents"
 
 
 class _Tracked:

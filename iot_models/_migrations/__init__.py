@@ -1,0 +1,1 @@
+"""Private: Alembic operations, the runner, and the comparison of a database with the models."""
