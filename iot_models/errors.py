@@ -71,7 +71,7 @@ class VersionConflict(IotModelsError):
         )
 
 
-class StaleReport(IotModelsError):
+class LateReport(IotModelsError):
     """`acked_version` is below the stored `reported_version`: an old message came late; nothing was written."""
 
     http_status = 409

@@ -20,12 +20,12 @@ class ReportStatus(StrEnum):
     """What became of a report.
 
     Example:
-        >>> ReportStatus.STALE == "stale"
+        >>> ReportStatus.LATE == "late"
         True
     """
 
     ACCEPTED = "accepted"
-    STALE = "stale"
+    LATE = "late"
     UNKNOWN_DEVICE = "unknown_device"
     UNKNOWN_VERSION = "unknown_version"
     INVALID = "invalid"
@@ -52,7 +52,7 @@ class ReportOutcome:
 
     Attributes:
         device_id: As the report gave it.
-        status: `accepted`: written. `stale`: a newer version was acknowledged already, drop the message.
+        status: `accepted`: written. `late`: a newer version was acknowledged already, drop the message.
             `unknown_version`: acknowledges what was never asked, let the device fetch its shadow again.
             `unknown_device`: the tenant has no such device. `invalid`: the document cannot be stored, or
             `acked_version` is no version, or `device_id` no text; says so whether there is such a device or not.
@@ -111,7 +111,7 @@ def judge(acked_version: int | None, versions: Versions) -> ReportStatus:
     if acked_version > versions.desired:
         return ReportStatus.UNKNOWN_VERSION
     if acked_version < versions.reported:
-        return ReportStatus.STALE
+        return ReportStatus.LATE
     return ReportStatus.ACCEPTED
 
 

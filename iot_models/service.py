@@ -15,7 +15,7 @@ from iot_models._core.database_errors import add_hint
 from iot_models._core.documents import DocumentLimits, check_document, decode_document, encode_document, storable_text
 from iot_models._core.retries import ATTEMPTS, suppressed
 from iot_models._core.tracked_documents import set_committed_value
-from iot_models.errors import DeviceNotFound, StaleReport, UnknownVersion, VersionConflict
+from iot_models.errors import DeviceNotFound, LateReport, UnknownVersion, VersionConflict
 from iot_models.models import DeviceState
 from iot_models.reports import Report, ReportOutcome, ReportStatus, Versions, check, judge
 from iot_models.shadow import STALE_AFTER, Shadow
@@ -159,7 +159,7 @@ class ShadowService:
 
         Raises:
             DeviceNotFound: If this tenant has no such device.
-            StaleReport: If a newer version was acknowledged already; nothing is written.
+            LateReport: If a newer version was acknowledged already; nothing is written.
             UnknownVersion: If `acked_version` is above `desired_version`; nothing is written.
             InvalidDocument: If `reported` cannot be stored (`DocumentTooLarge`: is too large); nothing is sent.
             TypeError, ValueError: If `acked_version` is no int, or negative.
@@ -185,7 +185,7 @@ class ShadowService:
 
         Raises:
             DeviceNotFound: If this tenant has no such device.
-            StaleReport: If a newer version was acknowledged already; nothing is written.
+            LateReport: If a newer version was acknowledged already; nothing is written.
             UnknownVersion: If `acked_version` is above `desired_version`; nothing is written.
             InvalidDocument: If the patch, or the document after it, cannot be stored; nothing is written.
             TypeError, ValueError: If `acked_version` is no int, or negative.
@@ -440,5 +440,5 @@ def _refuse_reported(device_id: str, acked: int | None, desired_version: int, re
     status = judge(acked, Versions(desired_version, reported_version))
     if status is ReportStatus.UNKNOWN_VERSION:
         raise UnknownVersion(device_id, acked, desired_version)
-    if status is ReportStatus.STALE:
-        raise StaleReport(device_id, acked, reported_version)
+    if status is ReportStatus.LATE:
+        raise LateReport(device_id, acked, reported_version)

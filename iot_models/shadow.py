@@ -56,10 +56,10 @@ class Shadow:
     @property
     def is_drifted(self) -> bool:
         """Whether the device acknowledged the newest version and yet runs something else."""
-        return self.desired_version == self.reported_version and not self.in_sync
+        return self.desired_version == self.reported_version and not self.is_converged
 
     @property
-    def in_sync(self) -> bool:
+    def is_converged(self) -> bool:
         """Whether the delta is empty, whatever the versions say."""
         return not self.delta
 

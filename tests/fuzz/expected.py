@@ -15,7 +15,7 @@ from iot_models import (
     DeviceNotFound,
     InvalidDocument,
     IotModelsError,
-    StaleReport,
+    LateReport,
     UnknownVersion,
     VersionConflict,
 )
@@ -127,7 +127,7 @@ def expected_of_version(door: Door, attempt: Attempt) -> Expected:
     elif version > DESIRED_VERSION:
         refused = UnknownVersion
     elif version < reported_version_of(attempt.device_id):
-        refused = StaleReport
+        refused = LateReport
     return Expected((refused,)) if refused else Expected()
 
 

@@ -39,10 +39,10 @@ from iot_models import (
     DeviceState,
     InvalidDocument,
     IotModelsError,
+    LateReport,
     ReportOutcome,
     ReportStatus,
     Shadow,
-    StaleReport,
     UnknownVersion,
 )
 
@@ -58,7 +58,7 @@ _PACKAGE: Final = Path(iot_models.__file__).parent
 _NAMES_THE_ARGUMENT: Final = re.compile(r"\b(device_ids?|acked_version|expected_versions?|after|documents)\b")
 _REPORTED_AS: Final[dict[type[Exception], ReportStatus]] = {
     DeviceNotFound: ReportStatus.UNKNOWN_DEVICE,
-    StaleReport: ReportStatus.STALE,
+    LateReport: ReportStatus.LATE,
     UnknownVersion: ReportStatus.UNKNOWN_VERSION,
     InvalidDocument: ReportStatus.INVALID,
     TypeError: ReportStatus.INVALID,

@@ -80,7 +80,7 @@ def _wrong(
         elif told.status == READ and not own and told.document != timeline.documents.get(told.desired_version or 0):
             yield f"that version is {timeline.documents.get(told.desired_version or 0)}"
     elif (
-        told.status == "StaleReport"
+        told.status == "LateReport"
         and timeline is not None
         and not (own or told.reported_version in timeline.reported_versions)
     ):
@@ -100,7 +100,7 @@ _FOUNDED: Final[dict[str, Callable[[Operation, Entry, Told, _Timeline | None], b
     "InvalidDocument": lambda _operation, entry, _told, _timeline: "\0" in entry.document.values(),
     "VersionConflict": lambda _operation, entry, told, _timeline: entry.guard not in {None, told.desired_version},
     "UnknownVersion": lambda _operation, entry, told, _timeline: (entry.guard or 0) > (told.desired_version or 0),
-    "StaleReport": lambda _operation, entry, told, _timeline: (
+    "LateReport": lambda _operation, entry, told, _timeline: (
         entry.guard is not None and entry.guard < (told.reported_version or 0)
     ),
 }

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _STATUSES: Final = {
     ReportStatus.ACCEPTED: WRITTEN,
-    ReportStatus.STALE: "StaleReport",
+    ReportStatus.LATE: "LateReport",
     ReportStatus.UNKNOWN_DEVICE: "DeviceNotFound",
     ReportStatus.UNKNOWN_VERSION: "UnknownVersion",
     ReportStatus.INVALID: "InvalidDocument",

@@ -19,9 +19,9 @@ from iot_models import (
     DocumentTooLarge,
     InvalidDocument,
     IotModelsError,
+    LateReport,
     ReportOutcome,
     ReportStatus,
-    StaleReport,
     SyncStatus,
     UnknownVersion,
     VersionConflict,
@@ -144,7 +144,7 @@ class Fleet:
     def replace_reported_many(self, at: Between, reports: Iterable[Report]) -> list[ReportOutcome]:
         statuses: dict[type[Exception], ReportStatus] = {
             DeviceNotFound: ReportStatus.UNKNOWN_DEVICE,
-            StaleReport: ReportStatus.STALE,
+            LateReport: ReportStatus.LATE,
             UnknownVersion: ReportStatus.UNKNOWN_VERSION,
         }
         outcomes = []
@@ -201,7 +201,7 @@ class Fleet:
         if acked is not None and acked > device.desired_version:
             raise UnknownVersion(device_id, acked, device.desired_version)
         if acked is not None and acked < device.reported_version:
-            raise StaleReport(device_id, acked, device.reported_version)
+            raise LateReport(device_id, acked, device.reported_version)
         reported = document(device.reported)
         _fits(reported)
         version = device.reported_version if acked is None else acked

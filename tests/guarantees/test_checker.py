@@ -124,7 +124,7 @@ def test_a_reported_version_that_goes_down_is_found() -> None:
     assert "reported_version went down from 2 to 1" in reasons
 
 
-def test_a_stale_report_that_was_accepted_is_found_even_if_the_version_stays() -> None:
+def test_a_late_report_that_was_accepted_is_found_even_if_the_version_stays() -> None:
     late = unit("L", 5, (operation("replace_reported", Entry("fan", {"by": "L"}, 1)), (Told(WRITTEN, 3, 2),)))
     reasons = found([*UNITS, late], [*HISTORY, Change(KEY, Stand(3, 2, C, {"by": "L"}))])
     assert "acknowledged 1, with 2 acknowledged and 3 asked for" in reasons
@@ -197,9 +197,9 @@ def test_a_conflict_with_the_version_of_long_ago_is_found() -> None:
 @pytest.mark.parametrize(
     ("acked", "told", "honest"),
     [
-        (1, Told("StaleReport", 2, 2), True),
-        (2, Told("StaleReport", 2, 2), False),
-        (0, Told("StaleReport", 2, 1), False),
+        (1, Told("LateReport", 2, 2), True),
+        (2, Told("LateReport", 2, 2), False),
+        (0, Told("LateReport", 2, 1), False),
         (9, Told("UnknownVersion", 3), True),
         (3, Told("UnknownVersion", 3), False),
     ],
@@ -226,7 +226,7 @@ def test_a_read_shows_what_was_committed(told: Told, honest: bool) -> None:  # n
 def test_of_several_reports_of_a_device_in_a_batch_the_last_accepted_one_is_there() -> None:
     reports = operation("replace_reported_many", *(Entry("fan", {"by": f"R{n}"}, n) for n in (2, 1)))
     reports = replace(reports, entries=(*reports.entries, Entry("fan", {"by": "R"})))
-    told = (Told(WRITTEN, 2, 2), Told("StaleReport", 2, 2), Told(WRITTEN, 2, 2))
+    told = (Told(WRITTEN, 2, 2), Told("LateReport", 2, 2), Told(WRITTEN, 2, 2))
     batch = unit("R", 3, (reports, told))
     assert found([WRITE_A, WRITE_B, batch], [*HISTORY[:2], Change(KEY, Stand(2, 2, AB, {"by": "R"}))]) == ""
     first = [*HISTORY[:2], Change(KEY, Stand(2, 2, AB, {"by": "R2"}))]

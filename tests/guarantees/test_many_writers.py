@@ -50,7 +50,7 @@ def test_the_records_of_many_writers_and_the_rows_tell_one_story(
     # Nothing of this is proved by writers that had nothing to do: every call was taken, and refused where it can be.
     answers = findings.answers()
     assert {kind for kind, status in answers if status in {WRITTEN, READ}} == set(SECTIONS)
-    assert {"VersionConflict", "StaleReport", "UnknownVersion"} <= {status for _, status in answers}
+    assert {"VersionConflict", "LateReport", "UnknownVersion"} <= {status for _, status in answers}
 
 
 def test_writers_whose_transactions_are_one_call_each_never_deadlock(own_engine: Engine, tmp_path: Path) -> None:

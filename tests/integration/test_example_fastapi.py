@@ -269,7 +269,7 @@ def test_a_report_that_comes_late_never_overwrites_newer_state(operator: Client)
 
     late = device.report({"reported": {"mode": "eco"}, "acked_version": 1})
 
-    assert (late.error, late.body["acked"], late.body["current"]) == ("409 StaleReport", 1, 2)
+    assert (late.error, late.body["acked"], late.body["current"]) == ("409 LateReport", 1, 2)
     assert operator.twin().body["reported"] == {"mode": "auto"}
 
 

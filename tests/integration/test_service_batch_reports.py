@@ -18,11 +18,11 @@ from iot_models import (
     DeviceNotFound,
     DeviceState,
     DocumentLimits,
+    LateReport,
     Report,
     ReportOutcome,
     ReportStatus,
     ShadowService,
-    StaleReport,
     UnknownVersion,
 )
 
@@ -118,7 +118,7 @@ def test_of_several_reports_of_a_device_the_last_accepted_one_stays(service: Sha
     assert (service.get("a").reported, service.get("a").reported_version) == ({"n": 3}, 7)
 
 
-def test_after_a_restore_that_left_desired_behind_reports_are_unknown_or_stale_but_never_lost_without_a_version(
+def test_after_a_restore_that_left_desired_behind_reports_are_unknown_or_late_but_never_lost_without_a_version(
     session: Session, service: ShadowService
 ) -> None:
     add_device(session, "restored", desired_version=3, reported_version=9)
@@ -206,7 +206,7 @@ def test_a_hundred_thousand_reports_of_a_thousand_devices(session: Session, serv
     assert session.scalar(last) == 1000
 
 
-def test_ten_thousand_devices_in_one_call_with_stale_foreign_and_broken_reports_among_them(
+def test_ten_thousand_devices_in_one_call_with_late_foreign_and_broken_reports_among_them(
     session: Session, service: ShadowService
 ) -> None:
     session.execute(
@@ -248,7 +248,7 @@ def one_after_another(service: ShadowService, reports: list[Report]) -> list[Rep
             status = ACCEPTED
         except DeviceNotFound:
             status = UNKNOWN_DEVICE
-        except StaleReport:
+        except LateReport:
             status = STALE
         except UnknownVersion:
             status = UNKNOWN_VERSION

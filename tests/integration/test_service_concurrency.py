@@ -11,7 +11,7 @@ from fleet import DEVICE, TENANT, add_device, counted_statements
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from iot_models import Shadow, ShadowService, StaleReport, VersionConflict
+from iot_models import LateReport, Shadow, ShadowService, VersionConflict
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,7 +37,7 @@ def at_once(work: Callable[[int], object]) -> list[object]:
         start.wait()
         try:
             return work(n)
-        except (StaleReport, VersionConflict) as error:
+        except (LateReport, VersionConflict) as error:
             return error
 
     with ThreadPoolExecutor(WRITERS) as pool:

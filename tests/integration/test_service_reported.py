@@ -8,7 +8,7 @@ import pytest
 from fleet import DEVICE, TENANT, add_device, counted_statements
 from sqlalchemy import func, select, text
 
-from iot_models import DeviceNotFound, DocumentLimits, DocumentTooLarge, ShadowService, StaleReport, UnknownVersion
+from iot_models import DeviceNotFound, DocumentLimits, DocumentTooLarge, LateReport, ShadowService, UnknownVersion
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,7 +65,7 @@ def test_an_acknowledged_version_from_the_last_one_to_the_newest_is_kept(
 def test_a_late_report_never_overwrites_newer_state(session: Session, write: Write, acked: int) -> None:
     before = row(session)
 
-    with pytest.raises(StaleReport) as caught:
+    with pytest.raises(LateReport) as caught:
         write(DEVICE, {"mode": "old"}, acked_version=acked)
 
     assert (caught.value.device_id, caught.value.acked, caught.value.current) == (DEVICE, acked, 5)
@@ -83,7 +83,7 @@ def test_a_version_that_was_never_asked_is_refused(session: Session, write: Writ
     assert row(session) == before
 
 
-def test_after_a_restore_that_left_desired_behind_a_report_is_unknown_not_stale(session: Session) -> None:
+def test_after_a_restore_that_left_desired_behind_a_report_is_unknown_not_late(session: Session) -> None:
     add_device(session, desired_version=3, reported_version=9)
 
     with pytest.raises(UnknownVersion):

@@ -14,7 +14,7 @@ from iot_models import (
     DocumentTooLarge,
     InvalidDocument,
     IotModelsError,
-    StaleReport,
+    LateReport,
     UnknownVersion,
     VersionConflict,
 )
@@ -22,7 +22,7 @@ from iot_models import (
 ERRORS: dict[type[IotModelsError], tuple[IotModelsError, int, dict[str, object], str]] = {
     DeviceNotFound: (DeviceNotFound("acme", "d1"), 404, {"tenant_id": "acme", "device_id": "d1"}, "insert its device_state"),
     VersionConflict: (VersionConflict("d1", 7, 8), 409, {"device_id": "d1", "expected": 7, "actual": 8}, "read the shadow again"),
-    StaleReport: (StaleReport("d1", 3, 5), 409, {"device_id": "d1", "acked": 3, "current": 5}, "drop it"),
+    LateReport: (LateReport("d1", 3, 5), 409, {"device_id": "d1", "acked": 3, "current": 5}, "drop it"),
     UnknownVersion: (UnknownVersion("d1", 9, 5), 400, {"device_id": "d1", "acked": 9, "desired": 5}, "fetch its shadow again"),
     InvalidDocument: (InvalidDocument("/a", "nope"), 400, {"path": "/a", "reason": "nope"}, "nope"),
     DocumentTooLarge: (DocumentTooLarge("", "too much"), 413, {"path": "", "reason": "too much"}, "at its root"),

@@ -35,7 +35,7 @@ def test_a_report_and_its_outcome_are_frozen_values() -> None:
 
 def test_a_status_is_its_word() -> None:
     assert [str(status) for status in ReportStatus] == [
-        "accepted", "stale", "unknown_device", "unknown_version", "invalid"
+        "accepted", "late", "unknown_device", "unknown_version", "invalid"
     ]  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def test_a_device_that_confirmed_everything_is_in_sync() -> None:
 
     assert settled.delta == {}
     assert settled.nested_delta == {}
-    assert settled.in_sync
+    assert settled.is_converged
     assert not settled.is_pending
     assert not settled.is_drifted
     assert settled.sync_status(NOW) is SyncStatus.SYNCED
@@ -58,12 +58,12 @@ def test_a_device_that_acknowledged_and_runs_something_else_is_drifted() -> None
     drifted = shadow(reported={"target_c": 25})
 
     assert drifted.is_drifted
-    assert not drifted.in_sync
+    assert not drifted.is_converged
     assert drifted.sync_status(NOW) is SyncStatus.SYNCED
 
 
 def test_a_pending_device_may_already_be_in_sync() -> None:
-    assert shadow(desired_version=8).in_sync
+    assert shadow(desired_version=8).is_converged
 
 
 def test_the_etag_is_the_desired_version_in_quotes() -> None:
