@@ -13,7 +13,7 @@ import sqlalchemy
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
-from iot_models._core.documents import storable_text
+from iot_models._core.validation import storable_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

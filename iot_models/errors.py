@@ -7,16 +7,19 @@ do next. `http_status` is what an HTTP API answers, so that one handler can map 
 from __future__ import annotations
 
 import reprlib
+from itertools import islice
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
 # An id or a time is shown whole, of what holds others the first few.
 _SHORT: Final = reprlib.Repr()
 _SHORT.maxlevel = 1
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+
+_LISTED: Final = 5
 
 
 def shown(value: object) -> str:
@@ -25,6 +28,13 @@ def shown(value: object) -> str:
         return _SHORT.repr(value)
     except Exception:  # noqa: BLE001 - an int of more than 4,300 digits, or a repr that raises: the message matters more
         return f"<{type(value).__name__} that cannot be shown>"
+
+
+def listed(items: Collection[object]) -> str:
+    """The first five of several things as their reprs, and how many more there are."""
+    first = ", ".join(map(repr, islice(items, _LISTED)))
+    more = len(items) - _LISTED
+    return f"{first} and {more} more" if more > 0 else first
 
 
 class IotModelsError(Exception):

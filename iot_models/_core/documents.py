@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final
 
+from iot_models._core.validation import storable_text
 from iot_models.errors import DocumentTooLarge, InvalidDocument, shown
 
 if TYPE_CHECKING:
@@ -112,17 +113,6 @@ def _number(literal: str) -> float | _StoredNumber:
     if len(literal) <= _FLOAT_KEEPS or Decimal(literal) == Decimal(repr(value)):
         return value
     return _StoredNumber(literal)
-
-
-def storable_text(value: str) -> bool:
-    r"""Whether PostgreSQL's text can hold this string: no `\u0000` and no lone surrogate."""
-    if value.isascii():
-        return "\0" not in value
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return "\0" not in value
 
 
 def _check(  # noqa: C901, PLR0912 - one branch a JSON type

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # What the database can hold at all (an array or object of jsonb less than 2**28 bytes): how much of it is wanted is the
 # service's question.
-_STORABLE: Final = DocumentLimits(max_bytes=2**28, max_depth=200)
+STORABLE: Final = DocumentLimits(max_bytes=2**28, max_depth=200)
 
 _PICKLED: Final = "iot_models._core.documents"
 
@@ -257,7 +257,7 @@ class _Listeners:
 
     def assigned(self, state: InstanceState[Any], value: Any, old: object, _initiator: object) -> Any:
         if value is not None and value is not old:
-            check_document(value, _STORABLE)
+            check_document(value, STORABLE)
             if isinstance(value, Document) and value.owner and isinstance(old, dict) and json_equal(value, old):
                 return old
             value = Document(value, (state, self._name))
@@ -288,7 +288,7 @@ def check_changes(mapped_object: object, *names: str) -> None:
         attribute = state.attrs[name]
         if attribute.history.has_changes() and attribute.value is not None:
             try:
-                check_document(attribute.value, _STORABLE)
+                check_document(attribute.value, STORABLE)
             except InvalidDocument as error:
                 error.add_note(f"It is the {name} of {mapped_object!r}, changed after it was read or assigned.")
                 raise
