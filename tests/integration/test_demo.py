@@ -45,7 +45,7 @@ def test_the_demo_shows_the_life_of_a_shadow_on_a_server_of_its_own() -> None:
         r"device +thermostat-0001 is pending: version 1 is not acknowledged",
         r"operator +thermostat-0002 is stale: .* it was never seen",
         r"device +plug-0000 has drifted: version 1 is acknowledged, but 'relay' differs",
-        r"second +VersionConflict: device 'gateway-0000' stands at desired_version 2, not at the expected 1",
+        r"second +VersionConflict: device 'gateway-0000' is at desired_version 2, not at the expected 1",
         r"device +LateReport: device 'thermostat-0000' already acknowledged version 2, this report acknowledges 1",
         r"3 of the tenant's devices have yet to acknowledge: gateway-0000, thermostat-0001, thermostat-0002",
         r"\$ alembic downgrade 075\n(.*\n)*?.*Running downgrade 077 -> 076.*\n(.*\n)*?.*Running downgrade 076 -> 075",
