@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
 import pytest
-from alembic_runs import CHECKOUT
-from corpus import DEVICE_IDS, LOOK_ALIKES
-from corpus_wire import JSON_TEXTS
-from doors import NEIGHBOUR
-from expected import DEVICE, sentinel
-from reference import merged, storable
 from sqlalchemy import Engine, insert, text
 
 from iot_models import DeviceState
 from iot_models._core.equality import json_equal
+from tests.databases.alembic_runs import CHECKOUT
+from tests.fuzz.corpus.documents import DEVICE_IDS, LOOK_ALIKES
+from tests.fuzz.corpus.wire import JSON_TEXTS
+from tests.fuzz.judge.entry_points import NEIGHBOUR
+from tests.fuzz.judge.expected import DEVICE, sentinel
+from tests.fuzz.reference import merged, storable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

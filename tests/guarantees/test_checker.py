@@ -6,9 +6,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from checker import merged, violations
-from history import Change, Stand
-from record import AUTOCOMMIT, READ, WRITTEN, Entry, Operation, Recorder, Told, Unit, read_records
+
+from tests.guarantees.load.checker import merged, violations
+from tests.guarantees.load.history import Change, Stand
+from tests.guarantees.load.record import AUTOCOMMIT, READ, WRITTEN, Entry, Operation, Recorder, Told, Unit, read_records
 
 if TYPE_CHECKING:
     from pathlib import Path

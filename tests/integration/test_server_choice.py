@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 import pytest
-from alembic_runs import CHECKOUT
-from schema_dump import dump
 from sqlalchemy import NullPool, create_engine, make_url, text
 
 from iot_models import testing
 from iot_models.testing import NoServerError, PostgresServer, postgres_server, throwaway
+from tests.databases.alembic_runs import CHECKOUT
+from tests.databases.schema_dump import dump
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

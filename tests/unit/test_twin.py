@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from json_strategies import document_pairs, documents, documents_of, scalars_without_null, value_pairs, values
 
 from iot_models import twin
 from iot_models._core.equality import json_equal
@@ -27,6 +26,7 @@ from iot_models.twin import (
     merge_patch,
     sync_status,
 )
+from tests.generated.documents import document_pairs, documents, documents_of, scalars_without_null, value_pairs, values
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
