@@ -39,7 +39,7 @@ from tests.guarantees.state_machine.steps import (
     spellings,
     tenants,
 )
-from tests.reference.fleet import Between, Device
+from tests.reference.shadows import Between, Device
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Every twin helper against PostgreSQL's own answer, on generated documents.
+"""Every twin helper, and the reference model beside it, against PostgreSQL's own answer on generated documents.
 
 Documents travel as JSON text and the two answers are compared on the server, as ``jsonb``: read back into Python they
 would be compared by the very rules that are under test.
@@ -9,139 +9,90 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta, timezone
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import Connection, NullPool, create_engine
 
 from iot_models._core.equality import json_equal
 from iot_models.twin import compare, compute_delta, compute_nested_delta, merge_patch, sync_status
 from tests.generated.documents import document_pairs, value_pairs
+from tests.reference import json_values, shadows
+from tests.reference.sql import FUNCTIONS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-    from sqlalchemy import Connection
-
-    Check: TypeAlias = Callable[[str, tuple[Any, Any], object], None]
+    from iot_models.testing import PostgresServer
 
 # The fixture only makes functions, which no example changes; and how long an answer takes is not the point.
 on_generated_documents = settings(
-    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None,
+    max_examples=settings().max_examples * 3 // 2,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-
-# What the helpers answer, said once more in terms of sets of keys. PL/pgSQL, because a function in SQL may not call
-# itself before it exists.
-SQL_TWIN = """
-CREATE FUNCTION pg_temp.equal(one jsonb, other jsonb) RETURNS jsonb LANGUAGE plpgsql AS $$ BEGIN
-  RETURN to_jsonb(one = other);
-END $$;
-
-CREATE FUNCTION pg_temp.delta(desired jsonb, reported jsonb) RETURNS jsonb LANGUAGE plpgsql AS $$ BEGIN
-  RETURN (
-    SELECT coalesce(jsonb_object_agg(key, value), '{}')
-    FROM jsonb_each(desired)
-    WHERE reported -> key IS DISTINCT FROM value
-  );
-END $$;
-
-CREATE FUNCTION pg_temp.comparison(desired jsonb, reported jsonb) RETURNS jsonb LANGUAGE plpgsql AS $$ BEGIN
-  RETURN (
-    SELECT jsonb_build_object(
-      'added', coalesce(jsonb_object_agg(key, new.value) FILTER (WHERE old.value IS NULL), '{}'),
-      'removed', coalesce(jsonb_object_agg(key, old.value) FILTER (WHERE new.value IS NULL), '{}'),
-      'changed', coalesce(
-        jsonb_object_agg(key, jsonb_build_array(old.value, new.value)) FILTER (WHERE old.value <> new.value), '{}'
-      ),
-      'unchanged_count', count(*) FILTER (WHERE old.value = new.value)
-    )
-    FROM jsonb_each(reported) AS old FULL JOIN jsonb_each(desired) AS new USING (key)
-  );
-END $$;
-
-CREATE FUNCTION pg_temp.nested_delta(desired jsonb, reported jsonb) RETURNS jsonb LANGUAGE plpgsql AS $$ BEGIN
-  RETURN (
-    SELECT coalesce(jsonb_object_agg(key, missing) FILTER (WHERE missing IS NOT NULL), '{}')
-    FROM (
-      SELECT
-        key,
-        CASE
-          WHEN jsonb_typeof(wanted.value) = 'object' AND jsonb_typeof(actual.value) = 'object'
-            THEN nullif(pg_temp.nested_delta(wanted.value, actual.value), '{}')
-          WHEN wanted.value IS DISTINCT FROM actual.value
-            THEN wanted.value
-        END AS missing
-      FROM jsonb_each(desired) AS wanted LEFT JOIN jsonb_each(reported) AS actual USING (key)
-    ) AS parts
-  );
-END $$;
-
-CREATE FUNCTION pg_temp.merge_patch(target jsonb, patch jsonb) RETURNS jsonb LANGUAGE plpgsql AS $$ BEGIN
-  IF jsonb_typeof(patch) <> 'object' THEN
-    RETURN patch;
-  END IF;
-  RETURN (
-    SELECT coalesce(
-      jsonb_object_agg(
-        key, CASE WHEN new.value IS NULL THEN old.value ELSE pg_temp.merge_patch(old.value, new.value) END
-      ),
-      '{}'
-    )
-    FROM jsonb_each(CASE WHEN jsonb_typeof(target) = 'object' THEN target ELSE '{}' END) AS old
-    FULL JOIN jsonb_each(patch) AS new USING (key)
-    WHERE new.value IS DISTINCT FROM 'null'
-  );
-END $$;
-"""
 
 
 @pytest.fixture
-def postgresql_says(connection: Connection) -> Check:
-    """Assert that a function of SQL_TWIN makes of two JSON values what Python made of them."""
-    connection.exec_driver_sql(SQL_TWIN)
+def postgresql(server: PostgresServer) -> Iterator[Connection]:
+    """A connection that knows the functions of the reference model; each statement is a transaction of its own.
 
-    def check(function: str, pair: tuple[Any, Any], answer: object) -> None:
-        # A savepoint, so that a document that PostgreSQL refuses is the one that is reported, and not all after it.
-        with connection.begin_nested():
-            agreed, theirs = connection.exec_driver_sql(
-                "SELECT theirs = %(answer)s::jsonb, theirs::text"
-                f" FROM pg_temp.{function}(%(one)s::jsonb, %(other)s::jsonb) AS theirs",
-                {"one": json.dumps(pair[0]), "other": json.dumps(pair[1]), "answer": json.dumps(answer)},
-            ).one()
-        assert agreed, f"Python: {json.dumps(answer)}\nPostgreSQL: {theirs}"
+    So a document that PostgreSQL refuses fails the example that it is in, and none after it.
+    """
+    engine = create_engine(server.url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.exec_driver_sql(FUNCTIONS)
+        yield connection
 
-    return check
+
+def require_agreement(
+    postgresql: Connection, function: str, pair: tuple[Any, Any], product: object, reference: object
+) -> None:
+    """PostgreSQL makes of two JSON values what the product made of them, and what the reference model did."""
+    product_agrees, reference_agrees, theirs = postgresql.exec_driver_sql(
+        "SELECT theirs = %(product)s::jsonb, theirs = %(reference)s::jsonb, theirs::text"
+        f" FROM pg_temp.{function}(%(one)s::jsonb, %(other)s::jsonb) AS theirs",
+        {
+            "one": json.dumps(pair[0]),
+            "other": json.dumps(pair[1]),
+            "product": json.dumps(product),
+            "reference": json.dumps(reference),
+        },
+    ).one()
+    assert product_agrees, f"Product: {json.dumps(product)}\nPostgreSQL: {theirs}"
+    assert reference_agrees, f"Reference model: {json.dumps(reference)}\nPostgreSQL: {theirs}"
 
 
 @on_generated_documents
 @given(pair=value_pairs)
-def test_values_are_equal_where_postgresql_says_so(postgresql_says: Check, pair: tuple[Any, Any]) -> None:
-    postgresql_says("equal", pair, json_equal(*pair))
+def test_values_are_equal_where_postgresql_says_so(postgresql: Connection, pair: tuple[Any, Any]) -> None:
+    require_agreement(postgresql, "equal", pair, json_equal(*pair), json_values.equal(*pair))
 
 
 @on_generated_documents
 @given(pair=document_pairs)
-def test_the_delta_is_postgresqls(postgresql_says: Check, pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    postgresql_says("delta", pair, compute_delta(*pair))
+def test_the_delta_is_postgresqls(postgresql: Connection, pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    require_agreement(postgresql, "delta", pair, compute_delta(*pair), shadows.delta(*pair))
 
 
 @on_generated_documents
 @given(pair=document_pairs)
-def test_the_nested_delta_is_postgresqls(postgresql_says: Check, pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    postgresql_says("nested_delta", pair, compute_nested_delta(*pair))
+def test_the_nested_delta_is_postgresqls(postgresql: Connection, pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    require_agreement(postgresql, "nested_delta", pair, compute_nested_delta(*pair), shadows.nested_delta(*pair))
 
 
 @on_generated_documents
 @given(pair=document_pairs)
-def test_the_comparison_is_postgresqls(postgresql_says: Check, pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    postgresql_says("comparison", pair, asdict(compare(*pair)))
+def test_the_comparison_is_postgresqls(postgresql: Connection, pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    require_agreement(postgresql, "comparison", pair, asdict(compare(*pair)), shadows.comparison(*pair))
 
 
 @on_generated_documents
 @given(pair=document_pairs)
-def test_the_merge_patch_is_postgresqls(postgresql_says: Check, pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    postgresql_says("merge_patch", pair, merge_patch(*pair))
+def test_the_merge_patch_is_postgresqls(postgresql: Connection, pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    require_agreement(postgresql, "merge_patch", pair, merge_patch(*pair), json_values.merge_patch(*pair))
 
 
 @st.composite
@@ -166,16 +117,10 @@ def sightings(draw: Callable[[st.SearchStrategy[Any]], Any]) -> dict[str, Any]:
 
 @on_generated_documents
 @given(sighting=sightings())
-def test_the_sync_status_is_postgresqls(connection: Connection, sighting: dict[str, Any]) -> None:
-    theirs = connection.exec_driver_sql(
-        """
-        SELECT CASE
-          WHEN %(last_seen)s::timestamptz IS NULL
-            OR %(now)s::timestamptz - %(last_seen)s::timestamptz > %(stale_after)s::interval THEN 'stale'
-          WHEN %(desired_version)s::int = %(reported_version)s::int THEN 'synced'
-          ELSE 'pending'
-        END
-        """,
+def test_the_sync_status_is_postgresqls(postgresql: Connection, sighting: dict[str, Any]) -> None:
+    theirs = postgresql.exec_driver_sql(
+        "SELECT pg_temp.sync_status(%(desired_version)s::int, %(reported_version)s::int, %(last_seen)s, %(now)s,"
+        " %(stale_after)s)",
         sighting,
     ).scalar_one()
-    assert sync_status(**sighting) == theirs
+    assert sync_status(**sighting) == shadows.sync_status(**sighting) == theirs

@@ -11,14 +11,14 @@ from iot_models import (
     DeviceNotFound,
     InvalidDocument,
     IotModelsError,
-    LateReport,
-    UnknownVersion,
     VersionConflict,
 )
 from tests.fuzz.corpus.documents import DEVICE_IDS, LOOK_ALIKES, TOO_LONG_FOR_AN_INDEX
 from tests.fuzz.corpus.hostile_types import SabotageError
 from tests.fuzz.judge.entry_points import DOORS, NEIGHBOUR, Door
-from tests.fuzz.reference import MAX_BYTES, ORM_DEPTH, merged, storable, storable_text
+from tests.reference.documents import LIMITS, ORM_DEPTH, storable, storable_text
+from tests.reference.json_values import merge_patch
+from tests.reference.versions import ERRORS, is_conflict, status_of_report
 
 if TYPE_CHECKING:
     from tests.fuzz.judge.entry_points import Attempt
@@ -101,8 +101,10 @@ def expected_of_document(door: Door, attempt: Attempt) -> Expected:
     elif door.merges:
         verdict = storable(attempt.document, max_bytes=float("inf"))
         if verdict and attempt.device_id in devices_of(attempt.tenant_id):
-            verdict = storable(merged(held(str(door.section), attempt.tenant_id, attempt.device_id), attempt.document))
-        elif verdict and not storable(attempt.document, max_bytes=2 * MAX_BYTES):
+            verdict = storable(
+                merge_patch(held(str(door.section), attempt.tenant_id, attempt.device_id), attempt.document)
+            )
+        elif verdict and not storable(attempt.document, max_bytes=2 * LIMITS.max_bytes):
             verdict = False  # before it is known that there is no such device
     else:
         verdict = storable(attempt.document)
@@ -123,11 +125,9 @@ def expected_of_version(door: Door, attempt: Attempt) -> Expected:
     if not 0 <= version < 2**63:
         refused = ValueError
     elif door.section == "desired_state":
-        refused = None if version == DESIRED_VERSION else VersionConflict
-    elif version > DESIRED_VERSION:
-        refused = UnknownVersion
-    elif version < reported_version_of(attempt.device_id):
-        refused = LateReport
+        refused = VersionConflict if is_conflict(version, DESIRED_VERSION) else None
+    else:
+        refused = ERRORS.get(status_of_report(version, DESIRED_VERSION, reported_version_of(attempt.device_id)))
     return Expected((refused,)) if refused else Expected()
 
 

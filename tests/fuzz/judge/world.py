@@ -22,15 +22,11 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 import iot_models
 from iot_models import (
     BatchRejected,
-    DeviceNotFound,
     DeviceState,
-    InvalidDocument,
     IotModelsError,
-    LateReport,
     ReportOutcome,
     ReportStatus,
     Shadow,
-    UnknownVersion,
 )
 from tests.fuzz.judge.entry_points import DOORS, NEIGHBOUR, Attempt, Door
 from tests.fuzz.judge.expected import (
@@ -44,7 +40,8 @@ from tests.fuzz.judge.expected import (
     held,
     reported_version_of,
 )
-from tests.fuzz.reference import merged
+from tests.reference.json_values import merge_patch
+from tests.reference.versions import ERRORS, reported_version_after
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,11 +54,9 @@ if TYPE_CHECKING:
 _PACKAGE: Final = Path(iot_models.__file__).parent
 # An error of Python's own kind says which argument it is about.
 _NAMES_THE_ARGUMENT: Final = re.compile(r"\b(device_ids?|acked_version|expected_versions?|after|documents)\b")
+# What a batch answers where a single report raises.
 _REPORTED_AS: Final[dict[type[Exception], ReportStatus]] = {
-    DeviceNotFound: ReportStatus.UNKNOWN_DEVICE,
-    LateReport: ReportStatus.LATE,
-    UnknownVersion: ReportStatus.UNKNOWN_VERSION,
-    InvalidDocument: ReportStatus.INVALID,
+    **{error: status for status, error in ERRORS.items()},
     TypeError: ReportStatus.INVALID,
     ValueError: ReportStatus.INVALID,
 }
@@ -245,7 +240,7 @@ class World:
             return  # what such a thing means is its own secret; that it could be read back is enough
         document = attempt.document
         if door.merges:
-            document = merged(held(section, attempt.tenant_id, attempt.device_id), document)
+            document = merge_patch(held(section, attempt.tenant_id, attempt.device_id), document)
         binds = {
             "tenant": attempt.tenant_id,
             "device": attempt.device_id,
@@ -257,9 +252,8 @@ class World:
     def _versions_after(self, door: Door, attempt: Attempt) -> tuple[int, int]:
         desired = DESIRED_VERSION + (door.section == "desired_state")
         was = reported_version_of(attempt.device_id)
-        if door.section != "reported_state" or attempt.version is None or door.kind == "orm":
-            return desired, was
-        return desired, attempt.version
+        acknowledges = door.section == "reported_state" and door.kind != "orm"
+        return desired, reported_version_after(attempt.version if acknowledges else None, was)
 
     def _check_shadows(self, door: Door, attempt: Attempt, shadows: list[Shadow]) -> None:
         """What is shown is the tenant's own row as it is stored, and what `Shadow` makes of it can be sent on."""
@@ -319,7 +313,7 @@ def check_error(error: Exception, *, odd: bool = False) -> None:
             raise FindingError(f"{type(error).__name__} is another one after pickling")
         return
     last = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    if type(error) not in {TypeError, ValueError} or last.parent != _PACKAGE:
+    if type(error) not in {TypeError, ValueError} or _PACKAGE not in last.parents:
         raise FindingError(f"an error that is not ours, from {last.name}: {_shown(error)}") from error
     if not _NAMES_THE_ARGUMENT.search(message):
         raise FindingError(f"does not name the argument: {_shown(error)}") from error

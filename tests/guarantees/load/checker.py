@@ -11,9 +11,12 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from iot_models import ReportStatus
 from tests.guarantees.load.history import Change, Key, Stand
 from tests.guarantees.load.reads_and_refusals import unfounded_answers
 from tests.guarantees.load.record import WRITTEN, Entry, Operation, Section, Told, Unit
+from tests.reference.json_values import merge_patch
+from tests.reference.versions import is_conflict, reported_version_after, status_of_report
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -126,21 +129,21 @@ def _replayed(write: Write | None, sign: Sign, old: Stand, new: Stand) -> Iterat
         why = write.unit.error or (write.told and write.told.status)
         yield f"{write} was refused ({why}), and left a trace"
     seen, document = (old.desired, new.desired) if section == "desired" else (old.reported, new.reported)
-    expected = merged(seen, write.entry.document) if write.operation.merges else write.entry.document
+    expected = merge_patch(seen, write.entry.document) if write.operation.merges else write.entry.document
     if document != expected:
         yield f"{write} makes {expected} of {seen}, but {document} was stored: a write in between was lost, or this one"
     if write.told is not None and write.told.status == WRITTEN:
         yield from _as_told(write, write.told, new, document)
     guard = write.entry.guard
     if section == "desired":
-        if guard not in {None, old.desired_version}:
+        if is_conflict(guard, old.desired_version):
             yield f"{write} expected version {guard}, but replaced version {old.desired_version}"
         return
-    if guard is not None and not old.reported_version <= guard <= new.desired_version:
+    if status_of_report(guard, new.desired_version, old.reported_version) is not ReportStatus.ACCEPTED:
         yield f"{write} acknowledged {guard}, with {old.reported_version} acknowledged and {new.desired_version} asked for"
     # In a batch an earlier report of the same device may have raised it: then what the writer was told counts.
     if write.operation.kind != "replace_reported_many":
-        wanted = old.reported_version if guard is None else guard
+        wanted = reported_version_after(guard, old.reported_version)
         if new.reported_version != wanted:
             yield f"{write} left reported_version at {new.reported_version} instead of {wanted}"
 
@@ -202,19 +205,6 @@ def _out_of_order(key: Key, makers: Iterable[Unit | None]) -> Iterator[str]:
             yield f"{_name(key)}: {unit.name} was acknowledged before {latest.name} began, yet comes after it"
         if latest is None or unit.start > latest.start:
             latest = unit
-
-
-def merged(target: object, patch: object) -> Any:
-    """RFC 7396's own pseudo code: the product's merge is what is on trial."""
-    if not isinstance(patch, dict):
-        return patch
-    result = dict(target) if isinstance(target, dict) else {}
-    for name, value in patch.items():
-        if value is None:
-            result.pop(name, None)
-        else:
-            result[name] = merged(result.get(name), value)
-    return result
 
 
 def _name(key: Key) -> str:

@@ -12,7 +12,9 @@ from sqlalchemy.orm import Session
 
 from iot_models import DeviceState, DocumentLimits, ShadowService
 from tests.guarantees.state_machine.comparison import described, outcome
-from tests.reference.fleet import MAX_BYTES, MAX_DEPTH, Between, Device, Fleet
+from tests.reference.documents import Limits
+from tests.reference.fleet import Fleet
+from tests.reference.shadows import Between, Device
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
     # Which of the device's versions the one acknowledged is next to, and how far; None: no version.
     Acknowledgement: TypeAlias = tuple[str, int] | None
 
-LIMITS = DocumentLimits(max_bytes=MAX_BYTES, max_depth=MAX_DEPTH)
+# So small that documents often pass them.
+MAX_BYTES, MAX_DEPTH = 200, 4
 
 
 class BothSides(RuleBasedStateMachine):
@@ -35,7 +38,7 @@ class BothSides(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.model = {tenant: Fleet(tenant) for tenant in ("acme", "globex")}
+        self.model = {tenant: Fleet(tenant, Limits(MAX_BYTES, MAX_DEPTH)) for tenant in ("acme", "globex")}
         self.savepoints: list[tuple[SessionTransaction, Any]] = []
         self.objects: list[DeviceState] = []  # the session holds them by weak references
         with self.engine.begin() as connection:
@@ -56,7 +59,7 @@ class BothSides(RuleBasedStateMachine):
             self.session.close()
 
     def service(self, tenant: str) -> ShadowService:
-        return ShadowService(self.session, tenant, limits=LIMITS)
+        return ShadowService(self.session, tenant, limits=DocumentLimits(MAX_BYTES, MAX_DEPTH))
 
     def compare_read(self, tenant: str, method: str, *arguments: Any) -> None:
         actual = outcome(lambda: getattr(self.service(tenant), method)(*arguments))

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import inspect, text
 
 from iot_models import BatchRejected, DeviceState, InvalidDocument, IotModelsError, Shadow
-from tests.reference.fleet import Device, canonical
+from tests.reference.json_values import canonical
+from tests.reference.shadows import Device
 
 if TYPE_CHECKING:
     from collections.abc import Callable
