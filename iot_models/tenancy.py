@@ -19,6 +19,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
 from iot_models._core import validation
+from iot_models._core.database_errors import LOCK_NOT_AVAILABLE, sqlstate
 from iot_models.models import DeviceState
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ _TABLE: Final = DeviceState.__tablename__
 # transaction ends, on a connection that goes on.
 _RULE: Final = f"((tenant_id = current_setting('{SETTING}'::text, true)) AND (tenant_id <> ''::text))"
 _BINDS: Final = {"table": _TABLE, "policy": POLICY, "rule": _RULE}
-_LOCK_NOT_AVAILABLE: Final = "55P03"
 _BOUND: Final = "iot_models.tenancy.bound"
 
 _POLICY_NOW: Final = text("""
@@ -252,7 +252,7 @@ def _lock(connection: Connection) -> None:
     try:
         _run(connection, f"LOCK TABLE {_TABLE} IN ACCESS EXCLUSIVE MODE")
     except OperationalError as error:
-        if getattr(error.orig, "sqlstate", None) == _LOCK_NOT_AVAILABLE:
+        if sqlstate(error) == LOCK_NOT_AVAILABLE:
             error.add_detail(
                 f"Other transactions use {_TABLE}: nothing was changed. End them (pg_stat_activity), or try again at a "
                 "quieter moment."

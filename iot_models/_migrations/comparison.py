@@ -8,9 +8,17 @@ from alembic.util import CommandError
 from sqlalchemy import MetaData, text
 from sqlalchemy.exc import DBAPIError
 
+from iot_models._core.database_errors import (
+    INSUFFICIENT_PRIVILEGE,
+    LOCK_NOT_AVAILABLE,
+    READ_ONLY_SQL_TRANSACTION,
+    sqlstate,
+)
 from iot_models.models import Base, DeviceState
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from sqlalchemy import Connection
 
 TABLE: Final = DeviceState.__tablename__
@@ -23,10 +31,12 @@ PARKED: Final = "device_state_shadow_076"
 TRIGGER: Final = "device_state_shadow_076_park"
 
 _NEEDS_TEMP: Final = "comparing needs temporary tables: ask the primary, as a role that has TEMP on the database"
-_REFUSALS: Final = {
-    "25006": _NEEDS_TEMP,  # read_only_sql_transaction: a standby
-    "42501": _NEEDS_TEMP,  # insufficient_privilege
-    "55P03": f"{TABLE} is locked by another session, a deployer at its last step or VACUUM FULL: ask again in a moment",
+_REFUSALS: Final[Mapping[str | None, str]] = {
+    READ_ONLY_SQL_TRANSACTION: _NEEDS_TEMP,  # a standby
+    INSUFFICIENT_PRIVILEGE: _NEEDS_TEMP,
+    LOCK_NOT_AVAILABLE: (
+        f"{TABLE} is locked by another session, a deployer at its last step or VACUUM FULL: ask again in a moment"
+    ),
 }
 
 # A primary key counts by its columns, everything else by its name too. NOT NULL stands with its column: PostgreSQL 18
@@ -81,7 +91,7 @@ def differences(connection: Connection) -> list[str]:
             expected = _items(connection, made)
             savepoint.rollback()
     except DBAPIError as error:
-        refusal = _REFUSALS.get(getattr(error.orig, "sqlstate", None) or "")
+        refusal = _REFUSALS.get(sqlstate(error))
         if refusal is None:
             raise
         raise CommandError(f"{str(error.orig).strip()}; {refusal}") from error

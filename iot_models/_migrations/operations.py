@@ -17,6 +17,7 @@ from alembic.util import CommandError
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
+from iot_models._core.database_errors import LOCK_NOT_AVAILABLE, sqlstate
 from iot_models._migrations.expectations import find_index
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ log = logging.getLogger("alembic.iot_models")
 TRIES: Final = 5
 _FIRST_PAUSE: Final = 0.5  # seconds, doubled after each try: whoever queued behind us goes first
 _PROGRESS_EVERY: Final = 2.0  # seconds
-_LOCK_NOT_AVAILABLE: Final = "55P03"
 
 
 @Operations.register_operation("lock_table")
@@ -67,7 +67,7 @@ def _lock_table(operations: Operations, lock: LockTable) -> None:
             with connection.begin_nested():
                 connection.execute(text(statement))
         except OperationalError as error:
-            if getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
+            if sqlstate(error) != LOCK_NOT_AVAILABLE:
                 raise
         else:
             return
