@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from contextlib import contextmanager
 from logging.config import fileConfig
@@ -11,31 +10,25 @@ from typing import TYPE_CHECKING
 
 from alembic import context
 from alembic.util import CommandError
-from sqlalchemy import Engine, NullPool, create_engine, text
+from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
 import iot_models._migrations.operations  # noqa: F401 - registers the operations that revisions use
-from iot_models.engine import database_url, import_driver, masked
+from iot_models._migrations.options import LOCK_TIMEOUT, require_known
+from iot_models._migrations.targets import engine_for
+from iot_models.engine import masked
 from iot_models.models import Base
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sqlalchemy import Connection
+    from sqlalchemy import Connection, Engine
 
 log = logging.getLogger("alembic.iot_models")
 config = context.config
 if config.config_file_name is not None:
     fileConfig(config.config_file_name, disable_existing_loggers=False)
 
-# What -x takes, and what each may say.
-OPTIONS = {
-    "url": (r"(?s:.+)", "a database URL"),  # whatever it is: only database_url can refuse it without showing a password
-    "lock_timeout": (r"[1-9]\d*(ms|s|min)", "how long one try for a lock may hold writers up: 500ms, 4s"),
-    "shadow": (r"discard", "discard: a downgrade below 076 throws the shadows away"),
-    "device_state": (r"drop", "drop: a downgrade to base drops the table with its rows"),
-}
-LOCK_TIMEOUT = "4s"
 # Any number will do, as long as all deployers of these migrations use the same one ("iot_mode" in ASCII).
 ADVISORY_LOCK = 0x696F745F6D6F6465
 POLL_SECONDS = 0.2
@@ -44,34 +37,15 @@ REPORT_SECONDS = 5
 
 def _options() -> dict[str, str]:
     given = context.get_x_argument(as_dictionary=True)
-    for name, value in given.items():
-        if name not in OPTIONS:
-            raise CommandError(f"-x {name}: unknown; there are {', '.join(OPTIONS)}")
-        pattern, meaning = OPTIONS[name]
-        if not re.fullmatch(pattern, str(value)):
-            raise CommandError(f"-x {name}={value}: expected {meaning}")
+    require_known(given)
     return given
 
 
 def _engine(options: dict[str, str]) -> Engine:
-    given = config.attributes.get("engine")
-    if isinstance(given, Engine):
+    given: Engine | None = config.attributes.get("engine")  # the caller's, in iot_models.migrate
+    if given is not None:
         return given
-    try:
-        url = database_url(options.get("url"), fallback=config.get_main_option("sqlalchemy.url"))
-    except ValueError as error:
-        raise CommandError(f"{error}, or pass -x url=...") from error
-    if url.get_dialect().is_async:
-        raise CommandError(
-            f"migrations run synchronously, and {url.drivername} is an async driver: write the URL as "
-            "postgresql+psycopg://..., or without a driver (in IOT_MODELS_DATABASE_URL, or as -x url=..., where "
-            "DATABASE_URL is the service's)"
-        )
-    try:
-        import_driver(url)
-    except ImportError as error:
-        raise CommandError(str(error)) from error
-    return create_engine(url, poolclass=NullPool, connect_args={"application_name": "iot_models alembic"})
+    return engine_for(options.get("url"), option="-x url=...", fallback=config.get_main_option("sqlalchemy.url"))
 
 
 @contextmanager

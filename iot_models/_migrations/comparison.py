@@ -1,4 +1,4 @@
-"""Whether the table in a database is the one that the models describe, and what a rollback left beside it."""
+"""Whether the table in a database is the one that the models describe."""
 
 from __future__ import annotations
 
@@ -26,9 +26,6 @@ _MODELS: Final = Base.metadata
 _TEMPORARY: Final = _MODELS.tables[TABLE].to_metadata(
     MetaData(naming_convention=_MODELS.naming_convention), schema="pg_temp"
 )
-# Names that revision 076 gave them.
-PARKED: Final = "device_state_shadow_076"
-TRIGGER: Final = "device_state_shadow_076_park"
 
 _NEEDS_TEMP: Final = "comparing needs temporary tables: ask the primary, as a role that has TEMP on the database"
 _REFUSALS: Final[Mapping[str | None, str]] = {
@@ -106,26 +103,3 @@ def differences(connection: Connection) -> list[str]:
 
 def _items(connection: Connection, table: int) -> dict[str, str]:
     return {row.item: row.definition for row in connection.execute(_ITEMS, {"table": table})}
-
-
-def interrupted_rollback(connection: Connection) -> list[str]:
-    """What to do about a downgrade from 076 that was begun and not finished; empty if there is none.
-
-    While it lasts, and after an interruption, a trigger copies every write of a shadow to the parked table.
-    """
-    found = connection.scalar(
-        text("SELECT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = to_regclass(:table) AND tgname = :trigger)"),
-        {"table": TABLE, "trigger": TRIGGER},
-    )
-    if not found:
-        return []
-    copies = f"{PARKED} p USING {TABLE} d WHERE (p.tenant_id, p.device_id) = (d.tenant_id, d.device_id)"
-    stay = f"SET lock_timeout = '4s'; DROP FUNCTION {TRIGGER}() CASCADE; DELETE FROM {copies};"  # noqa: S608 - our names
-    at_work = f"a downgrade to 075 is at work or was interrupted (trigger {TRIGGER} on {TABLE})"
-    return [f"{at_work}: to finish it, run it again; to stay at 076, run one by one: {stay}"]
-
-
-def parked_shadows(connection: Connection) -> int | None:
-    """How many shadows are parked; None without a parked table, or without the right to read it."""
-    readable = connection.scalar(text("SELECT has_table_privilege(to_regclass(:table), 'SELECT')"), {"table": PARKED})
-    return connection.scalar(text(f"SELECT count(*) FROM {PARKED}")) if readable else None  # noqa: S608 - a constant

@@ -7,27 +7,26 @@ from argparse import Namespace
 from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Final, TypeVar, cast
 
+from alembic import command
 from alembic.config import Config
 from alembic.runtime.environment import EnvironmentContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import URL, Engine
 
-from iot_models.engine import database_url, import_driver
+from iot_models._migrations.targets import engine_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
     from alembic.runtime.migration import MigrationContext
     from alembic.script import Script
-    from sqlalchemy import Connection
+    from sqlalchemy import Connection, Engine
 
-# None: the environment's URL.
-Target: TypeAlias = str | URL | Engine | None
-# What `alembic -x name=value` takes; alembic/env.py knows the names and refuses others. None: not given.
-Options: TypeAlias = "Mapping[str, str | None]"
+    from iot_models._migrations.options import Options
+    from iot_models._migrations.targets import Target
+
 _T = TypeVar("_T")
 
 # In a wheel they stand inside the package, in a checkout beside it.
@@ -35,6 +34,7 @@ _INSTALLED: Final = Path(__file__).parents[1] / "alembic"
 FOLDER: Final = _INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parents[1] / "alembic"
 # Alembic's `context` and `op` belong to the whole process: two threads would migrate each other's database.
 _ONE_AT_A_TIME: Final = threading.Lock()
+_OPTION: Final = "--url"
 
 
 def run(move: Callable[..., None], target: Target, revision: str, options: Options) -> None:
@@ -44,7 +44,7 @@ def run(move: Callable[..., None], target: Target, revision: str, options: Optio
         CommandError: If the URL or engine cannot be used, the server cannot be reached, or a migration is refused.
         sqlalchemy.exc.DBAPIError: If PostgreSQL refuses a statement.
     """
-    with _config(options, **_where(target)) as config:
+    with _config(options, engine=engine_for(target, option=_OPTION)) as config:
         move(config, revision)
 
 
@@ -76,26 +76,30 @@ def ask(target: Target, options: Options, question: Callable[[str | None, Connec
         answers.append(question(", ".join(revisions) or None, connection))
         return []  # no revision is to run
 
-    with _config(options, **_where(target)) as config:
+    with _config(options, engine=engine_for(target, option=_OPTION)) as config:
         scripts = ScriptDirectory.from_config(config)
         with EnvironmentContext(config, scripts, fn=answer, dont_mutate=True):
             scripts.run_env()
     return answers[0]
 
 
+def sql(revision_range: str, options: Options) -> str:
+    """The SQL from one revision to another, up or down; no database is asked.
+
+    Raises:
+        CommandError: If it is no range of revisions, or an option is wrong.
+    """
+    first, _, last = revision_range.partition(":")
+    if not (first and last):
+        raise CommandError(f"{revision_range!r} is no range of revisions: write FROM:TO, as in 075:076 or 076:075")
+    order = ["base", *revisions()]
+    start, end = (order.index(_resolve(name)) for name in (first, last))
+    return offline(command.upgrade if start <= end else command.downgrade, revision_range, options)
+
+
 def revisions() -> list[str]:
     """All revisions, the first one first."""
     return [script.revision for script in _directory().walk_revisions()][::-1]
-
-
-def resolve(name: str) -> str:
-    """The revision that is meant by its own name, the beginning of it, or `head`; `base` stays itself.
-
-    Raises:
-        CommandError: If there is none.
-    """
-    script: Script | None = _directory().get_revision(name)  # Alembic's annotation leaves None out
-    return "base" if script is None else script.revision
 
 
 def history() -> str:
@@ -107,52 +111,28 @@ def history() -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
+def _resolve(name: str) -> str:
+    """The revision that is meant by its own name, the beginning of it, or `head`; `base` stays itself.
+
+    Raises:
+        CommandError: If there is none.
+    """
+    script: Script | None = _directory().get_revision(name)  # Alembic's annotation leaves None out
+    return "base" if script is None else script.revision
+
+
 def _directory() -> ScriptDirectory:
     with _config({}) as config:
         return ScriptDirectory.from_config(config)
 
 
 @contextmanager
-def _config(
-    options: Options, *, url: str | None = None, engine: Engine | None = None, output: StringIO | None = None
-) -> Iterator[Config]:
-    given = {**options, "url": url}
+def _config(options: Options, *, engine: Engine | None = None, output: StringIO | None = None) -> Iterator[Config]:
     config = Config(
         output_buffer=output,
-        cmd_opts=Namespace(x=[f"{name}={value}" for name, value in given.items() if value is not None]),
+        cmd_opts=Namespace(x=[f"{name}={value}" for name, value in options.items() if value is not None]),
         attributes={"engine": engine},
     )
     config.set_main_option("script_location", str(FOLDER).replace("%", "%%"))
     with _ONE_AT_A_TIME:
         yield config
-
-
-def _where(target: Target) -> dict[str, Any]:
-    if isinstance(target, Engine) or hasattr(target, "sync_engine"):
-        return {"engine": _usable(target)}
-    try:
-        url = database_url(target)
-    except ValueError as error:
-        raise CommandError(str(error) if target else f"{error}, or pass one (--url)") from error
-    if url.get_dialect().is_async:
-        raise CommandError(
-            f"migrations run synchronously, and {url.drivername} is an async driver: write the URL as "
-            "postgresql+psycopg://... (in IOT_MODELS_DATABASE_URL, where DATABASE_URL is the service's)"
-        )
-    try:
-        import_driver(url)
-    except ImportError as error:
-        raise CommandError(str(error)) from error
-    return {"url": url.render_as_string(hide_password=False)}
-
-
-def _usable(engine: object) -> Engine:
-    if not isinstance(engine, Engine) or engine.dialect.is_async:
-        raise CommandError(
-            "migrations run synchronously, and this engine is an async one: pass a URL, "
-            "engine.url.set(drivername='postgresql+psycopg'); from asyncio, by asyncio.to_thread(migrate.upgrade, url)"
-        )
-    if engine.dialect.name != "postgresql":
-        raise CommandError(f"iot_models works on PostgreSQL; this engine is for {engine.dialect.name}")
-    # The same pool. Migrations need transactions, also where the engine was made for AUTOCOMMIT.
-    return engine.execution_options(isolation_level="READ COMMITTED")
