@@ -12,8 +12,13 @@ down_revision = ${repr(down_revision)}
 branch_labels = ${repr(branch_labels)}
 depends_on = ${repr(depends_on)}
 
+# What this revision adds to which table, in PostgreSQL's own words: a type, NOT NULL or not, a default; an index from
+# USING on. Every upgrade compares it with what is there before it changes anything.
+ADDS = {"device_state": {"columns": {}, "indexes": {}}}
+
 
 def upgrade() -> None:
+    op.expect_table("device_state", added_since=revision)
     ${upgrades if upgrades else "pass"}
 
 

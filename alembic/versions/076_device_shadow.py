@@ -40,6 +40,7 @@ COMMENTS = {
 }
 # Devices that have not acknowledged the newest desired version: a tenant's backlog, without reading the rest.
 PENDING = ("idx_device_state_shadow_pending", "btree (tenant_id) WHERE (desired_version > reported_version)")
+ADDS = {"device_state": {"columns": COLUMNS, "indexes": dict([PENDING])}}
 
 PARKED = "device_state_shadow_076"
 TRIGGER = "device_state_shadow_076_park"
@@ -59,7 +60,7 @@ PROGRESS_EVERY = 2.0
 
 
 def upgrade() -> None:
-    op.expect_table("device_state", optional=COLUMNS, indexes=dict([PENDING]))
+    op.expect_table("device_state", added_since=revision)
     parked = op.table_exists(PARKED)
     if parked:
         op.expect_table(PARKED, required=PARKED_COLUMNS, primary_key=KEY)

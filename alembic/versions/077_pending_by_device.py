@@ -28,6 +28,7 @@ PENDING_BY_DEVICE = (
     "idx_device_state_shadow_pending_device",
     "btree (tenant_id, device_id) WHERE (desired_version > reported_version)",
 )
+ADDS = {"device_state": {"indexes": dict([PENDING_BY_DEVICE])}}
 # A quarter of a page is 2 KB, and so is the longest row that PostgreSQL keeps in a page before it moves documents out.
 FILLFACTOR = 75
 FOUND = """
@@ -37,7 +38,7 @@ FOUND = """
 
 
 def upgrade() -> None:
-    op.expect_table("device_state", indexes=dict([PENDING_BY_DEVICE]))
+    op.expect_table("device_state", added_since=revision)
 
     op.lock_table("device_state", "SHARE UPDATE EXCLUSIVE")  # VACUUM's: no writer waits
     op.execute(f"""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from alembic import context
 from alembic.operations import MigrateOperation, Operations
 from alembic.util import CommandError
 from sqlalchemy import text
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
-    # name: (type, NOT NULL, default), in PostgreSQL's own words
-    Columns = Mapping[str, tuple[str, bool, str | None]]
+    # (type, NOT NULL, default), in PostgreSQL's own words
+    Column = tuple[str, bool, str | None]
+    Columns = Mapping[str, Column]
 
 
 @Operations.register_operation("table_exists")
@@ -57,9 +59,8 @@ class ExpectTable(MigrateOperation):
         table: str,
         *,
         required: Columns | None = None,
-        optional: Columns | None = None,
         primary_key: Sequence[str] | None = None,
-        indexes: Mapping[str, str] | None = None,
+        added_since: str | None = None,
     ) -> None:
         """Compare a table with what a revision expects; nothing is changed. Offline it passes.
 
@@ -69,22 +70,35 @@ class ExpectTable(MigrateOperation):
             operations: Alembic's; callers leave it out.
             table: Its name.
             required: Columns that must be there.
-            optional: Columns that, where they are there, must be these.
             primary_key: The columns of the primary key, in order.
-            indexes: Definitions from `USING` on, as `pg_get_indexdef` writes them. An index may be missing or INVALID.
+            added_since: A revision. The columns and indexes of this table that it and all later revisions declare in
+                their `ADDS` may be missing, and an index may be INVALID, but none may be another one of that name.
+                What would stop a later revision is so refused before the first one changes anything.
 
         Raises:
             CommandError: If it differs, with every difference.
         """
+        columns, indexes = _additions(table, added_since) if added_since else ({}, {})
         operations.invoke(
             cls(
                 table,
                 required=required or {},
-                optional=optional or {},
+                optional=columns,
                 primary_key=list(primary_key or ()),
-                indexes=indexes or {},
+                indexes=indexes,
             )
         )
+
+
+def _additions(table: str, since: str) -> tuple[dict[str, Column], dict[str, str]]:
+    """The columns and the indexes that a revision and all later ones declare for a table, the earliest first."""
+    columns: dict[str, Column] = {}
+    indexes: dict[str, str] = {}
+    for script in [*context.script.walk_revisions(base=since)][::-1]:
+        adds = getattr(script.module, "ADDS", {}).get(table, {})
+        columns |= adds.get("columns", {})
+        indexes |= adds.get("indexes", {})
+    return columns, indexes
 
 
 @Operations.implementation_for(ExpectTable)
@@ -125,7 +139,7 @@ def _differences(
             {"table": table},
         )
     }
-    for name, column in {**required, **optional}.items():
+    for name, column in {**optional, **required}.items():
         if name not in actual:
             if name in required:
                 yield f"column {name} is missing: expected {_describe(column)}"
@@ -156,7 +170,7 @@ def _key_difference(connection: Connection, table: str, expected: list[str]) -> 
         yield f"the primary key is ({', '.join(actual)}): expected ({', '.join(expected)})"
 
 
-def _describe(column: tuple[str, bool, str | None]) -> str:
+def _describe(column: Column) -> str:
     kind, not_null, default = column
     return f"{kind}{' NOT NULL' if not_null else ''}{f' DEFAULT {default}' if default is not None else ''}"
 
