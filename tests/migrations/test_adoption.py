@@ -71,7 +71,7 @@ def test_the_real_command_adopts_a_raw_deployment_and_does_nothing_the_second_ti
 
 def test_what_a_team_added_of_its_own_is_left_alone(make_empty: Callable[[], str]) -> None:
     own = """
-        ALTER TABLE device_state ADD firmware text DEFAULT 'v1', ADD CONSTRAINT known CHECK (status <> 'BROKEN');
+        ALTER TABLE device_state ADD own_column text DEFAULT 'v1', ADD CONSTRAINT known CHECK (status <> 'BROKEN');
         CREATE INDEX own_index ON device_state (last_seen_at);
         CREATE FUNCTION own_function() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
         CREATE TRIGGER own_trigger BEFORE UPDATE ON device_state FOR EACH ROW EXECUTE FUNCTION own_function();

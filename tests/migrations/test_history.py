@@ -166,8 +166,8 @@ down_revision = "{head}"
 
 ADDS = {{
     "device_state": {{
-        "columns": {{"firmware": ("text", False, None)}},
-        "indexes": {{"idx_device_state_firmware": "btree (tenant_id, firmware)"}},
+        "columns": {{"to_come": ("text", False, None)}},
+        "indexes": {{"idx_device_state_to_come": "btree (tenant_id, to_come)"}},
     }}
 }}
 
@@ -175,7 +175,7 @@ ADDS = {{
 def upgrade():
     op.expect_table("device_state", added_since=revision)
     op.lock_table("device_state", "ACCESS EXCLUSIVE")
-    op.execute("ALTER TABLE device_state ADD COLUMN IF NOT EXISTS firmware TEXT")
+    op.execute("ALTER TABLE device_state ADD COLUMN IF NOT EXISTS to_come TEXT")
     with op.get_context().autocommit_block():
         for name, definition in ADDS["device_state"]["indexes"].items():
             op.ensure_index("device_state", name, definition)
@@ -183,7 +183,7 @@ def upgrade():
 
 def downgrade():
     op.lock_table("device_state", "ACCESS EXCLUSIVE")
-    op.execute("ALTER TABLE device_state DROP COLUMN IF EXISTS firmware")
+    op.execute("ALTER TABLE device_state DROP COLUMN IF EXISTS to_come")
 """
 
 
@@ -193,7 +193,7 @@ def one_revision_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     folder = tmp_path / "alembic"
     shutil.copytree(CHECKOUT / "alembic", folder)
     revision = f"{int(HEAD) + 1:03}"
-    (folder / "versions" / f"{revision}_firmware.py").write_text(LATER.format(revision=revision, head=HEAD))
+    (folder / "versions" / f"{revision}_coming.py").write_text(LATER.format(revision=revision, head=HEAD))
     monkeypatch.setattr(runner, "FOLDER", folder)
     return revision
 
@@ -210,8 +210,8 @@ def test_a_new_revision_is_heeded_by_the_first_one_that_runs_without_a_change_to
     raw_fleet: str, at_075: str, one_revision_more: str
 ) -> None:
     strange = """
-        ALTER TABLE device_state ADD firmware varchar(9);
-        CREATE INDEX idx_device_state_firmware ON device_state (firmware);
+        ALTER TABLE device_state ADD to_come varchar(9);
+        CREATE INDEX idx_device_state_to_come ON device_state (to_come);
     """
     for url in (raw_fleet, at_075):
         run_sql(url, strange)
@@ -219,13 +219,13 @@ def test_a_new_revision_is_heeded_by_the_first_one_that_runs_without_a_change_to
 
         with pytest.raises(CommandError) as caught:
             migrate.upgrade(url)
-        assert "column firmware is character varying(9): expected text\n" in str(caught.value)
-        assert "index idx_device_state_firmware is btree (firmware): expected btree (tenant_id, firmware)\n" in str(
+        assert "column to_come is character varying(9): expected text\n" in str(caught.value)
+        assert "index idx_device_state_to_come is btree (to_come): expected btree (tenant_id, to_come)\n" in str(
             caught.value
         )
         assert (dump(url), tables_of(url)) == before
 
-        run_sql(url, "DROP INDEX idx_device_state_firmware; ALTER TABLE device_state ALTER firmware TYPE text")
+        run_sql(url, "DROP INDEX idx_device_state_to_come; ALTER TABLE device_state ALTER to_come TYPE text")
         migrate.upgrade(url)
         assert revision_of(url) == one_revision_more
 

@@ -333,12 +333,12 @@ def test_what_a_team_added_of_its_own_is_no_difference(at_head: str) -> None:
     run_sql(
         at_head,
         """
-        ALTER TABLE device_state ADD firmware text NOT NULL DEFAULT '1', ADD CHECK (status <> ''), ADD UNIQUE (device_id),
+        ALTER TABLE device_state ADD own_column text NOT NULL DEFAULT '1', ADD CHECK (status <> ''), ADD UNIQUE (device_id),
               ENABLE ROW LEVEL SECURITY;
         COMMENT ON TABLE device_state IS 'Ours.';
         COMMENT ON COLUMN device_state.tenant_id IS 'Who pays.';
-        COMMENT ON COLUMN device_state.firmware IS 'What runs.';
-        CREATE INDEX idx_of_ours ON device_state (firmware) WHERE status = 'ONLINE';
+        COMMENT ON COLUMN device_state.own_column IS 'What runs.';
+        CREATE INDEX idx_of_ours ON device_state (own_column) WHERE status = 'ONLINE';
         CREATE POLICY own ON device_state USING (tenant_id = current_user);
         CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
         CREATE TRIGGER note BEFORE UPDATE ON device_state FOR EACH ROW EXECUTE FUNCTION note();

@@ -175,6 +175,7 @@ def test_an_empty_table_is_dropped_on_the_way_to_base(at_head: str) -> None:
 
 
 def test_a_table_of_that_name_that_is_not_the_parked_one_stops_both_ways(url: str) -> None:
+    downgrade(url, "076")
     run_sql(url, f"CREATE TABLE {PARKED} (note text)")
     before = rows_of(url)
     with pytest.raises(
@@ -187,6 +188,7 @@ def test_a_table_of_that_name_that_is_not_the_parked_one_stops_both_ways(url: st
 def test_where_a_policy_would_hide_rows_from_the_migration_it_fails_instead_of_losing_them(
     url: str, server_role: str
 ) -> None:
+    downgrade(url, "076")
     before = rows_of(url)
     run_sql(url, f"""
         ALTER TABLE device_state OWNER TO {server_role};
