@@ -1,4 +1,4 @@
-"""How Alembic reaches the database: options, settings, one deployer at a time, a transaction for each revision."""
+"""How Alembic runs these migrations: options, settings, one deployer at a time, a transaction for each revision."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ config = context.config
 if config.config_file_name is not None:
     fileConfig(config.config_file_name, disable_existing_loggers=False)
 
-# Any number will do, as long as all deployers of these migrations use the same one ("iot_mode" in ASCII).
+# Any number works if all deployers of these migrations use the same one ("iot_mode" in ASCII).
 ADVISORY_LOCK = 0x696F745F6D6F6465
 POLL_SECONDS = 0.2
 REPORT_SECONDS = 5
@@ -42,7 +42,7 @@ def _options() -> dict[str, str]:
 
 
 def _engine(options: dict[str, str]) -> Engine:
-    given: Engine | None = config.attributes.get("engine")  # the caller's, in iot_models.migrate
+    given: Engine | None = config.attributes.get("engine")  # from iot_models.migrate
     if given is not None:
         return given
     return engine_for(options.get("url"), option="-x url=...", fallback=config.get_main_option("sqlalchemy.url"))
@@ -61,9 +61,9 @@ def _connection(options: dict[str, str]) -> Iterator[Connection]:
     with connection:
         settings = {
             "lock_timeout": options.get("lock_timeout", LOCK_TIMEOUT),
-            "statement_timeout": "0",  # a role's default is made for requests, not for building an index
+            "statement_timeout": "0",  # a default of the role is meant for requests, not for building an index
             "idle_in_transaction_session_timeout": "0",
-            # Where a policy would hide rows from us, fail rather than park or restore only those that we see.
+            # If a policy hides rows from this role, fail instead of parking or restoring only the visible ones.
             "row_security": "off",
         }
         for name, value in settings.items():
@@ -72,15 +72,15 @@ def _connection(options: dict[str, str]) -> Iterator[Connection]:
         try:
             yield connection
         finally:
-            connection.invalidate()  # settings and locks end with this connection: it goes back to no pool
+            connection.invalidate()  # ends its settings and locks: it does not return to a pool
 
 
 def _wait_for_other_deployers(connection: Connection) -> None:
-    """Take the advisory lock, which ends with the connection. By polling: waiting deadlocks with an index build."""
+    """Take the advisory lock, which ends with the connection. By polling: waiting can deadlock with an index build."""
     began = time.monotonic()
     report_at = began
     while not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": ADVISORY_LOCK}):
-        connection.commit()  # an open transaction would be what the other's index build waits for
+        connection.commit()  # an index build of the other deployer would wait for an open transaction
         if time.monotonic() >= report_at:
             log.info("another deployer is migrating this database: waiting, %.0f s so far", time.monotonic() - began)
             report_at += REPORT_SECONDS
@@ -89,14 +89,14 @@ def _wait_for_other_deployers(connection: Connection) -> None:
 
 
 def _run(connection: Connection) -> None:
-    # A transaction for each revision: an interrupted upgrade keeps the revisions that were finished.
+    # A transaction for each revision: an interrupted upgrade keeps the revisions that are finished.
     context.configure(connection=connection, target_metadata=Base.metadata, transaction_per_migration=True)
     with context.begin_transaction():
         context.run_migrations()
 
 
 def _migrates() -> bool:
-    """Whether the command changes the database (upgrade, downgrade, stamp), or only looks (current, check)."""
+    """Whether the command changes the database (upgrade, downgrade, stamp) or only reads it (current, check)."""
     try:
         context.get_revision_argument()
     except KeyError:
@@ -116,12 +116,12 @@ def _run_online() -> None:
             raise
         raise CommandError(
             f"the connection was lost: {str(lost.orig).strip()}\n"
-            "Run the same command again when the server is back: it goes on from where it was."
+            "Run the same command again when the server is back: it continues from there."
         ) from error
 
 
 def _disconnect(error: BaseException | None) -> DBAPIError | None:
-    """The error that says that the connection is gone, behind those that its clean-up met."""
+    """The error that says that the connection is lost. Errors of the clean-up after it may come first."""
     while error is not None:
         if isinstance(error, DBAPIError) and error.connection_invalidated:
             return error
@@ -131,7 +131,7 @@ def _disconnect(error: BaseException | None) -> DBAPIError | None:
 
 def _print_sql() -> None:
     lock_timeout = _options().get("lock_timeout", LOCK_TIMEOUT)
-    # The SQL is for PostgreSQL whatever the URL: printing it needs none.
+    # The SQL is always PostgreSQL's, so printing it needs no URL.
     context.configure(dialect_name="postgresql", literal_binds=True, transaction_per_migration=True)
     context.execute(f"SET lock_timeout = '{lock_timeout}'")
     context.run_migrations()

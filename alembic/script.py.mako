@@ -12,8 +12,8 @@ down_revision = ${repr(down_revision)}
 branch_labels = ${repr(branch_labels)}
 depends_on = ${repr(depends_on)}
 
-# What this revision adds to which table, in PostgreSQL's own words: a type, NOT NULL or not, a default; an index from
-# USING on. Every upgrade compares it with what is there before it changes anything.
+# What this revision adds to which table, as PostgreSQL prints it: {name: (type, whether NOT NULL, default)} for columns,
+# {name: definition from USING on} for indexes. The first revision that an upgrade runs compares it with the database.
 ADDS = {"device_state": {"columns": {}, "indexes": {}}}
 
 

@@ -1,4 +1,4 @@
-"""Migrations from code, and as `python -m iot_models.migrate`: without a checkout, without an ini file."""
+"""Migrations from code, and as `python -m iot_models.migrate`. Neither needs a checkout or an ini file."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ __all__ = ["check", "current", "downgrade", "main", "sql", "upgrade"]
 
 
 def upgrade(url_or_engine: Target = None, revision: str = "head", *, lock_timeout: str | None = None) -> None:
-    """Bring the database up to a revision while writers go on; where it stands there already, nothing happens.
+    """Upgrade the database to a revision while writers go on. If it is at that revision already, nothing happens.
 
-    Several processes may call it at once, as the replicas of a service do: one works, the others wait for it. Progress
-    goes to the logger `alembic`; nothing is printed and no logging is configured.
+    Several processes may call this at the same time, as the replicas of a service do: one upgrades, and the others wait
+    for it. Progress goes to the logger `alembic`. Nothing is printed, and logging is not configured.
 
     Args:
         url_or_engine: A URL (None: the environment's), by the rules of `iot_models.engine.database_url`; or an engine.
-            Of an engine one connection is used and then closed: the pool gets none back with other settings.
-        revision: As Alembic writes them: `head`, `076`, `+1`.
-        lock_timeout: How long one of five tries for a lock may hold writers up: `500ms`, `10s`. None: 4 seconds.
+            Of an engine one connection is used and then closed, so that no connection with other settings returns to
+            its pool.
+        revision: As in Alembic: `head`, `076`, `+1`.
+        lock_timeout: How long writers may have to wait for one of five tries for a lock: `500ms`, `10s`. None: 4
+            seconds.
 
     Raises:
-        CommandError: From `alembic.util`: it was refused, or cannot be done now. The message says what to do.
-        sqlalchemy.exc.DBAPIError: If PostgreSQL refuses a statement, for lack of a right for example.
+        CommandError: From `alembic.util`: the upgrade is refused, or cannot run now. The message says what to do.
+        sqlalchemy.exc.DBAPIError: If PostgreSQL refuses a statement, for example because a privilege is missing.
 
     Example:
         >>> from iot_models import migrate
@@ -47,13 +49,13 @@ def downgrade(
     device_state: Literal["drop"] | None = None,
     lock_timeout: str | None = None,
 ) -> None:
-    """Take the database back to a revision while writers go on. Nothing is lost but what is thrown away by name.
+    """Downgrade the database to a revision while writers go on. It loses only what an argument tells it to discard.
 
     Args:
         url_or_engine: As for `upgrade`.
-        revision: As Alembic writes them: `075`, `-1`, `base`.
-        shadow: `discard` throws the shadows away. None parks them, and the next upgrade puts them back.
-        device_state: `drop` lets a downgrade to `base` drop a table that holds rows. None refuses that.
+        revision: As in Alembic: `075`, `-1`, `base`.
+        shadow: `discard` discards the shadows. None parks them, and the next upgrade puts them back.
+        device_state: `drop` lets a downgrade to `base` drop a table that has rows. None refuses that.
         lock_timeout: As for `upgrade`.
 
     Raises:
@@ -65,7 +67,7 @@ def downgrade(
 
 
 def current(url_or_engine: Target = None) -> str | None:
-    """The revision at which the database stands; None before the first. A deployer at work is not waited for.
+    """The revision of the database; None before the first. Another deployer is not waited for.
 
     Raises:
         CommandError: As for `upgrade`.
@@ -75,13 +77,13 @@ def current(url_or_engine: Target = None) -> str | None:
 
 
 def check(url_or_engine: Target = None) -> list[str]:
-    """What keeps the database from standing at head with a schema that equals the models, a sentence each.
+    """Why the database is not at head or its schema does not equal the models, a sentence each; empty if all is well.
 
-    Empty if nothing does. What a team added of its own is no difference. The schema is compared at head only: anywhere
-    else it has to differ. A deployer at work is not waited for, and no lock is taken that writers could wait behind.
+    What a team added to the table is not a difference. The schema is compared at head only, because at any other
+    revision it has to differ. Another deployer is not waited for, and no lock is taken that a writer could wait for.
 
     Raises:
-        CommandError: As for `upgrade`; or the role lacks TEMP on the database, which comparing needs.
+        CommandError: As for `upgrade`; or if the role lacks TEMP on the database, which the comparison needs.
         sqlalchemy.exc.DBAPIError: As for `upgrade`.
     """
     return findings.examine(url_or_engine, {}).problems
@@ -94,7 +96,7 @@ def sql(
     device_state: Literal["drop"] | None = None,
     lock_timeout: str | None = None,
 ) -> str:
-    """The SQL from one revision to another, up or down, for `psql -v ON_ERROR_STOP=1`. No database is asked.
+    """The SQL from one revision to another, up or down, for `psql -v ON_ERROR_STOP=1`. It needs no database.
 
     Args:
         revision_range: `FROM:TO`: `075:076`, `base:head`, `076:075`.
@@ -103,7 +105,7 @@ def sql(
         lock_timeout: As for `upgrade`.
 
     Raises:
-        CommandError: If it is no range of revisions, or an option is wrong.
+        CommandError: If it is not a range of revisions, or an option is wrong.
     """
     return runner.sql(revision_range, {"shadow": shadow, "device_state": device_state, "lock_timeout": lock_timeout})
 

@@ -1,6 +1,6 @@
-"""The deployment that revision 076 was written for: `device_state` without a shadow.
+"""The table `device_state` without shadows, as deployments had it before revision 076.
 
-Where raw SQL has made it already, by 075 or by 076, it is adopted: compared, and left as it is.
+If raw SQL has created the table already, up to 075 or up to 076, it is adopted: compared, and left as it is.
 
 Revision ID: 075
 Revises:

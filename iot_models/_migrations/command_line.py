@@ -1,4 +1,4 @@
-"""The command line of `python -m iot_models.migrate`: what on-call types, without a checkout or an ini file."""
+"""The command line of `python -m iot_models.migrate`, which needs no checkout and no ini file."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
     from iot_models._migrations.options import Options
 
-_INTERRUPTED: Final = 130  # what a shell makes of Ctrl-C
+_INTERRUPTED: Final = 130  # the exit code of a shell after Ctrl-C
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line and return its exit code: 0, 1 for a failure, 130 for Ctrl-C; 2 is argparse's, for misuse."""
+    """Run a command line and return its exit code: 0, 1 for a failure, 130 for Ctrl-C. argparse exits with 2 itself."""
     given = _parser().parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, format="%(levelname)-5.5s [%(name)s] %(message)s")
     logging.getLogger("alembic").setLevel(given.level)
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code, lines = given.run(given, options.pop("url", None), options)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted: running the same command again goes on from there\n")
+        sys.stderr.write("interrupted: run the same command again to continue from there\n")
         return _INTERRUPTED
     except CommandError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(code)
 
 
-# Each of these takes the command line, the URL and the other options; it gives the exit code and what to print.
+# Each of these takes the parsed command line, the URL and the other options, and returns the exit code and the output.
 
 
 def _run_move(given: argparse.Namespace, url: str | None, options: Options) -> tuple[int, str]:

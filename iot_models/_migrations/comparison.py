@@ -1,4 +1,4 @@
-"""Whether the table in a database is the one that the models describe."""
+"""How the table in a database differs from the one that the models describe."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _TEMPORARY: Final = _MODELS.tables[TABLE].to_metadata(
 
 _NEEDS_TEMP: Final = "comparing needs temporary tables: ask the primary, as a role that has TEMP on the database"
 _REFUSALS: Final[Mapping[str | None, str]] = {
-    READ_ONLY_SQL_TRANSACTION: _NEEDS_TEMP,  # a standby
+    READ_ONLY_SQL_TRANSACTION: _NEEDS_TEMP,  # on a standby
     INSUFFICIENT_PRIVILEGE: _NEEDS_TEMP,
     LOCK_NOT_AVAILABLE: (
         f"{TABLE} is locked by another session, a deployer at its last step or VACUUM FULL: ask again in a moment"
     ),
 }
 
-# A primary key counts by its columns, everything else by its name too. NOT NULL stands with its column: PostgreSQL 18
-# lists it among the constraints as well.
+# A primary key is compared by its columns, everything else by its name, too. NOT NULL is compared with its column:
+# PostgreSQL 18 also lists it as a constraint, which is left out here.
 _ITEMS: Final = text("""
     SELECT 'column ' || a.attname AS item,
            concat(format_type(a.atttypid, a.atttypmod), CASE WHEN a.attnotnull THEN ' NOT NULL' END,
@@ -63,24 +63,25 @@ _ITEMS: Final = text("""
 
 
 def differences(connection: Connection) -> list[str]:
-    """What the models define and `device_state` lacks or has otherwise, a sentence each; empty if there is nothing.
+    """How `device_state` differs from the models, a sentence for each difference; empty if it does not.
 
-    Columns with type, NOT NULL and default, comments, the primary key, indexes. What the table has besides is a team's
-    own and no difference.
+    Compared are the columns with type, NOT NULL and default, the comments, the primary key, and the indexes. What the
+    table has besides was added by a team and is not a difference.
 
-    Alembic's comparison does not see all of these. So the models' table is made beside it, as a temporary one in a
-    savepoint that is rolled back, and PostgreSQL describes both. No writer can have to wait for that.
+    Alembic's comparison does not see all of these. So the models' table is created as a temporary table, in a savepoint
+    that is rolled back, and PostgreSQL describes both tables. No writer waits for this.
 
     Raises:
-        CommandError: If temporary tables cannot be made, since the role lacks TEMP on the database or this is a
-            standby; or if the table is locked in ACCESS EXCLUSIVE mode for longer than a second.
+        CommandError: If temporary tables cannot be created, because the role lacks TEMP on the database or because this
+            is a standby; or if the table is locked in ACCESS EXCLUSIVE mode for longer than a second.
     """
     found = connection.scalar(text("SELECT CAST(to_regclass(:table) AS oid)"), {"table": TABLE})
     if found is None:
         return [f"table {TABLE} is missing"]
     try:
         with connection.begin_nested() as savepoint:
-            # To write out an index's predicate, PostgreSQL looks at the table: behind an ALTER TABLE that waits.
+            # To print the predicate of an index, PostgreSQL locks the table, and so waits behind an ALTER TABLE that
+            # waits itself.
             connection.execute(text("SET LOCAL lock_timeout = '1s'"))
             actual = _items(connection, found)
             _TEMPORARY.create(connection, checkfirst=False)

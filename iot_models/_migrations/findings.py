@@ -1,4 +1,4 @@
-"""What `check` finds in a database: where it stands, how it differs from the models, what a rollback left in it."""
+"""What `check` finds: the revision of a database, its differences from the models, and what a downgrade left in it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from iot_models._migrations.options import Options
     from iot_models._migrations.targets import Target
 
-# How the command line is called, in what it tells its users to run.
+# For messages that tell the user what to run.
 COMMAND: Final = "python -m iot_models.migrate"
-# The revision that adds the shadows, and what its downgrade makes: names that 076 gave them.
+# The revision that adds the shadows, and the table and the trigger that its downgrade creates.
 _SHADOWS: Final = "076"
 _PARKED: Final = "device_state_shadow_076"
 _TRIGGER: Final = "device_state_shadow_076_park"
@@ -29,9 +29,9 @@ class Findings:
     """The outcome of a check.
 
     Attributes:
-        problems: What keeps the database from standing at head and equalling the models, a sentence each.
-        verdict: The sentence to print where there is no problem.
-        note: What a reader should know besides, if there is anything. It is no problem.
+        problems: Why the database is not at head or does not equal the models, a sentence each.
+        verdict: The sentence to print if there is no problem.
+        note: Something else to know about the database, which is not a problem; None if there is nothing.
     """
 
     problems: list[str]
@@ -40,7 +40,7 @@ class Findings:
 
 
 def examine(target: Target, options: Options) -> Findings:
-    """Check a database. Nothing is changed, and a deployer at work is not waited for.
+    """Check a database. Nothing is changed, and another deployer is not waited for.
 
     Raises:
         CommandError: As for `runner.ask`, or as for `comparison.differences`.
@@ -55,7 +55,7 @@ def examine(target: Target, options: Options) -> Findings:
             problems=[
                 *([] if revision == head else [f"{database} {_elsewhere(revision, known)}"]),
                 *(f"{database}: {found}" for found in _interrupted_downgrade(connection)),
-                # Anywhere else than at head the schema has to differ.
+                # At any other revision than head the schema has to differ.
                 *(differences(connection) if revision == head else []),
             ],
             verdict=f"{database} stands at head ({head}) and equals the models",
@@ -77,9 +77,9 @@ def _elsewhere(revision: str | None, known: list[str]) -> str:
 
 
 def _interrupted_downgrade(connection: Connection) -> list[str]:
-    """What to do about a downgrade below 076 that has begun and not finished; empty if there is none.
+    """What to do about a downgrade below 076 that has begun and has not finished; empty if there is none.
 
-    While it runs, and after it was interrupted, a trigger copies every write of a shadow to the parked table.
+    While it runs, and if it was interrupted, a trigger copies every write of a shadow to the parked table.
     """
     found = connection.scalar(
         text("SELECT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = to_regclass(:table) AND tgname = :trigger)"),
@@ -94,7 +94,7 @@ def _interrupted_downgrade(connection: Connection) -> list[str]:
 
 
 def _parked_shadows(connection: Connection, *, below: bool) -> str | None:
-    """How many shadows are parked, and why; None without a parked table, or without the right to read it."""
+    """How many shadows are parked, and why; None if there is no parked table, or no right to read it."""
     readable = connection.scalar(text("SELECT has_table_privilege(to_regclass(:table), 'SELECT')"), {"table": _PARKED})
     if not readable:
         return None

@@ -1,4 +1,4 @@
-"""The options that Alembic's command takes as `-x name=value`, and ours as `--name value`."""
+"""The options of a migration: `-x name=value` for Alembic's command, `--name value` for ours."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from alembic.util import CommandError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# As callers give them; None: not given.
+# As a caller gives them; None: not given.
 Options: TypeAlias = "Mapping[str, str | None]"
 
 
 class Option(NamedTuple):
-    """One option: the values that it admits, and how messages and help texts describe it."""
+    """One option: a pattern for its values, and the texts for its error message and its help."""
 
     pattern: str
     expected: str
@@ -53,10 +53,10 @@ OPTIONS: Final = {
 
 
 def require_known(given: Mapping[str, str]) -> None:
-    """Refuse an option that does not exist, or a value that it does not admit.
+    """Refuse an unknown option or a value that an option does not take.
 
     Raises:
-        CommandError: If there is one. The message names what is admitted.
+        CommandError: If there is one. The message says what would be right.
     """
     for name, value in given.items():
         if name not in OPTIONS:

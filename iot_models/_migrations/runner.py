@@ -1,4 +1,4 @@
-"""The migration scripts that came with this package, run by Alembic with a configuration in memory: no ini file."""
+"""Run the migrations that this package contains, by Alembic with a configuration in memory and no ini file."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-# In a wheel they stand inside the package, in a checkout beside it.
+# In a wheel the scripts are inside the package, in a checkout beside it.
 _INSTALLED: Final = Path(__file__).parents[1] / "alembic"
 FOLDER: Final = _INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parents[1] / "alembic"
-# Alembic's `context` and `op` belong to the whole process: two threads would migrate each other's database.
+# Alembic's `context` and `op` are global to the process: two threads would migrate each other's database.
 _ONE_AT_A_TIME: Final = threading.Lock()
-_OPTION: Final = "--url"
+_OPTION: Final = "--url"  # gives our command line the URL
 
 
 def run(move: Callable[..., None], target: Target, revision: str, options: Options) -> None:
@@ -49,7 +49,7 @@ def run(move: Callable[..., None], target: Target, revision: str, options: Optio
 
 
 def offline(move: Callable[..., None], revision: str, options: Options) -> str:
-    """The SQL that `run` would run; no database is asked.
+    """The SQL that `run` would run. It needs no database.
 
     Raises:
         CommandError: If there is no such revision, or an option is wrong.
@@ -61,9 +61,9 @@ def offline(move: Callable[..., None], revision: str, options: Options) -> str:
 
 
 def ask(target: Target, options: Options, question: Callable[[str | None, Connection], _T]) -> _T:
-    """What a question about the database's revision (None before the first) and its connection gives.
+    """The answer to a question about a database: a function of its revision (None before the first) and a connection.
 
-    Nothing is changed, no deployer is waited for; what the question leaves uncommitted is rolled back.
+    Nothing is changed, and another deployer is not waited for. What the question does not commit is rolled back.
 
     Raises:
         CommandError: As for `run`.
@@ -74,7 +74,7 @@ def ask(target: Target, options: Options, question: Callable[[str | None, Connec
     def answer(revisions: tuple[str, ...], context: MigrationContext) -> list[object]:
         connection = cast("Connection", context.connection)  # None offline only
         answers.append(question(", ".join(revisions) or None, connection))
-        return []  # no revision is to run
+        return []  # run no revision
 
     with _config(options, engine=engine_for(target, option=_OPTION)) as config:
         scripts = ScriptDirectory.from_config(config)
@@ -84,10 +84,10 @@ def ask(target: Target, options: Options, question: Callable[[str | None, Connec
 
 
 def sql(revision_range: str, options: Options) -> str:
-    """The SQL from one revision to another, up or down; no database is asked.
+    """The SQL from one revision to another, up or down. It needs no database.
 
     Raises:
-        CommandError: If it is no range of revisions, or an option is wrong.
+        CommandError: If it is not a range of revisions, or an option is wrong.
     """
     first, _, last = revision_range.partition(":")
     if not (first and last):
@@ -98,12 +98,12 @@ def sql(revision_range: str, options: Options) -> str:
 
 
 def revisions() -> list[str]:
-    """All revisions, the first one first."""
+    """All revisions, the oldest first."""
     return [script.revision for script in _directory().walk_revisions()][::-1]
 
 
 def history() -> str:
-    """A line for each revision, the newest one first, as `alembic history` writes them."""
+    """A line for each revision, the newest first, as `alembic history` prints them."""
     lines = (
         script.cmd_format(verbose=False, include_branches=True, include_doc=True, include_parents=True)
         for script in _directory().walk_revisions()
@@ -112,7 +112,7 @@ def history() -> str:
 
 
 def _resolve(name: str) -> str:
-    """The revision that is meant by its own name, the beginning of it, or `head`; `base` stays itself.
+    """The revision that a name means: its own id, the beginning of it, or `head`. `base` stays `base`.
 
     Raises:
         CommandError: If there is none.

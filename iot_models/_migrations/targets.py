@@ -1,4 +1,4 @@
-"""The database that is to be migrated: the caller's engine, or one that is made from a URL."""
+"""The engine on which migrations run: the caller's, or one for a URL."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _APPLICATION_NAME: Final = "iot_models alembic"
 
 
 def engine_for(target: Target, *, option: str, fallback: str | None = None) -> Engine:
-    """The engine for a migration. Nothing connects.
+    """The engine for a migration. It does not connect.
 
     Args:
-        target: A URL, None for the environment's (by the rules of `database_url`), or an engine, whose pool is used.
-        option: How the caller's users give a URL, for the messages: `-x url=...`.
-        fallback: The URL where `target` and the environment give none.
+        target: A URL, by the rules of `database_url`; None for the environment's; or an engine, whose pool is used.
+        option: The option that gives a URL, for the messages: `-x url=...`.
+        fallback: The URL if neither `target` nor the environment gives one.
 
     Raises:
-        CommandError: If there is no URL, it is not PostgreSQL's, or its driver is async, unknown or not installed; or
-            if the engine is async or for another database.
+        CommandError: If there is no URL, if it is not PostgreSQL's, or if its driver is async, unknown or not
+            installed; or if the engine is async or for another database.
     """
     if isinstance(target, Engine) or hasattr(target, "sync_engine"):
         return _usable(target)
@@ -37,8 +37,8 @@ def engine_for(target: Target, *, option: str, fallback: str | None = None) -> E
     if url.get_dialect().is_async:
         raise CommandError(
             f"migrations run synchronously, and {url.drivername} is an async driver: write the URL as "
-            "postgresql+psycopg://..., or without a driver (in IOT_MODELS_DATABASE_URL, or as "
-            f"{option}, where DATABASE_URL is the service's)"
+            "postgresql+psycopg://..., or without a driver. If DATABASE_URL is the service's, set "
+            f"IOT_MODELS_DATABASE_URL or pass {option}"
         )
     try:
         import_driver(url)
@@ -55,5 +55,5 @@ def _usable(engine: object) -> Engine:
         )
     if engine.dialect.name != "postgresql":
         raise CommandError(f"iot_models works on PostgreSQL; this engine is for {engine.dialect.name}")
-    # The same pool. Migrations need transactions, also where the engine was made for AUTOCOMMIT.
+    # It has the same pool. Migrations need transactions, even if the engine was created for AUTOCOMMIT.
     return engine.execution_options(isolation_level="READ COMMITTED")

@@ -106,7 +106,7 @@ def test_ctrl_c_ends_with_one_line_and_the_next_run_goes_on_from_there(empty: st
         out, err = process.communicate(timeout=60)
 
     assert (process.returncode, out) == (130, "")
-    assert err == "interrupted: running the same command again goes on from there\n"
+    assert err == "interrupted: run the same command again to continue from there\n"
     migrate.upgrade(empty)
     assert migrate.current(empty) == HEAD
 
