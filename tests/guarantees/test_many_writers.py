@@ -9,7 +9,7 @@ import pytest
 
 from tests.guarantees.load.history import keep_history, read_rows
 from tests.guarantees.load.many_writers import SERIALIZATION, Findings, Load
-from tests.guarantees.load.record import READ, SECTIONS, WRITTEN
+from tests.guarantees.load.record import KINDS, READ, WRITTEN
 from tests.guarantees.load.workload import DEVICES, TENANTS
 from tests.guarantees.load.writer import ROLLED_BACK, Plan
 
@@ -50,7 +50,7 @@ def test_the_records_of_many_writers_and_the_rows_tell_one_story(
     assert (findings.errors[SERIALIZATION] > 0) == (isolation != "READ COMMITTED")
     # Nothing of this is proved by writers that had nothing to do: every call was taken, and refused where it can be.
     answers = findings.answers()
-    assert {kind for kind, status in answers if status in {WRITTEN, READ}} == set(SECTIONS)
+    assert {kind for kind, status in answers if status in {WRITTEN, READ}} == set(KINDS)
     assert {"VersionConflict", "LateReport", "UnknownVersion"} <= {status for _, status in answers}
 
 

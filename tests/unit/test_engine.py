@@ -60,13 +60,13 @@ def test_no_password_is_shown_to_people_wherever_it_stands_in_the_url() -> None:
     assert url.query["password"] == "hunter2"  # noqa: S105 - nobody's; the URL itself is as it was
 
 
-@pytest.mark.parametrize("door", [normalize_url, create_engine, create_async_engine])
+@pytest.mark.parametrize("entry", [normalize_url, create_engine, create_async_engine])
 @pytest.mark.parametrize("driver", ["nosuch", "", "psycopg+x"])
-def test_a_driver_that_nobody_knows_is_refused_by_name(door: Callable[[str], object], driver: str) -> None:
+def test_a_driver_that_nobody_knows_is_refused_by_name(entry: Callable[[str], object], driver: str) -> None:
     with pytest.raises(
         ValueError, match=rf"^postgresql\+{re.escape(driver)}: .*write the URL as postgresql\+psycopg://"
     ):
-        door(f"postgresql+{driver}://iot:s3cret@db/iot")
+        entry(f"postgresql+{driver}://iot:s3cret@db/iot")
 
 
 @pytest.mark.parametrize(

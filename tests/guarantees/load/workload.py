@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from tests.guarantees.load.record import MARK, Document, Entry, Operation
+from tests.guarantees.load.record import KINDS, MARK, Document, Entry, Operation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,8 +63,9 @@ class Workload:
 
     def _habits(self, kind: str) -> tuple[Callable[[str], Document], Callable[[Key], int | None]]:
         """How this kind makes documents and chooses versions."""
-        make = self._patch if "patch" in kind or kind == "orm_change" else self._document
-        if "reported" in kind:
+        write = KINDS[kind]
+        make = self._patch if write is not None and write.merges else self._document
+        if write is not None and write.section == "reported":
             return make, self._acked
         if kind in {"replace_desired", "patch_desired", "replace_desired_many"}:
             return make, self._expected
