@@ -27,7 +27,7 @@ _ONE_DEVICE: Final = (
     ("get", 8),
 )
 _SEVERAL: Final = (("replace_desired_many", 7), ("patch_desired_many", 7), ("replace_reported_many", 8))
-_KINDS: Final = _ONE_DEVICE + _SEVERAL
+KINDS_AND_WEIGHTS: Final = dict(_ONE_DEVICE + _SEVERAL)
 
 
 class Workload:
@@ -40,7 +40,7 @@ class Workload:
 
     def operations(self, unit: str, count: int) -> tuple[Operation, ...]:
         """Some operations for a unit of this name."""
-        kinds = self._random.choices([kind for kind, _ in _KINDS], [weight for _, weight in _KINDS], k=count)
+        kinds = self._random.choices(list(KINDS_AND_WEIGHTS), list(KINDS_AND_WEIGHTS.values()), k=count)
         return tuple(self._operation(kind, f"{unit}.{place}") for place, kind in enumerate(kinds))
 
     def _operation(self, kind: str, name: str) -> Operation:
