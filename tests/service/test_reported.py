@@ -8,7 +8,8 @@ import pytest
 from sqlalchemy import func, select, text
 
 from iot_models import DeviceNotFound, DocumentLimits, DocumentTooLarge, LateReport, ShadowService, UnknownVersion
-from tests.databases.devices import DEVICE, TENANT, add_device, counted_statements
+from tests.databases.devices import DEVICE, TENANT, add_device
+from tests.databases.statements import counted_statements
 
 if TYPE_CHECKING:
     from collections.abc import Callable
