@@ -1,9 +1,10 @@
-"""pytest fixtures for applications that use iot_models: databases at head, a session that is undone, a small fleet.
+"""pytest fixtures for applications that use iot_models: migrated databases, a session that is undone, a small fleet.
 
-pytest imports this module at every start, so it stands beside the package, whose import takes SQLAlchemy's time, and
-imports it where a fixture is asked for. No server starts before that.
+pytest imports this module at every start. So the module is outside the package, whose import also imports SQLAlchemy,
+and each fixture imports what it needs when a test asks for it. No server starts before that.
 
-It asserts nothing, and so may be imported before pytest gets to it: PYTEST_DONT_REWRITE.
+There are no assertions here for pytest to rewrite, so the module may be imported before pytest does it:
+PYTEST_DONT_REWRITE.
 """
 
 from __future__ import annotations
@@ -26,28 +27,28 @@ _USED = pytest.StashKey[str]()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Name the server that the run used, if it used one."""
+    """Print which server the run used, if it used one."""
     if _USED in config.stash:
         terminalreporter.write_line(f"shadow_server: {config.stash[_USED]}")
 
 
 @pytest.fixture(scope="session")
 def shadow_server(pytestconfig: pytest.Config) -> Iterator[PostgresServer]:
-    """The PostgreSQL of this run: the one at IOT_MODELS_TEST_DATABASE_URL, else a container, else the throwaway one."""
+    """The PostgreSQL of this run: at IOT_MODELS_TEST_DATABASE_URL, else a container, else the throwaway server."""
     from iot_models.testing import NoServerError, postgres_server  # noqa: PLC0415
 
     with ExitStack() as stack:
         try:
             server = stack.enter_context(postgres_server())
         except NoServerError as error:
-            raise pytest.fail.Exception(str(error), pytrace=False) from None  # the message is all there is to see
+            raise pytest.fail.Exception(str(error), pytrace=False) from None  # the message says enough
         pytestconfig.stash[_USED] = server.description
         yield server
 
 
 @pytest.fixture(scope="session")
 def shadow_template(shadow_server: PostgresServer) -> Iterator[str]:
-    """URL of a database at head, which all others are copied from. Override it to add tables of your own."""
+    """URL of a database at the newest revision. All others are copies of it. Override it to add tables of your own."""
     from iot_models import migrate, testing  # noqa: PLC0415
 
     with testing.database(shadow_server) as url:
@@ -57,7 +58,7 @@ def shadow_template(shadow_server: PostgresServer) -> Iterator[str]:
 
 @pytest.fixture
 def shadow_database(shadow_server: PostgresServer, shadow_template: str) -> Iterator[str]:
-    """URL of a database of this test's own, for what has to be committed: an application under test, async code."""
+    """URL of a database for this test alone, for code that commits or makes its own engine, and for async code."""
     from iot_models import testing  # noqa: PLC0415
 
     with testing.database(shadow_server, shadow_template) as url:
@@ -66,12 +67,12 @@ def shadow_database(shadow_server: PostgresServer, shadow_template: str) -> Iter
 
 @pytest.fixture(scope="session")
 def shadow_engine(shadow_server: PostgresServer, shadow_template: str) -> Iterator[Engine]:
-    """An engine on the database that the tests of this run share, and leave as they found it."""
+    """An engine on the database that the tests of this run share. Leave the database as it was."""
     from iot_models import testing  # noqa: PLC0415
     from iot_models.engine import create_engine  # noqa: PLC0415
 
     with testing.database(shadow_server, shadow_template) as url:
-        # Whoever stops at a debugger's prompt lets the transaction wait.
+        # No timeout: at the prompt of a debugger, the transaction is idle.
         engine = create_engine(url, idle_in_transaction_session_timeout=None)
         yield engine
         engine.dispose()
@@ -79,7 +80,7 @@ def shadow_engine(shadow_server: PostgresServer, shadow_template: str) -> Iterat
 
 @pytest.fixture
 def shadow_session(shadow_engine: Engine) -> Iterator[Session]:
-    """A session whose commits and rollbacks end savepoints; all that it did is undone after the test."""
+    """A session whose commits and rollbacks end savepoints only. All its changes are undone after the test."""
     from sqlalchemy.orm import Session  # noqa: PLC0415
 
     with shadow_engine.connect() as connection, connection.begin() as transaction:
@@ -90,9 +91,9 @@ def shadow_session(shadow_engine: Engine) -> Iterator[Session]:
 
 @pytest.fixture
 def shadow_fleet(shadow_session: Session) -> SampleFleet:
-    """Ten devices in `shadow_session`, one in each state for each of two tenants; their names."""
+    """Ten devices in `shadow_session`: one in each of five states, and five of another tenant. Returns their ids."""
     from iot_models.testing.sample_fleet import add_sample_fleet  # noqa: PLC0415
 
     fleet = add_sample_fleet(shadow_session)
-    shadow_session.commit()  # ends a savepoint: the fleet stays where the test rolls back
+    shadow_session.commit()  # ends a savepoint, so that a rollback in the test does not undo the fleet
     return fleet

@@ -1,4 +1,4 @@
-"""Many devices in one call: reports and patches, 1 to 10,000 of them."""
+"""Many devices in one call: 1 to 10,000 reports or patches."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 SECTION = "batches"
 SIZES = (1, 10, 100, 1_000, 10_000)
-LOOP_UP_TO = 1_000  # at 600 µs a device and more, 10,000 in a loop would take most of the run
+LOOP_UP_TO = 1_000  # at 600 µs per device or more, a loop over 10,000 devices would take most of the run
 DEVICES = 20_000
 
-# The best that one can write by hand: one statement, the guards in it.
+# The best that can be written by hand: one statement with the guards in it.
 REPORTS = """
     UPDATE device_state d SET reported_state = n.document::jsonb, reported_version = n.acked, last_seen_at = now()
       FROM unnest(%s::text[], %s::text[], %s::int[]) AS n(device_id, document, acked)
@@ -56,7 +56,7 @@ PATCHES = """
 
 
 class Slices:
-    """The next `size` devices of the fleet, from the front again after its end."""
+    """Returns the next `size` devices of the fleet; after the last device comes the first again."""
 
     def __init__(self) -> None:
         self._place = 0

@@ -1,11 +1,11 @@
-"""How fast is the service, beside the limit and beside what a user would write instead?
+"""How fast is the service, compared with the upper limit and with what a user would write instead?
 
     python benchmarks/bench.py [--rounds 9] [--only SECTION ...] [--no-report]
 
-It runs on a PostgreSQL of its own, once with a disk that is waited for and once with `synchronous_commit=off`; or on
-the server that IOT_MODELS_BENCH_URL names, in a database of its own (`iot_models_bench`), which it drops. It prints its
-tables and writes benchmarks/results.md and the plots beside it. A missed target is said to be missed; the exit code is
-0.
+It runs on a throwaway server, once durable (each commit waits for the disk) and once with `synchronous_commit=off`. If
+IOT_MODELS_BENCH_URL is set, it runs on that server, in a database of its own (`iot_models_bench`), which it drops. It
+prints its tables and writes benchmarks/results.md and the plots beside it. The tables say which targets are missed; the
+exit code is 0 all the same.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ URL_VARIABLE = "IOT_MODELS_BENCH_URL"
 SECTIONS = ("one device", "tasks", "batches", "fleet", "storage", "documents")
 FLEETS = (10_000, 100_000, 1_000_000)
 SETTINGS = {DURABLE: {"synchronous_commit": "on"}, RELAXED: {"synchronous_commit": "off"}}
-# What a server for this has; the throwaway one's own defaults are those of data that is thrown away.
+# Settings as in production. The throwaway server's own defaults are not durable.
 SERVER = {
     "fsync": "on",
     "full_page_writes": "on",
@@ -55,7 +55,7 @@ SERVER = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9, help="rounds that count (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="number of measured rounds (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="some sections only")
     parser.add_argument("--no-report", action="store_true", help="print the tables and write no file")
     arguments = parser.parse_args()
@@ -74,7 +74,7 @@ def main() -> None:
 
 @contextmanager
 def server() -> Iterator[tuple[str, Path, str]]:
-    """The server's URL, the folder of its pgbench, and what to call it."""
+    """Provide the server's URL, the folder of its pgbench, and its description."""
     given = os.environ.get(URL_VARIABLE)
     if not given:
         with throwaway.postgres(settings=SERVER) as own:

@@ -1,4 +1,4 @@
-"""One device at a time, written by hand: the limit, and what a careful user would write."""
+"""One device at a time, written by hand: the upper limit, and what a careful user would write."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LOCK = """
     SELECT desired_state, desired_version FROM device_state WHERE tenant_id = %s AND device_id = %s
        FOR NO KEY UPDATE
 """
-# pgbench counts i up; each device is written once in DEVICES transactions, so its version is known.
+# pgbench increments i. Each device is written once per DEVICES transactions, so its version is known.
 _VARIABLES = f"""\\set i :i + 1
 \\set d :i % {DEVICES}
 \\set v 2 + :i / {DEVICES}
@@ -120,7 +120,7 @@ def _by_hand_works(connection: psycopg.Connection, devices: Devices) -> dict[str
 
 
 def by_core(stack: ExitStack, url: str) -> Works:
-    """The service's own statements, executed by hand: what SQLAlchemy itself costs."""
+    """The service's own statements, executed without the service: what SQLAlchemy itself costs."""
     engine = engine_of(stack, url, autocommit=True)
     connection = stack.enter_context(engine.connect())
     devices = Devices("core")
@@ -156,7 +156,7 @@ def by_core(stack: ExitStack, url: str) -> Works:
 
 
 def by_driver_sql(stack: ExitStack, url: str) -> Works:
-    """The psycopg statements as text through SQLAlchemy's Connection: what is left of it where nothing is compiled."""
+    """The psycopg statements as text through SQLAlchemy's Connection: what it costs where it compiles nothing."""
     connection = stack.enter_context(engine_of(stack, url, autocommit=True).connect())
     devices = Devices("driver")
 
@@ -188,7 +188,7 @@ def asyncpg_works(connection: asyncpg.Connection, devices: Devices) -> dict[str,
 
     def decoded(row: asyncpg.Record) -> list[Any]:
         values = list(row)
-        values[2:4] = json.loads(values[2]), json.loads(values[3])  # psycopg and SQLAlchemy decode documents too
+        values[2:4] = json.loads(values[2]), json.loads(values[3])  # psycopg and SQLAlchemy decode documents, too
         return values
 
     async def get() -> None:

@@ -1,4 +1,4 @@
-"""Questions to a whole fleet, from ten thousand to a million devices, one in a hundred of them pending."""
+"""Queries over a whole fleet of ten thousand to a million devices, of which one in a hundred is pending."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PENDING = f"""
 
 
 def measure(url: str, devices: int, rounds: int, progress: Progress) -> list[Figure]:
-    """Pages of pending, first and deep, and counts, over a fleet that is loaded."""
+    """Measure the first page and a deep page of pending devices, and counts. The fleet must be loaded."""
     setting = f"{devices:,} devices"
     deep = f"device-{devices * 9 // 10:07}"
     figures: list[Figure] = []
@@ -56,7 +56,7 @@ def measure(url: str, devices: int, rounds: int, progress: Progress) -> list[Fig
             return count
 
         depth = max(devices // 100 * 9 // 10, 1) - 1
-        full = min(PAGE, devices // 1000)  # what is left behind nine tenths
+        full = min(PAGE, devices // 1000)  # what is left after nine tenths of the fleet
         works: dict[str, dict[str, Callable[[], float]]] = {
             "page of pending, first": {
                 "ours": timed(lambda: _full(len(service.pending(limit=PAGE)), PAGE)),
@@ -76,7 +76,8 @@ def measure(url: str, devices: int, rounds: int, progress: Progress) -> list[Fig
             "drifted, none found": {"ours": timed(lambda: service.drifted(limit=PAGE))},
         }
         for work, turns in works.items():
-            some = rounds if work.startswith(("page", "count")) else min(rounds, 3)  # a second each at a million
+            # The slow ones take about a second each for a million devices.
+            some = rounds if work.startswith(("page", "count")) else min(rounds, 3)
             for name, measured in interleaved(turns, some, progress, f"{work}, {setting}").items():
                 figures.append(Figure(SECTION, work, name, setting, "s", measured))
     return figures
@@ -84,11 +85,11 @@ def measure(url: str, devices: int, rounds: int, progress: Progress) -> list[Fig
 
 def _full(found: int, least: int) -> None:
     if found < least:
-        raise AssertionError(f"{found} found where {least} are pending")
+        raise AssertionError(f"{found} found, at least {least} expected")
 
 
 def memory(url: str, devices: int, progress: Progress) -> list[Figure]:
-    """The peak memory of a process of its own that iterates over all pending devices, and of one that reads 100."""
+    """Measure the peak memory of two processes: one iterates over 100 pending devices, one over all."""
     figures = []
     for limit in (100, devices):
         progress.say(f"iter_pending over {limit:,}", at_once=True)
@@ -116,9 +117,8 @@ def _iterate(url: str, limit: int) -> int:
                 break
         _full(seen, limit)
     status = Path("/proc/self/status")
-    if (
-        status.exists()
-    ):  # ru_maxrss would be that of the parent, where it was larger before the child became this program
+    # Not ru_maxrss where it can be avoided: it includes what the parent used when it started this process.
+    if status.exists():
         peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(peak.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

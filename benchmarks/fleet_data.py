@@ -1,4 +1,4 @@
-"""The data that all measurements work on: documents as thermostats have them, and fleets of rows."""
+"""The data that the measurements share: the documents of a thermostat, and fleets of rows."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from iot_models.engine import create_engine
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    # A contender's name, the prefix of its devices, and by kind of work what runs one turn of it.
+    # By contender: the prefix of its devices, and for each kind of work a function that runs one turn of it.
     Works: TypeAlias = dict[str, tuple[str, dict[str, Callable[[], float]]]]
 
 TENANT = "acme"
-DEVICES = 500  # of each contender: rewriting one row again and again would measure its dead versions
+DEVICES = 500  # per contender: writing the same row again and again would measure the row's dead versions
 
 DOCUMENT: dict[str, Any] = {
     "mode": "heat",
@@ -34,7 +34,7 @@ DOCUMENT: dict[str, Any] = {
 }
 PATCH: dict[str, Any] = {"target_c": 19.0, "fan": {"speed": 3}}
 
-# What the service returns for a device, and so what the hand-written statements return too.
+# The columns that the service returns for a device. The hand-written statements return the same ones.
 COLUMNS = (
     "tenant_id, device_id, desired_state, reported_state, desired_version, reported_version, shadow_updated_at, "
     "last_seen_at"
@@ -51,13 +51,13 @@ ROWS = """
 
 
 def plain(url: str) -> str:
-    """The URL as psycopg, asyncpg and pgbench take it."""
+    """Return the URL in the form that psycopg, asyncpg and pgbench accept."""
     return make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
 
 
 @contextmanager
 def database(server_url: str, name: str, **settings: str) -> Iterator[str]:
-    """A migrated database of this run's own on the server, with these settings; dropped afterwards."""
+    """Create a migrated database with these settings on the server, and drop it afterwards."""
     with psycopg.connect(plain(server_url), autocommit=True) as server:
         server.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
         server.execute(f"CREATE DATABASE {name}")
@@ -72,19 +72,19 @@ def database(server_url: str, name: str, **settings: str) -> Iterator[str]:
 
 
 def load(url: str, devices: int, *, tenant: str = TENANT, prefix: str = "device-") -> None:
-    """Devices `<prefix>0000000` and up, one in a hundred pending; then vacuumed, analysed, and written to the disk."""
+    """Insert devices from `<prefix>0000000` on, one in a hundred pending. Then vacuum, analyze and checkpoint."""
     with psycopg.connect(plain(url), autocommit=True) as connection:
         connection.execute(
             ROWS,
             {"tenant": tenant, "prefix": prefix, "devices": devices, "document": psycopg.types.json.Jsonb(DOCUMENT)},
         )
         connection.execute("VACUUM ANALYZE device_state")
-        with suppress(psycopg.errors.InsufficientPrivilege):  # on a given server
-            connection.execute("CHECKPOINT")  # else what was loaded is written out while something is measured
+        with suppress(psycopg.errors.InsufficientPrivilege):  # possible on a given server
+            connection.execute("CHECKPOINT")  # otherwise the rows are written to the disk during a measurement
 
 
 class Devices:
-    """The devices of one contender, round and round, and the version that each of them has."""
+    """The devices of one contender in an endless cycle, and the current version of each."""
 
     def __init__(self, prefix: str) -> None:
         self._turn = itertools.cycle([f"{prefix}-{n:07}" for n in range(DEVICES)])

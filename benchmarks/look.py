@@ -1,4 +1,4 @@
-"""How the plots look: colours for light and dark pages, fonts, and the SVG file itself."""
+"""The style of the plots: colours for light and dark pages, fonts, and the SVG file itself."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
-# Who is drawn in what: the colour on a light page, and the one that takes its place on a dark page. Ours is strong, the
-# others are muted; hue and lightness both differ, for the colour-blind.
+# The colours on a light page; DARK has the colours that replace them on a dark page. Our colour is strong, the others
+# are muted. They differ in hue and in lightness, for readers who are colour-blind.
 PAPER: Final = "#ffffff"
 INK: Final = "#1f2329"
 FAINT_INK: Final = "#59636f"
@@ -22,16 +22,17 @@ DARK: Final = {
     PAPER: "#0d1117", INK: "#e6edf3", FAINT_INK: "#9aa4af", GRID: "#2b323b",
     OURS: "#6cb0ff", SLATE: "#8d97a3", TEAL: "#5fa99e", OCHRE: "#b8934a", PLUM: "#b785ad",
 }  # fmt: skip
-OTHERS: Final = {  # by how the contender's name begins
+OTHERS: Final = {  # by the beginning of the contender's name
     "asyncpg": TEAL, "ORM": OCHRE, "SQLAlchemy": PLUM, "deepdiff": OCHRE, "jsonpatch": PLUM,
 }  # fmt: skip
 
-# DejaVu Sans comes with matplotlib: the places of texts are reckoned with it. It is wide, so that the page's own fits.
+# DejaVu Sans comes with matplotlib, which computes the positions of texts with it. It is wide, so the fonts of the page
+# need no more room.
 MEASURED_FONT: Final = "DejaVu Sans"
 SHOWN_FONT: Final = "system-ui, -apple-system, 'Segoe UI', 'Noto Sans', Helvetica, Arial, sans-serif"
 STYLE: Final[dict[Any, Any]] = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "iot_models",  # else ids, and so the file, differ from run to run
+    "svg.hashsalt": "iot_models",  # otherwise the ids, and so the file, are different in each run
     "font.family": [MEASURED_FONT],
     "font.size": 8.5,
     "text.color": INK,
@@ -59,12 +60,12 @@ def colour_of(contender: str) -> str:
 
 
 def as_svg(canvas: Canvas, title: str, in_words: str) -> str:
-    """The file: without dates and versions, with texts for those who listen, and colours for a dark page."""
+    """Return the SVG file: without dates and versions, with texts for screen readers and colours for a dark page."""
     buffer = io.StringIO()
     canvas.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = re.sub(r"\s*<!--.*?-->|<!DOCTYPE.*?>\n", "", buffer.getvalue(), flags=re.DOTALL)
     svg = svg.replace(f"'{MEASURED_FONT}'", SHOWN_FONT)
-    # A renderer that knows no media queries keeps the light colours, which stand at each element.
+    # A renderer without media queries uses the light colours, which are in the style of each element.
     rules = "\n".join(
         f'   [style*="{what}: {light}"] {{ {what}: {dark} !important }}'
         for light, dark in DARK.items()

@@ -1,4 +1,4 @@
-"""The ORM the usual way: load, change, flush."""
+"""SQLAlchemy's ORM as it is usually used: load, change, flush."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Columns:
 
 
 class Versioned(Columns, Base):
-    """The ORM's own optimistic lock: what a user writes who has no package for it."""
+    """With the ORM's own optimistic lock (`version_id_col`), as a user without this package would write it."""
 
     __tablename__ = "device_state"
     desired_version: Mapped[int] = mapped_column(Integer)
@@ -46,7 +46,7 @@ class OtherBase(DeclarativeBase):
 
 
 class Unversioned(Columns, OtherBase):
-    """The same without: a report must not raise the version."""
+    """The same without the lock, because a report must not raise the version."""
 
     __tablename__ = "device_state"
 

@@ -1,4 +1,4 @@
-"""Plots of a run as SVG, for light and dark pages, the same bytes for the same figures."""
+"""Plots of a run as SVG, for light and dark pages. The same figures give the same bytes."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rounds import Figure
 
-DASHES: Final = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))  # contenders of one colour
+DASHES: Final = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))  # for contenders of the same colour
 MARKERS: Final = "osD^"
 
-WIDTH: Final = 8.6  # inches: 826 pixels, as wide as GitHub shows a picture
-WIDE: Final = 1_000  # a logarithmic axis that spans more has ticks at powers of ten only
-LABEL_GAP: Final = 0.105  # of the panel's height, for two lines of text
+WIDTH: Final = 8.6  # inches: 826 pixels, the width in which GitHub shows a picture
+WIDE: Final = 1_000  # a logarithmic axis with a larger ratio of its ends has ticks at powers of ten only
+LABEL_GAP: Final = 0.105  # share of the panel's height, for two lines of text
 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One contender's bar: its figure in the plot's unit, with the fastest and the slowest round."""
+    """One contender's figure in the plot's unit: the median, the lowest and the highest round."""
 
     low: float
     median: float
@@ -39,15 +39,15 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """A plot: which figures, and what of them. `place` says in which panel a figure is, and where along x."""
+    """A plot: which figures it shows, and how. `place` returns the panel of a figure and its place on the x axis."""
 
     section: str
-    work: str  # how the figure's work begins
+    work: str  # the beginning of the figure's `work`
     title: str
     x_label: str
     unit: str
     place: Callable[[Figure], tuple[str, str]]
-    amount: Callable[[float, str], float]  # of a round's value, at that place along x
+    amount: Callable[[float, str], float]  # from a round's value and its place on the x axis to the plot's unit
     is_log: bool = True
 
 
@@ -84,12 +84,12 @@ PLOTS: Final = {
     ),
 }  # fmt: skip
 
-# Panel by panel, contender by contender, place by place along x.
+# By panel, by contender, by place on the x axis.
 Panels = dict[str, dict[str, dict[str, Bar]]]
 
 
 def draw(figures: list[Figure], folder: Path) -> list[Path]:
-    """Draw each plot of which there are figures; returns the files."""
+    """Draw each plot that there are figures for. Return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn: list[Path] = []
     for name, plot in PLOTS.items():
@@ -113,7 +113,7 @@ def draw(figures: list[Figure], folder: Path) -> list[Path]:
 def _canvas(
     height: float, panels: Sequence[str], *, left: float, between: float, right: float
 ) -> tuple[Canvas, list[Axes]]:
-    """Panels side by side; the margins are in inches."""
+    """Return a canvas with panels side by side. The margins are in inches."""
     canvas = Canvas(figsize=(WIDTH, height), facecolor=PAPER)
     width = (WIDTH - left - right - between * (len(panels) - 1)) / len(panels)
     found = []
@@ -140,7 +140,7 @@ def _bars(plot: Plot, panels: Panels) -> Canvas:
         key=lambda contender: [
             found[contender][""].median for found in reversed(panels.values()) if contender in found
         ],
-        reverse=True,  # the first stands at the bottom
+        reverse=True,  # the first is drawn at the bottom
     )
     canvas, all_axes = _canvas(1.75 + 0.25 * len(contenders), list(panels), left=3.25, between=0.3, right=0.2)
     for axes, found in zip(all_axes, panels.values(), strict=True):
@@ -179,13 +179,13 @@ def _lines(plot: Plot, panels: Panels) -> Canvas:
         if plot.is_log:
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < WIDE else (1,)))
-            axes.set_ylim(low / 1.3, high * 1.3)  # one scale, so that the panels compare
+            axes.set_ylim(low / 1.3, high * 1.3)  # the same scale for all panels, so that they can be compared
         else:
             axes.set_ylim(0, 1.05 * max(bar.high for along in found.values() for bar in along.values()))
         axes.yaxis.set_major_formatter(FuncFormatter(_plain))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(axis="y")
-        styles: dict[str, int] = defaultdict(int)  # how many lines of a colour there are
+        styles: dict[str, int] = defaultdict(int)  # the number of lines drawn so far, by colour
         for contender, along in sorted(found.items(), key=lambda item: is_ours(item[0])):  # ours on top
             colour, ours = colour_of(contender), is_ours(contender)
             style = styles[colour] % len(DASHES)
@@ -203,7 +203,7 @@ def _lines(plot: Plot, panels: Panels) -> Canvas:
 
 
 def _label(axes: Axes, ends: list[tuple[float, float, str]]) -> None:
-    """Name the lines right of the panel, beside their ends as far as the names leave each other room."""
+    """Write the names of the lines to the right of the panel, near the ends of the lines and without overlap."""
     to_fraction = (axes.transData + axes.transAxes.inverted()).transform
     ends = sorted(ends, key=lambda end: end[1])
     beside = 1 + 0.27 / (axes.get_position().width * WIDTH)
@@ -221,7 +221,7 @@ def _label(axes: Axes, ends: list[tuple[float, float, str]]) -> None:
 
 
 def _apart(heights: list[float]) -> list[float]:
-    """The heights, rising, each pushed off its neighbours until there is room for a name."""
+    """Return the heights, which must be ascending, moved apart until each has room for a name."""
     placed = heights.copy()
     for _ in range(200):
         for n in range(len(placed) - 1):
@@ -233,7 +233,7 @@ def _apart(heights: list[float]) -> list[float]:
 
 
 def _along(found: dict[str, dict[str, Bar]]) -> dict[str, float]:
-    """Where each place is: numbers by their logarithms, words one after another."""
+    """Return the position of each place on the x axis: logarithms of numbers, or the order of words."""
     names = list(dict.fromkeys(x for along in found.values() for x in along))
     numbers = [name.replace(",", "") for name in names]
     if all(number.isdigit() for number in numbers):
@@ -250,7 +250,7 @@ def _short(number: str) -> str:
 
 
 def _in_words(plot: Plot, panels: Panels) -> str:
-    """The medians, for those who do not see the picture."""
+    """Return the medians as text, for readers who cannot see the picture."""
     sentences = []
     for panel, found in panels.items():
         for contender, along in found.items():

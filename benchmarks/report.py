@@ -1,4 +1,4 @@
-"""What a run found, as Markdown for the repository and as tables on the terminal."""
+"""The results of a run, as Markdown for the repository and as tables on the terminal."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def markdown(figures: list[Figure], targets: list[Target], server: str, rounds: 
         (
             f"Written by the run of {datetime.now(UTC):%Y-%m-%d}: PostgreSQL {server}, "
             f"{platform.python_implementation()} {platform.python_version()}, {libraries}; {os.cpu_count()} cores, "
-            f"which server and client share. Medians of {rounds} rounds, in brackets the fastest and the slowest; "
-            "contenders took turns, round by round. Microseconds are this machine's; only ratios within one run are "
-            "claimed. How to read them: [docs/performance.md](../docs/performance.md)."
+            f"which server and client share. Medians of {rounds} rounds, with the fastest and the slowest in brackets; "
+            "the contenders took turns in each round. Microseconds depend on this machine; only ratios within one run "
+            "are claimed. How to read them: [docs/performance.md](../docs/performance.md)."
         ),
     ]
     for title, columns, rows in _tables(figures, targets):

@@ -1,4 +1,4 @@
-"""Measuring side by side: contenders take turns, round by round, so that what else the machine does hits all alike."""
+"""Measuring in rounds: each contender has a turn in each round, so that other load on the machine affects all alike."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Figure:
     """What one contender needed for one kind of work.
 
     Attributes:
-        section: The kind of measurement: "one device", "batches" ...
-        work: What was done: "replace desired", "1,000 reports" ...
-        contender: Who did it.
-        setting: Durability, or the fleet's size; "" where there is but one.
-        unit: Of `rounds`: "s" a piece of work, "bytes", "operations/s".
-        rounds: One value a round; round n of one contender ran beside round n of all others of its work.
+        section: The group of measurements: "one device", "batches" and so on.
+        work: What was done: "replace desired", "1,000 reports" and so on.
+        contender: What did it: "ours, long session", "psycopg by hand, autocommit" and so on.
+        setting: The durability, or the size of the fleet; "" if there is only one.
+        unit: The unit of `rounds`: "s" (for one operation), "bytes", "share" or "operations/s".
+        rounds: One value per round. Round n of all contenders of the same work ran at about the same time.
     """
 
     section: str
@@ -41,17 +41,17 @@ class Figure:
 
     @property
     def spread(self) -> tuple[float, float]:
-        """The fastest and the slowest round."""
+        """The lowest and the highest value of a round."""
         return min(self.rounds), max(self.rounds)
 
 
 def ratio(over: Figure, under: Figure) -> float:
-    """How often `under` goes into `over`: the median over the rounds, each compared within itself."""
+    """Return `over` divided by `under`: the median of the ratios of the rounds."""
     return median(a / b for a, b in zip(over.rounds, under.rounds, strict=True))
 
 
 class Progress:
-    """One line on standard error, at most every two seconds."""
+    """Prints a line on standard error, at most every two seconds."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
@@ -67,16 +67,19 @@ class Progress:
 def interleaved(
     contenders: Mapping[str, Callable[[], float]], rounds: int, progress: Progress, label: str
 ) -> dict[str, tuple[float, ...]]:
-    """Run every contender once a round, in another order each time; one more round before warms up and is not counted.
+    """Run each contender once per round, in a different order each time. A first round warms up and is not measured.
 
     Args:
-        contenders: By name, what runs one turn and returns its figure (seconds a piece of work, operations a second).
-        rounds: How many count.
-        progress: Where to say how far it is.
-        label: What is being measured.
+        contenders: By name, a function that runs one turn and returns its figure, for example seconds per operation.
+        rounds: The number of measured rounds.
+        progress: Prints how far the measurement is.
+        label: What is measured. It also determines the order of the contenders.
+
+    Returns:
+        The figures of each contender, one per round.
     """
     order = list(contenders)
-    shuffle = random.Random(label).shuffle  # the same order each run
+    shuffle = random.Random(label).shuffle  # the same orders in each run
     figures: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 1):
         shuffle(order)
@@ -89,7 +92,7 @@ def interleaved(
 
 
 def timed(once: Callable[[], object], seconds: float = 0.05) -> Callable[[], float]:
-    """A turn that repeats `once` for about `seconds` and returns the seconds a piece."""
+    """Return a turn that repeats `once` for about `seconds` and returns the seconds per call."""
     repeats = 0
 
     def turn() -> float:

@@ -1,4 +1,4 @@
-"""One device at a time, one client: what each way of writing and reading a shadow costs."""
+"""One device at a time, one client: the time of each way to write and to read a shadow."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def _per_write(engine: Engine, devices: Devices) -> dict[str, Callable[[], float
 
 
 def _asynchronous(stack: ExitStack, url: str) -> Works:
-    """One task; each turn is one run of the loop, so that starting the loop is not counted."""
+    """One task. The event loop is started once before the turns, so that its start is not measured."""
     runner = stack.enter_context(asyncio.Runner())
     resources = AsyncExitStack()
     runner.run(resources.__aenter__())

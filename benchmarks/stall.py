@@ -1,13 +1,13 @@
-"""How long does a writer wait while `device_state` is migrated under it?
+"""How long does a writer wait while `device_state` is migrated?
 
-Four processes write heartbeats, each as fast as it can. Meanwhile the table is migrated by our Alembic revisions or by
-raw SQL, each on a fresh copy of the same data, in the same run. The figure is the longest single write, beside the
-longest of an idle run of the same length: what scheduling and disk cost anyway.
+Four processes write heartbeats, with a short pause between two writes. Meanwhile the table is migrated, by our Alembic
+revisions or by raw SQL, each time on a new copy of the same data. The figure is the longest single write, compared with
+the longest write of an idle run of the same length, which is what scheduling and the disk cost anyway.
 
     python benchmarks/stall.py [--rows 100000 1000000 4000000] [--rounds 3] [--durable] [--report benchmarks/stall.md]
 
-It runs on a PostgreSQL of its own, which is removed afterwards. Exit code 1: a write failed, a shadow was lost, or a
-target was missed (and the report says which).
+It runs on a throwaway server. The exit code is 1 if a write failed, a shadow was lost, or a target was missed; the
+report says which.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ if TYPE_CHECKING:
 CHECKOUT = Path(__file__).resolve().parents[1]
 WRITERS: Final = 4
 WARM_UP_SECONDS: Final = 2.0
-OBSERVED_SECONDS: Final = 2.0  # at least: writes that a short step delays end after it
+OBSERVED_SECONDS: Final = 2.0  # at least: writes that a short migration delays end after it
 IDLE_SECONDS: Final = 20.0
 TARGET: Final = 3.0  # times the longest write of an idle run
-ALL_UP_TO: Final = 1_000_000  # rows, for the cases in which every device has a shadow
+ALL_UP_TO: Final = 1_000_000  # rows, in the cases in which each device has a shadow
 DURABLE: Final = {"fsync": "on", "full_page_writes": "on", "synchronous_commit": "on"}
 
 HEARTBEAT = """
@@ -97,14 +97,14 @@ NAIVE_DOWN = RAW_DOWN.replace(
 
 @dataclass(frozen=True, slots=True)
 class Writes:
-    """All writes of a run: when each began and how long it took, in seconds; `errors` has what went wrong."""
+    """The writes of a run: when each began and how long it took, in seconds, and the messages of failed ones."""
 
     began: array[float]
     took: array[float]
     errors: list[str]
 
     def within(self, begin: float, end: float) -> list[float]:
-        """The durations, sorted, of the writes that overlap with the time from `begin` to `end`."""
+        """Return the sorted durations of the writes that overlap with the time from `begin` to `end`."""
         return sorted(
             took for began, took in zip(self.began, self.took, strict=True) if began < end and began + took > begin
         )
@@ -112,10 +112,10 @@ class Writes:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What the writers saw of one case, in seconds."""
+    """The writes during one case, in seconds."""
 
     began: float
-    seconds: float  # the operation's own
+    seconds: float  # how long the migration took
     window: float
     took: list[float]
     errors: list[str]
@@ -129,13 +129,13 @@ class Observation:
 
 
 def _heartbeats(url: str, rows: int, seed: int, pause: float, stop: Event, results: Connection) -> None:
-    """One writer: a heartbeat of a random device, again and again."""
+    """Write heartbeats of random devices until `stop` is set. This is the program of one writer process."""
     chosen = random.Random(seed)
     began, took = array("d"), array("d")
     errors: list[str] = []
     with psycopg.connect(url, autocommit=True, application_name="writer") as connection:
         results.send("connected")
-        gc.disable()  # its pauses would be ours, not the server's
+        gc.disable()  # its pauses would look like pauses of the server
         while not stop.is_set():
             number = chosen.randint(1, rows)
             start = time.monotonic()
@@ -154,8 +154,8 @@ def _heartbeats(url: str, rows: int, seed: int, pause: float, stop: Event, resul
 
 @contextmanager
 def _writers(url: str, rows: int, pause: float) -> Iterator[Callable[[], Writes]]:
-    """Run the writers; the function ends them and returns what they saw."""
-    context = multiprocessing.get_context("spawn")  # a forked child would keep the throwaway server alive
+    """Run the writers. The function that it provides ends them and returns their writes."""
+    context = multiprocessing.get_context("spawn")  # a forked child would keep the throwaway server running
     stop = context.Event()
     started = []
     for seed in range(WRITERS):
@@ -186,7 +186,7 @@ def _writers(url: str, rows: int, pause: float) -> Iterator[Callable[[], Writes]
 
 
 class Bench:
-    """One server, its databases, and what is done to them."""
+    """A server, its databases, and the operations on them."""
 
     def __init__(self, server: throwaway.Server, pause: float) -> None:
         self.server = server
@@ -204,7 +204,10 @@ class Bench:
                 connection.execute(statement)
 
     def fill(self, database: str, rows: int, *, every: int | None) -> None:
-        """Make a database with `rows` devices; with `every`, at head, every so manieth has a shadow."""
+        """Create a database with `rows` devices.
+
+        With `every` it is migrated to head, and one in `every` devices has a shadow. Otherwise it is at revision 075.
+        """
         self.execute("postgres", f"CREATE DATABASE {database}")
         self.execute(database, (CHECKOUT / "tests" / "data" / "075.sql").read_text())
         every_row = ROWS.format(tenants=TENANTS, rows=rows)
@@ -222,7 +225,7 @@ class Bench:
                 self.execute(
                     database, f"INSERT INTO device_state ({columns}) {every_row} WHERE i / {TENANTS} % {every} > 0"
                 )
-        # Heartbeats have left room on the pages of a table in use.
+        # A table in use has free space on its pages, where heartbeats left dead versions of rows.
         self.execute(
             database,
             "UPDATE device_state SET last_seen_at = now() WHERE right(device_id, 1) = '7'",
@@ -231,7 +234,7 @@ class Bench:
 
     @contextmanager
     def copy(self, template: str) -> Iterator[str]:
-        """A copy of the database, on disk before the block begins; dropped after it."""
+        """Copy the database, and drop the copy after the block. The copy is on the disk when the block begins."""
         name = "bench_copy"
         self.execute("postgres", f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY FILE_COPY")
         self.execute("postgres", "CHECKPOINT")
@@ -243,7 +246,7 @@ class Bench:
 
     @contextmanager
     def autovacuum(self, database: str) -> Iterator[Callable[[], None]]:
-        """Make autovacuum come to the table and stay there; the function waits until it is at work."""
+        """Make autovacuum work slowly on the table. The function that it provides waits until it works."""
         self.execute(
             database,
             "ALTER TABLE device_state SET (autovacuum_vacuum_threshold = 1, autovacuum_vacuum_scale_factor = 0,"
@@ -257,7 +260,7 @@ class Bench:
             with psycopg.connect(self.libpq(database), autocommit=True) as connection:
                 while not connection.execute("SELECT FROM pg_stat_progress_vacuum").rowcount:
                     if time.monotonic() > deadline:
-                        raise TimeoutError("autovacuum did not come")
+                        raise TimeoutError("autovacuum did not start")
                     time.sleep(0.05)
 
         try:
@@ -272,7 +275,7 @@ class Bench:
         operation: Callable[[str], None],
         ready: Callable[[], None] = lambda: None,
     ) -> tuple[Observation, Writes]:
-        """Run `operation` beside writers, once `ready` has returned."""
+        """Run `operation` while writers write, after `ready` has returned."""
         with _writers(self.libpq(database), rows, self.pause) as finish:
             time.sleep(WARM_UP_SECONDS)
             ready()
@@ -309,7 +312,7 @@ class Bench:
 
 
 class Report:
-    """What was seen so far: a line for each case as it ends, and a table at the end."""
+    """The observations so far. It prints a line when a case ends, and makes the table at the end."""
 
     def __init__(self) -> None:
         self.idle: dict[int, list[tuple[Writes, float, float]]] = defaultdict(list)
@@ -317,7 +320,7 @@ class Report:
         self.lost: list[str] = []
 
     def add(self, rows: int, case: str, seen: Observation) -> None:
-        """Keep one observation, and say it."""
+        """Keep one observation and print it."""
         self.seen[rows, case].append(seen)
         p50, p99, p999 = (1000 * seen.quantile(share) for share in (0.5, 0.99, 0.999))
         print(
@@ -328,7 +331,7 @@ class Report:
         )
 
     def idle_longest(self, rows: int, window: float) -> float:
-        """The longest write in `window` seconds of an idle run: the median over all such windows."""
+        """Return the longest write in `window` seconds of an idle run: the median over all such windows."""
         longest = []
         for writes, begin, until in self.idle[rows]:
             for piece in range(max(1, int((until - begin) / window))):
@@ -337,12 +340,12 @@ class Report:
         return median(longest)
 
     def ratio(self, rows: int, case: str) -> float:
-        """The longest write of a case over that of an idle run of the same length; medians over the rounds."""
+        """Return the longest write of a case divided by that of an idle run of the same length; both are medians."""
         seen = self.seen[rows, case]
         return median(each.longest for each in seen) / self.idle_longest(rows, median(each.window for each in seen))
 
     def table(self) -> Iterator[str]:
-        """A Markdown table, a row for each case and number of rows."""
+        """Yield the lines of a Markdown table with a row for each case and number of rows."""
         yield "| rows | case | takes, s | p50, ms | p99, ms | p99.9, ms | longest, ms | times idle | failed |"
         yield "|---:|---|---:|---:|---:|---:|---:|---:|---:|"
         for (rows, case), seen in self.seen.items():
@@ -360,7 +363,7 @@ class Report:
             yield f"| {' | '.join(cells)} |"
 
     def missed(self) -> Iterator[str]:
-        """Each target that was missed, a sentence each."""
+        """Yield a sentence for each target that was missed."""
         for (rows, case), seen in self.seen.items():
             failed = [error for each in seen for error in each.errors]
             if failed and "ours" in case:
@@ -372,9 +375,9 @@ class Report:
 
 
 def run(bench: Bench, report: Report, rows: int, rounds: int, shares: dict[str, int]) -> None:
-    """All cases on `rows` devices, `rounds` times; `shares` says of how many devices one has a shadow."""
-    seed = (CHECKOUT / "tests" / "data" / "seed_076_device_shadow.md").read_text()
-    raw_up = partial(bench.psql, seed.split("```sql")[1].split("```")[0])
+    """Run all cases on `rows` devices, `rounds` times. A share of 100 means that one in 100 devices has a shadow."""
+    raw = (CHECKOUT / "tests" / "data" / "seed_076_device_shadow.md").read_text()
+    raw_up = partial(bench.psql, raw.split("```sql")[1].split("```")[0])
     print(f"{time.strftime('%H:%M:%S')} {rows:>9,} rows  filling {1 + len(shares)} databases", flush=True)
     bench.fill("at_075", rows, every=None)
     for every in shares.values():
@@ -384,10 +387,10 @@ def run(bench: Bench, report: Report, rows: int, rounds: int, shares: dict[str, 
             seen, writes = bench.observe(copy, rows, lambda _: time.sleep(IDLE_SECONDS))
             report.idle[rows].append((writes, seen.began, seen.began + seen.window))
             report.add(rows, "idle", seen)
-        for case, operation in (("raw SQL of the seed", raw_up), ("ours", bench.upgrade)):
+        for case, operation in (("raw SQL", raw_up), ("ours", bench.upgrade)):
             with bench.copy("at_075") as copy:
                 report.add(rows, f"upgrade: {case}", bench.observe(copy, rows, operation)[0])
-        for case, operation in (("raw SQL of the seed", raw_up), ("ours", bench.upgrade)):
+        for case, operation in (("raw SQL", raw_up), ("ours", bench.upgrade)):
             with bench.copy("at_075") as copy, bench.autovacuum(copy) as at_work:
                 seen, _ = bench.observe(copy, rows, operation, at_work)
                 report.add(rows, f"upgrade while autovacuum works: {case}", seen)
@@ -411,20 +414,20 @@ def _down_and_up(bench: Bench, report: Report, rows: int, share: str, template: 
 
 INTRODUCTION = """# How long a writer waits while `device_state` is migrated
 
-`{command}`: {writers} processes write heartbeats ({pause:g} ms between two of a process), each an `UPDATE` of one
-random row by its primary key in a transaction of its own, while the table is migrated. Each case runs on a fresh copy
-of the same data, the cases of a round one after another; the figures are medians over {rounds} rounds. A case is
-watched for at least {observed:g} seconds.
+`{command}`: {writers} processes write heartbeats while the table is migrated, with {pause:g} ms between two writes of a
+process. A heartbeat is an `UPDATE` of one random row by its primary key, in a transaction of its own. Each case runs on
+a new copy of the same data, one case after another. The figures are medians of {rounds} rounds. A case is observed for
+at least {observed:g} seconds.
 
-What is compared: **the longest single write of a case, over the longest write of an idle run of the same length**
-("times idle"). Milliseconds belong to the machine that this ran on; the ratios, and whether they grow with the table,
-are the claim. In brackets the least and the greatest of the rounds: what else the machine did only adds.
+What is compared is **the longest single write of a case, divided by the longest write of an idle run of the same
+length** ("times idle"). Milliseconds depend on the machine; the claim is about the ratios, and whether they grow with
+the table. The brackets have the lowest and the highest of the rounds; other load on the machine can only add to them.
 
-* *raw SQL of the seed*: the migration as the document has it, through `psql`. `CREATE INDEX` keeps writers out while
-  it reads the whole table.
-* *raw SQL, shadows lost*: index and columns dropped in one transaction. *Shadows copied first*: the same behind a
-  `CREATE TABLE AS SELECT`, under the lock that makes it lossless.
-* *autovacuum works*: it is in the middle of this very table, and a lock on it has to interrupt it first.
+* *raw SQL*: the same migration as plain SQL through `psql`. Its `CREATE INDEX` blocks writers while it reads the whole
+  table.
+* *raw SQL, shadows lost*: one transaction drops the index and the columns. *Shadows copied first*: the same after a
+  `CREATE TABLE AS SELECT`, under the lock that is needed to lose nothing.
+* *autovacuum works*: autovacuum is working on this table, and a lock on the table has to interrupt it first.
 
 PostgreSQL {version}; {durability}.
 
@@ -432,7 +435,7 @@ PostgreSQL {version}; {durability}.
 
 
 def main() -> int:
-    """Run the benchmark; returns the exit code."""
+    """Run the benchmark. Return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000, 4_000_000])
     parser.add_argument("--rounds", type=int, default=3)
@@ -464,7 +467,7 @@ def main() -> int:
             rounds=arguments.rounds,
             observed=OBSERVED_SECONDS,
             version=server.version,
-            durability="durable" if arguments.durable else "not durable: locks are measured, not the disk",
+            durability="durable" if arguments.durable else "not durable: this measures locks, not the disk",
         )
         arguments.report.write_text(f"{introduction}{table}\n\n{verdict}\n")
     return 1 if missed else 0

@@ -1,4 +1,4 @@
-"""What a device costs on disk, and what a write of it costs in the write-ahead log."""
+"""How many bytes a device takes on disk, and how many a write takes in the write-ahead log (WAL)."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     Works = dict[str, Callable[[], None]]
 
 SECTION = "storage"
-DEVICES = 1_000  # are written, one by one and as one batch
-PASSES = 3  # that count
+DEVICES = 1_000  # the devices that are written, one by one and in one batch
+PASSES = 3  # measured passes
 
 SIZES = """
     SELECT 'table with TOAST', pg_table_size('device_state'), false
@@ -49,14 +49,15 @@ PUT_BACK = f"""
 
 
 def measure(url: str, devices: int, progress: Progress) -> list[Figure]:
-    """Sizes of the fleet as it was loaded, then the WAL of each kind of write.
+    """Measure the sizes of the loaded fleet, then the WAL of each kind of write.
 
-    Each write has a transaction of its own, and is measured by where the server's WAL ends before and after a thousand
-    of them: whatever else the server writes meanwhile counts too. The devices are neighbours, so that a page sees as
-    many writes as in a fleet that is all at work. The first pass takes the images of whole pages that follow a
-    checkpoint, and does not count; one that a checkpoint falls into shows as the far end of its row.
+    Each write is a transaction. The WAL of a thousand writes is measured by the position of the WAL's end before and
+    after them, so other writes of the server during this time count, too. The devices are neighbours in the table, so
+    that each page gets as many writes as in a fleet in which all devices are active. After a checkpoint the first write
+    of a page also writes the whole page to the WAL: the first pass takes that and is not measured. A checkpoint in a
+    later pass shows as the highest value of its row.
 
-    Afterwards the rows say what they said before. They have moved: the table is some pages longer.
+    Afterwards the rows have the same values as before. They have moved: the table is some pages longer.
     """
     setting = f"{devices:,} devices"
     with ExitStack() as stack:
@@ -84,9 +85,9 @@ def _sizes(connection: Connection, devices: int, setting: str) -> Iterator[Figur
 
 @contextmanager
 def _undisturbed(connection: Connection, chosen: list[str]) -> Iterator[None]:
-    """Keep autovacuum away; afterwards the rows are as they were, and their dead versions gone."""
+    """Keep autovacuum away. Afterwards restore the rows and remove their dead versions."""
     connection.execute(KEEP, (TENANT, chosen))
-    connection.execute("ALTER TABLE device_state SET (autovacuum_enabled = off)")  # ends the one that is under way
+    connection.execute("ALTER TABLE device_state SET (autovacuum_enabled = off)")  # also ends a running one
     try:
         yield
     finally:
@@ -96,7 +97,7 @@ def _undisturbed(connection: Connection, chosen: list[str]) -> Iterator[None]:
 
 
 def _heartbeats(connection: Connection, chosen: list[str], setting: str, progress: Progress) -> list[Figure]:
-    """The heartbeats' WAL, and how many of them are HOT: first of all, while nobody else has updates to tell of."""
+    """Measure the WAL of heartbeats, and the share of HOT updates. Call it first: later updates would be counted."""
     shares: list[float] = []
 
     def heartbeats() -> None:
@@ -116,7 +117,10 @@ def _updates(connection: Connection) -> tuple[float, ...]:
 
 
 def _service_works(session: Session, chosen: list[str]) -> Works:
-    """The life of a shadow, in order: reports acknowledge the desired version just written, but for the second one."""
+    """Return the writes in the order of a shadow's life. Each report acknowledges the desired version just written.
+
+    The exception is the second report, which acknowledges nothing.
+    """
     service = ShadowService(session, TENANT)
     desired: dict[str, dict[str, object]] = {}
     versions: dict[str, int] = {}

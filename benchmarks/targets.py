@@ -1,4 +1,4 @@
-"""What we promise, as ratios within one run, and whether this run holds it."""
+"""The targets, as ratios within one run, and whether this run meets them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RELAXED = "synchronous_commit=off"
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One promise: `value` has to be at least (or, `at_most`, no more than) `wanted`."""
+    """One target: `value` must be at least `wanted`, or with `at_most` no more than `wanted`."""
 
     promise: str
     setting: str
@@ -32,7 +32,7 @@ class Target:
 
 
 class Run:
-    """The figures of a run, found by what they are of."""
+    """The figures of a run, by section, work, contender and setting."""
 
     def __init__(self, figures: list[Figure]) -> None:
         self._figures = {(f.section, f.work, f.contender, f.setting): f for f in figures}
@@ -89,9 +89,9 @@ def _documents(run: Run) -> Iterator[Target]:
     for document in ("small", "ordinary", "large"):
         for state in ("in sync", "5 % differ"):
             name = f"{document}, {state}"
-            ours, seed, deepdiff = (
+            ours, loop, deepdiff = (
                 run.figure("documents", "compute_delta", contender, name)
-                for contender in ("ours", "the seed's loop", "deepdiff")
+                for contender in ("ours", "plain loop with ==", "deepdiff")
             )
-            yield Target(f"compute_delta, {name}: times the seed's loop", "", 3, ratio(ours, seed), at_most=True)
+            yield Target(f"compute_delta, {name}: times a plain loop", "", 3, ratio(ours, loop), at_most=True)
             yield Target(f"compute_delta, {name}: faster than deepdiff", "", 20, ratio(deepdiff, ours))

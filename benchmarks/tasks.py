@@ -1,4 +1,4 @@
-"""Many tasks at once on one event loop: reports a second."""
+"""Many tasks at the same time on one event loop: reports per second."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Once = "Callable[[str], Awaitable[Any]]"
 
 
 def measure(url: str, setting: str, rounds: int, progress: Progress) -> list[Figure]:
-    """Operations a second; each task has a connection of its own and reports for devices of its own."""
+    """Measure operations per second. Each task has its own connection and reports for its own devices."""
     load(url, DEVICES)
     contenders = {
         "asyncpg by hand": _asyncpg,

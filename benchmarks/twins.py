@@ -1,4 +1,4 @@
-"""Documents in Python, no database: deltas and merge patches, beside the seed's loop and the packages for it."""
+"""Documents in Python, without a database: deltas and merge patches, compared with plain loops and with packages."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     Works = dict[str, dict[str, Callable[[], Any]]]
 
 SECTION = "documents"
-SECONDS = 0.02  # a turn
-EVERY = 20  # one key in so many differs: 5 %
+SECONDS = 0.02  # per turn
+EVERY = 20  # one key in 20 differs: 5 %
 
 
 def measure(rounds: int, progress: Progress) -> list[Figure]:
-    """Deltas and merges of small, ordinary and large documents, in sync and with one key in twenty another."""
+    """Measure deltas and merges of small, ordinary and large documents: equal ones, and with 5 % of keys different."""
     figures: list[Figure] = []
     for size, desired in (("small", _small()), ("ordinary", _ordinary()), ("large", _large())):
         for state, reported in (("in sync", desired), ("5 % differ", _differing(desired))):
@@ -41,7 +41,7 @@ def measure(rounds: int, progress: Progress) -> list[Figure]:
 
 
 def _small() -> Document:
-    """Ten keys, flat."""
+    """Return ten keys without nested objects."""
     return {
         "mode": "heat", "target_c": 21.5, "fan_speed": 2, "fan_on": True, "firmware": "2.8.0", "interval_s": 60,
         "locked": False, "brightness": 7, "night_from": "22:00", "schedule": [6, 9, 17, 22],
@@ -49,7 +49,7 @@ def _small() -> Document:
 
 
 def _ordinary() -> Document:
-    """Fifty settings: ten that stand alone, and ten groups of four."""
+    """Return fifty settings: ten at the top level, and ten groups of four."""
     zones = {
         f"zone_{n}": {"target_c": 18.5 + n / 2, "mode": "heat", "on": n % 3 > 0, "schedule": [6, 9, 17, 20 + n % 4]}
         for n in range(10)
@@ -58,7 +58,7 @@ def _ordinary() -> Document:
 
 
 def _large() -> Document:
-    """The configuration of a device with many channels, nearly as large as a document may be (32 KiB)."""
+    """Return the configuration of a device with many channels, nearly as large as a document may be (32 KiB)."""
     channels = {
         f"channel_{n:02}": {
             "interval_s": 30 + n,
@@ -76,7 +76,7 @@ def _large() -> Document:
 
 
 def _differing(document: Document) -> Document:
-    """The document with another value at every twentieth key of its top level: in a group, of its first setting."""
+    """Return the document with a different value at each twentieth top-level key; in a group, at its first setting."""
     changed: Document = copy.deepcopy(document)
     for key in list(changed)[EVERY // 4 :: EVERY]:
         inside, name = (changed[key], next(iter(changed[key]))) if isinstance(changed[key], dict) else (changed, key)
@@ -85,13 +85,13 @@ def _differing(document: Document) -> Document:
 
 
 def _works(desired: Document, reported: Document) -> Works:
-    """What each contender does; what is merged is what differs, or in sync the whole document, as a form sends it."""
+    """Return what each contender does. The patch has what differs; if nothing does, it is the whole document."""
     patch = twin.compute_nested_delta(desired, reported) or desired
     steps = jsonpatch.make_patch(reported, desired).patch
 
     def on(left: Any, right: Any, contenders: dict[str, Callable[[Any, Any], Any]]) -> dict[str, Callable[[], Any]]:
-        # Each has documents of its own, as they come from the database. DeepDiff keeps hold of keys that it has seen,
-        # and marshal, by which we compare, tells a value that somebody holds from one that nobody does.
+        # Each contender has its own copies, as documents that come from the database are. This matters: DeepDiff keeps
+        # references to keys, and the bytes of marshal, by which we compare, depend on references to a value.
         return {
             name: partial(once, json.loads(json.dumps(left)), json.loads(json.dumps(right)))
             for name, once in contenders.items()
@@ -103,7 +103,7 @@ def _works(desired: Document, reported: Document) -> Works:
     }
     return {
         "compute_delta": on(
-            desired, reported, {"ours": twin.compute_delta, "the seed's loop": _seeds_delta} | packages
+            desired, reported, {"ours": twin.compute_delta, "plain loop with ==": _plain_delta} | packages
         ),
         "compute_nested_delta": on(
             desired,
@@ -120,7 +120,7 @@ def _works(desired: Document, reported: Document) -> Works:
             patch,
             {
                 "ours": twin.merge_patch,
-                # These two change what they are given: a caller copies first.
+                # These two change their argument, so a caller has to copy it first.
                 "RFC 7396's loop on a deepcopy": lambda target, patch: _merge_in_place(copy.deepcopy(target), patch),
                 "json-merge-patch on a deepcopy": lambda target, patch: json_merge_patch.merge(
                     copy.deepcopy(target), patch
@@ -131,11 +131,11 @@ def _works(desired: Document, reported: Document) -> Works:
     }
 
 
-def _seeds_delta(desired: Document, reported: Document) -> Document:
+def _plain_delta(desired: Document, reported: Document) -> Document:
     delta = {}
     for key, desired_val in desired.items():
         if reported.get(key) != desired_val:
-            delta[key] = desired_val  # noqa: PERF403 - as the seed has it
+            delta[key] = desired_val  # noqa: PERF403 - the loop as it is usually written
     return delta
 
 
@@ -165,9 +165,9 @@ def _merge_in_place(target: Any, patch: Any) -> Any:
 
 
 def _check(works: Works, desired: Document, reported: Document) -> None:
-    """Each contender says what the others say: the deltas of packages by the keys they name."""
+    """Check that all contenders have the same result; for deltas of packages, that they have the same keys."""
     expected: dict[str, Any] = {
-        "compute_delta": _seeds_delta(desired, reported),
+        "compute_delta": _plain_delta(desired, reported),
         "compute_nested_delta": _nested_by_hand(desired, reported),
         "merge_patch": desired,
     }
@@ -179,4 +179,4 @@ def _check(works: Works, desired: Document, reported: Document) -> None:
             elif isinstance(found, jsonpatch.JsonPatch):
                 found, wanted = {step["path"].split("/")[1] for step in found}, set(wanted)
             if found != wanted:
-                raise AssertionError(f"{work}: {name} computed {found!r}, expected was {wanted!r}")
+                raise AssertionError(f"{work}: {name} computed {found!r}, expected {wanted!r}")

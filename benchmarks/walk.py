@@ -1,9 +1,9 @@
-"""How many turns a call takes inside the package: calls of our functions, modules, and changes between modules.
+"""How a batch of reports travels through the package: function calls, modules, and changes between modules.
 
     python benchmarks/walk.py
 
-Two good reports in one batch, on a throwaway PostgreSQL; the second call is counted, so that caches are warm. A figure
-for readers of the code, not of its speed.
+It makes a batch of two valid reports on the throwaway server, and counts the second call, so that caches are warm. The
+figures are for those who read the code; they say nothing about speed.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ PACKAGE = Path(iot_models.__file__).parent
 
 
 def walked(call: Callable[[], object]) -> list[str]:
-    """The modules of our functions, in the order in which they were called."""
+    """Return the module of each of our functions, in the order of the calls."""
     modules: list[str] = []
 
     def record(frame: FrameType, happened: str, _argument: object) -> None:
         path = Path(frame.f_code.co_filename)
-        # A comprehension and the step of a generator are no functions that somebody reads.
+        # Not comprehensions and generator expressions: a reader does not see them as functions.
         if happened == "call" and path.is_relative_to(PACKAGE) and not frame.f_code.co_name.startswith("<"):
             modules.append(str(path.relative_to(PACKAGE).with_suffix("")))
 

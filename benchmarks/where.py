@@ -1,9 +1,9 @@
-"""Where the processor time of a report goes, by package: one session, and 32 tasks, in AUTOCOMMIT mode.
+"""Which package uses the processor time of a report: with one session, and with 32 tasks, in AUTOCOMMIT mode.
 
     python benchmarks/where.py
 
-Sampled each millisecond of processor time; what C code does counts for the Python code that called it. Waiting for the
-server costs none and is not seen.
+It takes a sample every millisecond of processor time. The time of C code counts for the Python code that called it.
+Waiting for the server takes no processor time and does not show.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def device(number: int) -> str:
 
 @contextmanager
 def sampled(title: str) -> Iterator[None]:
-    """Print, after the block, whose code was running."""
+    """Print after the block which packages were running."""
     shares: Counter[str] = Counter()
 
     def sample(_number: int, frame: FrameType | None) -> None:

@@ -1,6 +1,9 @@
-"""The main job, on a real PostgreSQL: `make demo`.
+"""The main job on a real PostgreSQL: a fleet is migrated, its shadows are used, a migration is rolled back.
 
-A fleet as it stood before revision 076, migrated; then the life of a shadow. Every line printed is computed.
+    make demo
+
+It runs on the throwaway server, or in a database of its own on the server at IOT_MODELS_TEST_DATABASE_URL. The figures
+and sentences about shadows that it prints come from the database.
 """
 
 from __future__ import annotations
@@ -31,10 +34,10 @@ if TYPE_CHECKING:
 
 _CHECKOUT: Final = Path(__file__).resolve().parents[1]
 _TENANT: Final = "acme"
-_NEVER_HEARD_OF: Final = 9  # one thermostat in three was mounted and never switched on
+_NEVER_SEEN_EVERY: Final = 9  # one device in nine, always a thermostat, was mounted and never switched on
 _STYLES: Final = {SyncStatus.SYNCED: "green", SyncStatus.PENDING: "yellow", SyncStatus.STALE: "red"}
 
-# The deployment as a team made it by hand, with no Alembic near it.
+# The deployment before shadows, as a team made it with raw SQL and without Alembic.
 _DEPLOYMENT_075: Final = """
     CREATE TABLE device_state (
       tenant_id TEXT NOT NULL, site_id TEXT NOT NULL, device_id TEXT NOT NULL,
@@ -56,24 +59,25 @@ _DEVICE: Final = text("""
 
 
 def main() -> None:
-    """Run the demo from beginning to end.
+    """Run the demo.
 
     Raises:
-        ThrowawayPostgresError: If no server can be started here and none is given.
+        ThrowawayPostgresError: If no server is given, and the throwaway server cannot run here.
+        SystemExit: If a migration fails.
     """
-    # A pipe has no width: 110 columns hold the tables.
+    # A pipe has no width. The tables need 110 columns.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
     with _database(console) as url:
         engine = create_engine(url)
-        _lay_down_the_fleet(console, engine)
+        _create_the_fleet(console, engine)
         _alembic(console, url, "upgrade", "head")
         _life_of_a_shadow(console, engine)
         before = _shadows(engine)
-        console.rule("A rollback at three in the morning, and forward again")
+        console.rule("A rollback, and the upgrade after it")
         _alembic(console, url, "downgrade", "075")
         with engine.connect() as connection:
             parked = connection.scalar(text("SELECT count(*) FROM device_state_shadow_076"))
-        console.print(f"{parked} shadows are parked; the old code writes heartbeats meanwhile.")
+        console.print(f"{parked} shadows are parked. Meanwhile the old code writes heartbeats.")
         with engine.begin() as connection:
             connection.execute(text("UPDATE device_state SET last_heartbeat_at = now()"))
         _alembic(console, url, "upgrade", "head")
@@ -85,11 +89,11 @@ def main() -> None:
 
 @contextmanager
 def _database(console: Console) -> Iterator[str]:
-    """A database to play in: on the server that is given, else on a throwaway one."""
+    """Provide a database for the demo: on the given server, else on the throwaway server."""
     given = os.environ.get("IOT_MODELS_TEST_DATABASE_URL")
     if not given:
         with throwaway.postgres() as server:
-            console.print(f"PostgreSQL {server.version}, started for this demo and gone after it.")
+            console.print(f"PostgreSQL {server.version}, a throwaway server, started for this demo only.")
             yield server.url
         return
     name = f"iot_models_demo_{secrets.token_hex(4)}"
@@ -105,7 +109,7 @@ def _database(console: Console) -> Iterator[str]:
 
 
 def _shadows(engine: Engine) -> dict[tuple[str, str], str]:
-    """The shadows that were written, as PostgreSQL writes them: exact."""
+    """Return the shadows as text that PostgreSQL writes, by tenant and device: no digit is lost."""
     with engine.connect() as connection:
         rows = connection.execute(
             text("""
@@ -116,7 +120,7 @@ def _shadows(engine: Engine) -> dict[tuple[str, str], str]:
         return {(row.tenant_id, row.device_id): row.shadow for row in rows}
 
 
-def _lay_down_the_fleet(console: Console, engine: Engine) -> None:
+def _create_the_fleet(console: Console, engine: Engine) -> None:
     console.rule("The deployment before revision 076")
     fleet = [_device(tenant, n) for tenant in (_TENANT, "globex") for n in range(500)]
     with engine.begin() as connection:
@@ -129,7 +133,7 @@ def _lay_down_the_fleet(console: Console, engine: Engine) -> None:
 
 
 def _device(tenant: str, n: int) -> dict[str, Any]:
-    """One device's row: thermostats, smart plugs and gateways in turn, with the telemetry that such devices send."""
+    """Return a device's row. Thermostats, smart plugs and gateways take turns, with the telemetry of such devices."""
     kind, telemetry = (
         (
             "thermostat",
@@ -153,13 +157,13 @@ def _device(tenant: str, n: int) -> dict[str, Any]:
         "tenant": tenant,
         "site": f"site-{n // 50:02}",
         "device": f"{kind}-{n // 3:04}",
-        "seen": n % _NEVER_HEARD_OF != _NEVER_HEARD_OF - 3,
+        "seen": n % _NEVER_SEEN_EVERY != _NEVER_SEEN_EVERY - 3,
         "state": json.dumps(telemetry),
     }
 
 
 def _alembic(console: Console, url: str, *arguments: str) -> None:
-    """Run the real command, as on-call would type it, and show what it prints."""
+    """Run the `alembic` command in the checkout, as an engineer would type it, and show what it prints."""
     console.print(f"[bold]$ alembic {' '.join(arguments)}[/bold]")
     run = subprocess.run(  # noqa: S603 - our own arguments
         [sys.executable, "-m", "alembic", *arguments],
@@ -180,8 +184,8 @@ def _life_of_a_shadow(console: Console, engine: Engine) -> None:
     with Session(engine) as session, session.begin():
         shadows = ShadowService(session, _TENANT)
 
-        def tell(who: str, shadow: Shadow) -> None:
-            console.print(f"{who:<9} {shadow.explain()}", soft_wrap=True)
+        def tell(writer: str, shadow: Shadow) -> None:
+            console.print(f"{writer:<9} {shadow.explain()}", soft_wrap=True)
 
         comfort = {"target_c": 21.5, "mode": "auto", "schedule": {"mon-fri": ["06:30", "22:00"]}}
         for device_id in ("thermostat-0000", "thermostat-0001", "thermostat-0002"):
@@ -193,17 +197,17 @@ def _life_of_a_shadow(console: Console, engine: Engine) -> None:
         tell("device", shadows.patch_reported("thermostat-0001", {"temp_c": 18.4, "mode": "auto"}))
         tell("device", shadows.replace_reported("plug-0000", {"relay": False, "max_power_w": 2300}, acked_version=1))
 
-        def refused(who: str, write: Any) -> None:
+        def refused(writer: str, write: Any) -> None:
             try:
                 write()
             except IotModelsError as error:
                 kind = "red" if isinstance(error, VersionConflict) else "magenta"
-                console.print(f"{who:<9} [{kind}]{type(error).__name__}[/{kind}]: ", end="")
+                console.print(f"{writer:<9} [{kind}]{type(error).__name__}[/{kind}]: ", end="")
                 console.print(str(error), markup=False, soft_wrap=True)
 
         gateway = "gateway-0000"
         version = shadows.get(gateway).desired_version
-        console.print(f"Two operators read {gateway} at version {version}, and both write with it.")
+        console.print(f"Two operators read {gateway} at version {version}, and both write with that expected_version.")
         tell("first", shadows.patch_desired(gateway, {"report_every_s": 30}, expected_version=version))
         refused("second", lambda: shadows.patch_desired(gateway, {"report_every_s": 300}, expected_version=version))
 
@@ -215,7 +219,7 @@ def _life_of_a_shadow(console: Console, engine: Engine) -> None:
 
         names = ["thermostat-0000", "thermostat-0001", "thermostat-0002", "plug-0000", gateway]
         _table(console, list(shadows.get_many(names).values()))
-        console.print(f"{shadows.count_pending()} of the tenant's devices have yet to acknowledge: "
+        console.print(f"{shadows.count_pending()} of the tenant's devices are pending: "
                       + ", ".join(shadow.device_id for shadow in shadows.pending()))  # fmt: skip
 
 
@@ -231,14 +235,14 @@ def _table(console: Console, shadows: list[Shadow]) -> None:
             _lines(shadow.desired),
             _lines(shadow.reported),
             _lines(shadow.delta) or "—",
-            f"{shadow.desired_version} wanted\n{shadow.reported_version} acked",
+            f"{shadow.desired_version} desired\n{shadow.reported_version} acked",
             f"[{_STYLES[status]}]{status}[/{_STYLES[status]}]{drifted}",
         )
     console.print(table)
 
 
 def _lines(document: dict[str, Any]) -> str:
-    """A document, a key a line: the braces say nothing in a table."""
+    """Return a document with one key per line and without braces, for a cell of the table."""
     return "\n".join(f"{key}: {json.dumps(value)}" for key, value in document.items()).replace("[", r"\[")
 
 

@@ -1,9 +1,9 @@
-"""Device twins over HTTP: operators write what a device should be, the device says what it is. Copy and adapt.
+"""Device twins over HTTP: operators write the desired document, devices report theirs. Copy it and adapt it.
 
     export IOT_MODELS_DATABASE_URL=postgresql://user:password@host:5432/database
     uvicorn --app-dir examples fastapi_twin:app
 
-The ETag is `desired_version`, for If-Match. A report changes the twin but not its ETag: never answer 304 by it.
+The ETag is `desired_version`, for If-Match. A report changes the twin but not its ETag: do not use it to answer 304.
 """
 
 import json
@@ -24,8 +24,8 @@ engine = create_engine(application_name="fastapi_twin")
 MAX_BODY = 131_072  # bytes on the wire: room for a document of 32 KiB with indentation and \u escapes
 
 
-# REAL AUTHENTICATION GOES HERE, in the next two functions: take the tenant from the operator's verified token, tenant
-# and device from the device's certificate or key. As they stand, they believe whatever the headers say.
+# REAL AUTHENTICATION GOES HERE, in the next two functions: take the tenant from the operator's verified token, and the
+# tenant and the device from the device's certificate or key. As they are here, they trust the headers.
 def tenant(x_tenant_id: Annotated[str, Header()] = "") -> str:
     if not x_tenant_id:
         raise HTTPException(401, "X-Tenant-Id is missing")
@@ -66,11 +66,11 @@ async def json_body(request: Request) -> Any:
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(dict(pairs)) < len(pairs):
-        raise InvalidDocument("", f"a key stands twice in one object, among {list(dict(pairs))[:5]}")
+        raise InvalidDocument("", f"an object has the same key twice, among {list(dict(pairs))[:5]}")
     return dict(pairs)
 
 
-# One request, one transaction; scope="function" commits it before the answer leaves: a 200 is never taken back.
+# One transaction per request. scope="function" commits it before the response is sent: a 200 means that it is stored.
 Shadows = Annotated[ShadowService, Depends(shadows, scope="function")]
 DeviceId = Annotated[str, Depends(device)]
 Version = Annotated[int | None, Depends(expected_version)]
@@ -112,8 +112,8 @@ def read_own_shadow(shadows: Shadows, device_id: DeviceId) -> Response:
 @app.post("/device/v1/shadow/reported")
 def report(shadows: Shadows, device_id: DeviceId, body: Body) -> Response:
     if not isinstance(body, dict) or not {"reported"} <= body.keys() <= {"reported", "acked_version"}:
-        raise InvalidDocument("", 'a report is {"reported": {...}, "acked_version": 7}, the version only if applied')
+        raise InvalidDocument("", 'a report is {"reported": {...}, "acked_version": 7}; the version is optional')
     acked = body.get("acked_version")
     if acked is not None and (type(acked) is not int or not 0 <= acked < 2**63):
-        raise InvalidDocument("/acked_version", "the desired_version that was applied: a whole number")
+        raise InvalidDocument("/acked_version", "must be the desired_version that was applied, an integer")
     return twin(shadows.replace_reported(device_id, body["reported"], acked_version=acked))

@@ -3,6 +3,7 @@
 Migrations are Alembic's: `alembic upgrade head`.
 """
 
+from iot_models._core import version_guard as _version_guard  # noqa: F401 - sets up the rule of desired_version
 from iot_models._core.documents import DocumentLimits
 from iot_models.aio import AsyncShadowService
 from iot_models.errors import (

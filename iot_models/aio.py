@@ -1,7 +1,7 @@
-"""`AsyncShadowService`: `ShadowService`, awaited. It adds nothing: each method is one line.
+"""`AsyncShadowService`: the methods of `ShadowService`, awaited. It has no logic of its own.
 
-SQLAlchemy's `AsyncSession.run_sync` runs the synchronous method in a greenlet of the same task. Whenever the driver
-waits for PostgreSQL, the event loop goes on: no thread takes part.
+SQLAlchemy's `AsyncSession.run_sync` runs the synchronous method in a greenlet of the same task. While the driver waits
+for PostgreSQL, the event loop runs other tasks. No thread is used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
     from datetime import timedelta
 
-    # Not at run time: it needs greenlet, and `import iot_models` does not.
+    # Not at run time: it needs greenlet, and `import iot_models` must work without it.
     from sqlalchemy.ext.asyncio import AsyncSession
 
     from iot_models.shadow import Shadow
@@ -30,7 +30,7 @@ _T = TypeVar("_T")
 def _awaited(
     method: Callable[Concatenate[ShadowService, _P], _T],
 ) -> Callable[Concatenate[AsyncShadowService, _P], Coroutine[Any, Any, _T]]:
-    """The method as a coroutine function of `AsyncShadowService`, with its signature and docstring."""
+    """Return the method as a coroutine function of `AsyncShadowService`, with the same signature and docstring."""
 
     @wraps(method)
     async def call(self: AsyncShadowService, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
@@ -44,21 +44,21 @@ def _awaited(
 class AsyncShadowService:
     """`ShadowService` for asyncio: the same methods with the same contract, awaited, in the caller's `AsyncSession`.
 
-    One session serves one task at a time, as SQLAlchemy demands. A cancelled call leaves its transaction to be rolled
-    back, which the session's `async with` does. Make the session with `expire_on_commit=False`, so that its objects
-    can be read after a commit.
+    Use a session in one task at a time, as SQLAlchemy requires. After a cancelled call, roll the transaction back; the
+    `async with` of the session does it. Make the session with `expire_on_commit=False`, so that its objects can be read
+    after a commit.
 
     Args:
         session: The caller's session, in a transaction or in AUTOCOMMIT mode.
-        tenant_id: The only tenant whose devices exist here.
-        limits: What a document may weigh.
-        stale_after: The silence after which a shadow's `sync_status` is `stale`.
+        tenant_id: The tenant. Devices of other tenants are neither read nor written.
+        limits: How large and how deep a document may be.
+        stale_after: How long a device may be silent before its shadow's `sync_status` is `stale`.
         bind_tenant: Whether to bind each transaction to the tenant first, for row level security: see
             `iot_models.tenancy`.
 
     Raises:
-        TypeError: If `tenant_id` is no string.
-        ValueError: If `tenant_id` is empty or cannot be stored as text.
+        TypeError: If `tenant_id` is not a string.
+        ValueError: If `tenant_id` is empty, or text that PostgreSQL cannot store.
 
     Example:
         >>> async with AsyncSession(engine, expire_on_commit=False) as session, session.begin():
@@ -83,7 +83,7 @@ class AsyncShadowService:
 
     @property
     def tenant_id(self) -> str:
-        """The only tenant whose devices exist here."""
+        """The tenant. Devices of other tenants are neither read nor written."""
         return self._service.tenant_id
 
     get = _awaited(ShadowService.get)
@@ -106,7 +106,7 @@ class AsyncShadowService:
     iter_pending.__doc__ = ShadowService.iter_pending.__doc__
 
     async def _in_turns(self, shadows: Iterator[Shadow], size: int) -> AsyncGenerator[Shadow, None]:
-        """The same shadows; at each turn in the greenlet as many as one statement reads."""
+        """Yield the shadows, and enter the greenlet once for as many of them as one statement reads."""
         while turn := await self._session.run_sync(lambda _: list(islice(shadows, size))):
             for shadow in turn:
                 yield shadow

@@ -1,43 +1,71 @@
-"""Every error that iot_models raises on purpose.
+"""The errors that mean something to an application: a missing device, a conflict, a document that cannot be stored.
 
-Each keeps its values as attributes, survives pickling (a task queue, a process pool), and says in its message what to
-do next. `http_status` is what an HTTP API answers, so that one handler can map them all.
+Each keeps its values as attributes, can be pickled (for a task queue or a process pool), and says in its message what
+to do next. `http_status` is the status code for an HTTP API, so that one handler can map all of them.
+
+Wrong arguments raise Python's `TypeError` and `ValueError`; database errors are raised as SQLAlchemy raises them.
 """
 
 from __future__ import annotations
 
 import reprlib
+from itertools import islice
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Collection, Mapping
 
-# An id or a time is shown whole, of what holds others the first few.
+# An id or a time is shown in full; of a container only the first few values are shown.
 _SHORT: Final = reprlib.Repr()
 _SHORT.maxlevel = 1
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 
 def shown(value: object) -> str:
-    """A caller's value for a message: its repr, cut where it is long or deep; its type where it has none."""
+    """Return a caller's value as text for a message: its repr, cut short where it is long or deeply nested.
+
+    A value whose repr fails is shown as its type.
+    """
     try:
         return _SHORT.repr(value)
     except Exception:  # noqa: BLE001 - an int of more than 4,300 digits, or a repr that raises: the message matters more
         return f"<{type(value).__name__} that cannot be shown>"
 
 
-class IotModelsError(Exception):
-    """Base of all errors of this package; never raised itself.
+# How many values a message shows.
+_LISTED: Final = 5
 
-    The constructor's arguments are `args`: that is what makes pickle and copy work without any code here.
+
+def listed(values: Collection[object], *, text: Callable[[object], str] = repr, separator: str = ", ") -> str:
+    """Return the first five values as text for a message, and how many more there are.
+
+    Args:
+        values: What to list.
+        text: Turns one value into text.
+        separator: Stands between two values: a comma, or a semicolon where the values are sentences.
+
+    Example:
+        >>> listed("abcdefg")
+        "'a', 'b', 'c', 'd', 'e' and 2 more"
+    """
+    first = separator.join(map(text, islice(values, _LISTED)))
+    more = len(values) - _LISTED
+    # A comma before "and" is left out. A semicolon stays: it ends the sentence before it.
+    return f"{first}{separator.rstrip(', ')} and {more} more" if more > 0 else first
+
+
+class IotModelsError(Exception):
+    """Base class of the errors in this module; it is not raised itself.
+
+    A subclass hands the arguments of its constructor to `Exception`. pickle and copy make an error from these again.
     """
 
     http_status: ClassVar[int] = 500
 
 
 class DeviceNotFound(IotModelsError, LookupError):
-    """The tenant has no device of that id; another tenant's device counts as absent."""
+    """The tenant has no device with this id. Devices of other tenants do not count."""
 
     http_status = 404
 
@@ -54,7 +82,7 @@ class DeviceNotFound(IotModelsError, LookupError):
 
 
 class VersionConflict(IotModelsError):
-    """`expected_version` is not the current `desired_version`: somebody else wrote in between; nothing was written."""
+    """`expected_version` is not the current `desired_version`: another write came first. Nothing was written."""
 
     http_status = 409
 
@@ -66,13 +94,13 @@ class VersionConflict(IotModelsError):
 
     def __str__(self) -> str:
         return (
-            f"device {self.device_id!r} stands at desired_version {self.actual}, not at the expected {self.expected}: "
-            "read the shadow again, decide on what it says now, and write with that version"
+            f"device {self.device_id!r} is at desired_version {self.actual}, not at the expected {self.expected}: "
+            "read the shadow again, decide by its current content, and write with its current version"
         )
 
 
 class LateReport(IotModelsError):
-    """`acked_version` is below the stored `reported_version`: an old message came late; nothing was written."""
+    """`acked_version` is below the stored `reported_version`: an old message came late. Nothing was written."""
 
     http_status = 409
 
@@ -90,7 +118,7 @@ class LateReport(IotModelsError):
 
 
 class UnknownVersion(IotModelsError, ValueError):
-    """`acked_version` is above `desired_version`: the device claims what was never asked; nothing was written."""
+    """`acked_version` is above `desired_version`: there is no such version to acknowledge. Nothing was written."""
 
     http_status = 400
 
@@ -108,9 +136,10 @@ class UnknownVersion(IotModelsError, ValueError):
 
 
 class InvalidDocument(IotModelsError, ValueError):
-    """A document that PostgreSQL or JSON cannot hold, refused before the database saw it.
+    """A document that cannot be stored: JSON or PostgreSQL cannot represent it, or it is nested too deep.
 
-    `path` is the JSON Pointer (RFC 6901) to the place, `""` for the document itself.
+    It is refused before it is sent to the database. `path` is the JSON Pointer (RFC 6901) to the place of the problem;
+    `""` is the document itself.
     """
 
     http_status = 400
@@ -121,39 +150,39 @@ class InvalidDocument(IotModelsError, ValueError):
         self.reason = reason
 
     def __str__(self) -> str:
-        # !a: a pointer may hold the very lone surrogate that it points to, which no log file would take
+        # !a, because the pointer may contain the lone surrogate that is the problem, and a log file could not take it.
         place = f"at {self.path!a}" if self.path else "at its root"
         return f"invalid document {place}: {self.reason}"
 
 
 class DocumentTooLarge(InvalidDocument):
-    """A document of more than `DocumentLimits.max_bytes` as compact UTF-8 JSON, measured after a merge."""
+    """A document of more than `DocumentLimits.max_bytes` bytes of compact UTF-8 JSON, measured after a merge.
+
+    A patch or a replacement that is far too large is refused before it is measured exactly.
+    """
 
     http_status = 413
 
 
 class BatchRejected(IotModelsError):
-    """An all-or-nothing batch with at least one bad entry; nothing was written, the transaction stays usable.
+    """An all-or-nothing batch in which at least one device was refused. Nothing was written.
 
-    `errors` maps each device_id that stood in the way to its own error.
+    The transaction stays usable. `errors` maps the `device_id` of each refused device to its error.
     """
 
     http_status = 409
-    _SHOWN: ClassVar[int] = 5
 
     def __init__(self, errors: Mapping[str, IotModelsError]) -> None:
         super().__init__(dict(errors))
         self.errors: Mapping[str, IotModelsError] = MappingProxyType(dict(errors))
 
     def __reduce__(self) -> tuple[type[BatchRejected], tuple[dict[str, IotModelsError]]]:
-        """A mapping proxy does not pickle; a dict does."""
+        """Make it picklable: a mapping proxy cannot be pickled, a dict can."""
         return type(self), (dict(self.errors),)
 
     def __str__(self) -> str:
-        shown = "; ".join(str(error) for error in list(self.errors.values())[: self._SHOWN])
-        more = len(self.errors) - self._SHOWN
-        rest = f"; and {more} more" if more > 0 else ""
+        refused = listed(self.errors.values(), text=str, separator="; ")
         return (
-            f"nothing was written, {len(self.errors)} of the batch stood in the way: {shown}{rest}. "
-            "Mend or leave out what `errors` lists and send the batch again"
+            f"nothing was written, {len(self.errors)} of the batch were refused: {refused}. "
+            "Correct the devices that `errors` lists, or leave them out, and send the batch again"
         )

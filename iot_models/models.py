@@ -1,12 +1,10 @@
-"""The table `device_state`, as revision 077 leaves it, and the rule that no object writes past `desired_version`.
+"""The table `device_state`, as the newest revision leaves it.
 
-A flush writes a changed `desired_state` by one guarded UPDATE of its own, before everything else that it writes to the
-table. So that UPDATE alone can lose a race: SQLAlchemy's `version_id_col` would guard every write of the row, and a
-heartbeat would fail because an operator was quicker.
-
-Statements are outside: bulk `update(DeviceState)`, `Session.bulk_*` and SQL by hand write what they say, nothing else.
-Whoever sets `desired_state` by one of them also raises `desired_version` by one; `ShadowService` does. SQL by hand
-can also store a number of more than 4,300 digits, by which Python's json refuses to read the row (`ValueError`).
+The rule that no object writes past `desired_version` is in `iot_models._core.version_guard`, which
+`import iot_models` sets up. Statements are outside that rule: bulk `update(DeviceState)`, `Session.bulk_*` and SQL by
+hand write what they say and nothing else. Where one of them sets `desired_state`, it also has to raise
+`desired_version` by one, as `ShadowService` does. SQL by hand can also store a number of more than 4,300 digits, and
+Python's json then refuses to read the row (`ValueError`).
 """
 
 from __future__ import annotations
@@ -15,38 +13,13 @@ import typing
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import (
-    DDL,
-    TIMESTAMP,
-    ColumnElement,
-    Connection,
-    Index,
-    Integer,
-    MetaData,
-    Table,
-    Text,
-    and_,
-    bindparam,
-    case,
-    cast,
-    column,
-    event,
-    func,
-    inspect,
-    literal,
-    select,
-    text,
-    update,
-)
+from sqlalchemy import DDL, TIMESTAMP, ColumnElement, Index, Integer, MetaData, Table, Text, event, func, text
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.hybrid import hybrid_property
-from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, mapped_column, object_session
-from sqlalchemy.orm.attributes import set_committed_value
-from sqlalchemy.orm.exc import StaleDataError
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from iot_models import twin
-from iot_models._core import tracked_documents
+from iot_models._core import conditions
 
 
 class Base(DeclarativeBase):
@@ -127,7 +100,7 @@ class DeviceState(Base):
     )
 
     __table_args__ = (
-        # All devices of a site.
+        # Each with the query that it serves. All devices of a site.
         Index("idx_device_state_site", "tenant_id", "site_id"),
         # A tenant's devices by liveness.
         Index("idx_device_state_status", "tenant_id", "status"),
@@ -154,7 +127,7 @@ class DeviceState(Base):
     @is_pending.inplace.expression
     @classmethod
     def _is_pending_in_sql(cls) -> ColumnElement[bool]:
-        return cls.desired_version > cls.reported_version
+        return conditions.pending(cls)
 
     @hybrid_property
     def delta(self) -> dict[str, Any]:
@@ -165,17 +138,7 @@ class DeviceState(Base):
     @delta.inplace.expression
     @classmethod
     def _delta_in_sql(cls) -> ColumnElement[dict[str, Any]]:
-        nothing = cast(literal("{}", Text), JSONB)
-        wanted = func.jsonb_each(cls.desired_state).table_valued("key", column("value", JSONB))
-        missing = (
-            select(func.coalesce(func.jsonb_object_agg(wanted.c.key, wanted.c.value), nothing))
-            .where(cls.reported_state[wanted.c.key].is_distinct_from(wanted.c.value))
-            .correlate(cls)
-            .scalar_subquery()
-        )
-        # Most devices run what they should: they are spared the subquery. And a SELECT of the delta alone, which names
-        # no table outside the subquery, would not know where to select it from.
-        return case((cls.desired_state == cls.reported_state, nothing), else_=missing)
+        return conditions.delta(cls)
 
     @hybrid_property
     def is_drifted(self) -> bool:
@@ -185,77 +148,15 @@ class DeviceState(Base):
     @is_drifted.inplace.expression
     @classmethod
     def _is_drifted_in_sql(cls) -> ColumnElement[bool]:
-        return and_(cls.desired_version == cls.reported_version, cls.delta != cast(literal("{}", Text), JSONB))
+        return conditions.drifted(cls)
 
     def __repr__(self) -> str:
         return f"DeviceState(tenant_id={self.tenant_id!r}, device_id={self.device_id!r})"
 
 
-_DOCUMENTS: Final = ("state", "desired_state", "reported_state")
-_TABLE: Final = typing.cast("Table", DeviceState.__table__)
-# Room in each page, by which a heartbeat stays a HOT update: revision 077 has the measurement. (SQLAlchemy 2.0 knows no
-# storage parameters of tables.)
+# The table, for Core statements: one costs half of what a statement over the mapped class does.
+TABLE: Final = typing.cast("Table", DeviceState.__table__)
+# Room in each page, by which a heartbeat stays a HOT update: revision 077 has the measurement. (SQLAlchemy 2.0 has no
+# argument for the storage parameters of a table.)
 _FILLFACTOR: Final = DDL("ALTER TABLE %(fullname)s SET (fillfactor = 75)")  # type: ignore[no-untyped-call]
-event.listen(_TABLE, "after_create", _FILLFACTOR)
-_C: Final = _TABLE.c
-_WRITE_DESIRED: Final = (
-    update(_TABLE)
-    .where(
-        _C.tenant_id == bindparam("tenant"),
-        _C.device_id == bindparam("device"),
-        _C.desired_version == bindparam("loaded"),
-    )
-    .values(
-        desired_state=bindparam("document"),
-        desired_version=_C.desired_version + 1,
-        shadow_updated_at=func.now(),
-    )
-    .returning(_C.desired_version, _C.shadow_updated_at)
-)
-
-for _attribute in (DeviceState.state, DeviceState.desired_state, DeviceState.reported_state):
-    tracked_documents.track(_attribute)
-
-
-@event.listens_for(DeviceState, "before_insert", propagate=True)
-def _before_insert(mapper: Mapper[DeviceState], _connection: Connection, device: DeviceState) -> None:
-    tracked_documents.check_changes(device, *_DOCUMENTS)
-    session = object_session(device)
-    key = mapper.identity_key_from_instance(device)
-    if session is not None and session.identity_map.get(key) in session.deleted:
-        # SQLAlchemy would make one UPDATE of the two, by which the old shadow lives on and its version may go back.
-        raise InvalidRequestError(f"{device!r} is deleted and added again in one flush: flush after deleting it")
-
-
-@event.listens_for(DeviceState, "before_update", propagate=True)
-def _before_update(_mapper: Mapper[DeviceState], connection: Connection, device: DeviceState) -> None:
-    tracked_documents.check_changes(device, *_DOCUMENTS)
-    state = inspect(device)
-    if state.attrs.desired_version.history.has_changes():
-        raise StaleDataError(
-            f"{device!r} carries a desired_version that its row does not have: it was set by hand, or merged from an "
-            "object of another version. It counts the writes of desired_state by itself: set that alone, and merge "
-            "only what was loaded at the current version"
-        )
-    if not state.attrs.desired_state.history.has_changes():
-        return
-    if "desired_version" in state.unloaded:
-        raise InvalidRequestError(
-            f"the desired_state of {device!r} was changed without the desired_version that it was read at: load both"
-        )
-    # The identity, because a flush may also rename the device.
-    tenant_id, device_id = typing.cast("tuple[str, str]", state.identity)
-    loaded = device.desired_version
-    document = device.desired_state
-    row = connection.execute(
-        _WRITE_DESIRED, {"tenant": tenant_id, "device": device_id, "loaded": loaded, "document": document}
-    ).one_or_none()
-    if row is None:
-        raise StaleDataError(
-            f"the desired_state of {device!r} was changed on top of desired_version {loaded}, which its row is not at "
-            "any more: roll back, read the device again and decide on what it says now"
-        )
-    # Written, so that the flush's own UPDATE carries the other columns only.
-    set_committed_value(device, "desired_state", document)
-    set_committed_value(device, "desired_version", row.desired_version)
-    set_committed_value(device, "shadow_updated_at", row.shadow_updated_at)
+event.listen(TABLE, "after_create", _FILLFACTOR)

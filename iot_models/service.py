@@ -1,23 +1,20 @@
-"""The service that reads and writes what devices should be and what they say they are."""
+"""The service that reads and writes what devices should be and what they report."""
 
 from __future__ import annotations
 
-from copy import deepcopy
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import inspect
 from sqlalchemy.exc import DBAPIError
 
 from iot_models import tenancy, twin
-from iot_models._core import batches, loaded_objects, statements, validation
+from iot_models._core import batches, loaded_objects, report_rules, statements, validation
 from iot_models._core.database_errors import add_hint
-from iot_models._core.documents import DocumentLimits, check_document, decode_document, encode_document, storable_text
-from iot_models._core.retries import ATTEMPTS, suppressed
-from iot_models._core.tracked_documents import set_committed_value
-from iot_models.errors import DeviceNotFound, LateReport, UnknownVersion, VersionConflict
+from iot_models._core.documents import DocumentLimits, check_document, decode_document, encode_document
+from iot_models._core.report_rules import Versions
+from iot_models._core.retries import device_not_written, until_written
+from iot_models.errors import DeviceNotFound, VersionConflict
 from iot_models.models import DeviceState
-from iot_models.reports import Report, ReportOutcome, ReportStatus, Versions, check, judge
 from iot_models.shadow import STALE_AFTER, Shadow
 
 if TYPE_CHECKING:
@@ -28,9 +25,9 @@ if TYPE_CHECKING:
     from sqlalchemy import Executable, Result, Row
     from sqlalchemy.orm import Session
 
-    _Row: TypeAlias = Row[*tuple[Any, ...]]
+    from iot_models.reports import Report, ReportOutcome
 
-__all__ = ["Shadow", "ShadowService"]
+    _Row: TypeAlias = Row[*tuple[Any, ...]]
 
 
 class ShadowService:
@@ -81,10 +78,7 @@ class ShadowService:
         Raises:
             DeviceNotFound: If this tenant has no such device.
         """
-        row = self._execute(statements.one_shadow(), self._device(device_id)).one_or_none()
-        if row is None:
-            raise DeviceNotFound(self.tenant_id, device_id)
-        return self._shadow(row)
+        return self._shadow(self._one(statements.one_shadow(), device_id))
 
     def get_many(self, device_ids: Iterable[str]) -> dict[str, Shadow]:
         """Read several shadows in one statement, in the order asked for; devices that do not exist are left out.
@@ -93,8 +87,8 @@ class ShadowService:
             TypeError: If `device_ids` is one string or no iterable, or holds anything but strings.
         """
         wanted = validation.device_id_list(device_ids)
-        storable = [device_id for device_id in wanted if storable_text(device_id)]
-        rows = self._execute(statements.many_shadows(), {"tenant": self.tenant_id, "devices": storable})
+        binds = {"tenant": self.tenant_id, "devices": validation.findable(wanted)}
+        rows = self._execute(statements.many_shadows(), binds)
         found = {shadow.device_id: shadow for shadow in map(self._shadow, rows)}
         return {device_id: found[device_id] for device_id in wanted if device_id in found}
 
@@ -113,13 +107,16 @@ class ShadowService:
         """
         expected = validation.version("expected_version", expected_version)
         binds = self._device(device_id) | {"document": encode_document(desired, self._limits), "expected": expected}
-        for _ in range(ATTEMPTS):
-            row = self._execute(statements.write_desired(guarded=expected is not None), binds).one_or_none()
-            if row is not None:
-                return self._written(row)
-            # Missed. Unless the device or version appeared since, this raises; if it did appear, the write holds now.
-            _refuse_desired(device_id, expected, self._versions(device_id).desired_version)
-        raise suppressed(device_id)
+        statement = statements.write_desired(guarded=expected is not None)
+
+        def attempt() -> _Row | None:
+            row = self._execute(statement, binds).one_or_none()
+            if row is None:
+                # This raises, unless the device or the version appeared since: then the next attempt writes.
+                _require_version(device_id, expected, self._versions(device_id).desired)
+            return row
+
+        return self._written(until_written(attempt, lambda: device_not_written(device_id)))
 
     def patch_desired(
         self, device_id: str, patch: Mapping[str, object], *, expected_version: int | None = None
@@ -138,16 +135,17 @@ class ShadowService:
         expected = validation.version("expected_version", expected_version)
         device = self._device(device_id)
         check_document(patch, self._limits)
-        for _ in range(ATTEMPTS):
-            seen, desired_version, _ = self._locked("desired_state", device_id)
-            _refuse_desired(device_id, expected, desired_version)
+
+        def attempt() -> _Row | None:
+            seen, versions = self._locked("desired_state", device_id)
+            _require_version(device_id, expected, versions.desired)
             document = encode_document(twin.merge_patch(decode_document(seen), patch), self._limits)
-            binds = device | {"document": document, "expected": desired_version}
-            row = self._execute(statements.write_desired(guarded=True), binds).one_or_none()
-            if row is not None:
-                return self._written(row)
-            # Only in AUTOCOMMIT mode, where the lock ended with its statement: somebody wrote since, merge with that.
-        raise suppressed(device_id)
+            binds = device | {"document": document, "expected": versions.desired}
+            # No row only in AUTOCOMMIT mode, where the lock ended with its statement and another transaction wrote
+            # since: the next attempt merges with what that wrote.
+            return self._execute(statements.write_desired(guarded=True), binds).one_or_none()
+
+        return self._written(until_written(attempt, lambda: device_not_written(device_id)))
 
     def replace_reported(
         self, device_id: str, reported: Mapping[str, object], *, acked_version: int | None = None
@@ -167,14 +165,15 @@ class ShadowService:
         acked = validation.version("acked_version", acked_version)
         binds = self._device(device_id) | {"document": encode_document(reported, self._limits), "acked": acked}
         statement = statements.write_reported(acked=acked is not None, unchanged=False)
-        for _ in range(ATTEMPTS):
+
+        def attempt() -> _Row | None:
             row = self._execute(statement, binds).one_or_none()
-            if row is not None:
-                return self._written(row)
-            # Missed, as in replace_desired.
-            versions = self._versions(device_id)
-            _refuse_reported(device_id, acked, versions.desired_version, versions.reported_version)
-        raise suppressed(device_id)
+            if row is None:
+                # This raises, unless the device appeared or its versions changed since, as in replace_desired.
+                report_rules.require_accepted(device_id, acked, self._versions(device_id))
+            return row
+
+        return self._written(until_written(attempt, lambda: device_not_written(device_id)))
 
     def patch_reported(
         self, device_id: str, patch: Mapping[str, object], *, acked_version: int | None = None
@@ -194,15 +193,15 @@ class ShadowService:
         device = self._device(device_id)
         check_document(patch, self._limits)
         statement = statements.write_reported(acked=acked is not None, unchanged=True)
-        for _ in range(ATTEMPTS):
-            seen, desired_version, reported_version = self._locked("reported_state", device_id)
-            _refuse_reported(device_id, acked, desired_version, reported_version)
+
+        def attempt() -> _Row | None:
+            seen, versions = self._locked("reported_state", device_id)
+            report_rules.require_accepted(device_id, acked, versions)
             document = encode_document(twin.merge_patch(decode_document(seen), patch), self._limits)
-            row = self._execute(statement, device | {"document": document, "acked": acked, "seen": seen}).one_or_none()
-            if row is not None:
-                return self._written(row)
-            # Only in AUTOCOMMIT mode, as in patch_desired.
-        raise suppressed(device_id)
+            # No row only in AUTOCOMMIT mode, as in patch_desired.
+            return self._execute(statement, device | {"document": document, "acked": acked, "seen": seen}).one_or_none()
+
+        return self._written(until_written(attempt, lambda: device_not_written(device_id)))
 
     def replace_desired_many(
         self, documents: Mapping[str, Mapping[str, object]], *, expected_versions: Mapping[str, int] | None = None
@@ -284,13 +283,12 @@ class ShadowService:
                 report is an outcome, see `ReportOutcome`: it stops no other and raises nothing.
         """
         validation.require_several("reports", reports)
-        checked = [check(report, self._limits) for report in reports]
+        checked = [report_rules.check(report, self._limits) for report in reports]
         outcomes, written = batches.replace_reported(self._execute, self.tenant_id, checked)
         loaded_objects.remember(self._session, self.tenant_id, written)
-        loaded = [device_id for device_id in written if self._loaded(self.tenant_id, device_id) is not None]
-        if loaded:
+        if loaded := list(loaded_objects.loaded(self._session, self.tenant_id, written)):
             for row in self._execute(statements.many_shadows(), {"tenant": self.tenant_id, "devices": loaded}):
-                self._written(row)
+                loaded_objects.show(self._session, row)
         return outcomes
 
     def pending(self, *, limit: int = 100, after: str | None = None) -> list[Shadow]:
@@ -358,19 +356,20 @@ class ShadowService:
         return {status: counts.get(status, 0) for status in twin.SyncStatus}
 
     def _device(self, device_id: str) -> dict[str, object]:
-        validation.require_text("device_id", device_id)
-        if not storable_text(device_id):  # no row can carry it
-            raise DeviceNotFound(self.tenant_id, device_id)
+        validation.require_findable(self.tenant_id, device_id)
         return {"tenant": self.tenant_id, "device": device_id}
 
-    def _versions(self, device_id: str) -> _Row:
-        row = self._execute(statements.versions(), self._device(device_id)).one_or_none()
-        if row is None:
-            raise DeviceNotFound(self.tenant_id, device_id)
-        return row
+    def _versions(self, device_id: str) -> Versions:
+        row = self._one(statements.versions(), device_id)
+        return Versions(row.desired_version, row.reported_version)
 
-    def _locked(self, section: statements.Section, device_id: str) -> _Row:
-        row = self._execute(statements.locked_document(section), self._device(device_id)).one_or_none()
+    def _locked(self, section: statements.Section, device_id: str) -> tuple[str, Versions]:
+        """One section as JSON text, and both versions; the row is locked."""
+        row = self._one(statements.locked_document(section), device_id)
+        return row.document, Versions(row.desired_version, row.reported_version)
+
+    def _one(self, statement: Executable, device_id: str) -> _Row:
+        row = self._execute(statement, self._device(device_id)).one_or_none()
         if row is None:
             raise DeviceNotFound(self.tenant_id, device_id)
         return row
@@ -379,7 +378,7 @@ class ShadowService:
         binds: dict[str, object] = {"tenant": self.tenant_id, "limit": validation.whole("limit", limit)}
         if after is not None:
             validation.require_text("after", after)
-            if not storable_text(after):
+            if not validation.storable_text(after):
                 raise ValueError(f"after must be a device_id of a page before, got {after!a}")
             binds["after"] = after
         return [self._shadow(row) for row in self._execute(statement, binds)]
@@ -406,22 +405,22 @@ class ShadowService:
             raise
 
     def _shadow(self, row: _Row) -> Shadow:
-        return Shadow(*row, stale_after=self._stale_after)
-
-    def _loaded(self, tenant_id: str, device_id: str) -> DeviceState | None:
-        """The session's object of this device, if it has one."""
-        key = DeviceState.__mapper__.identity_key_from_primary_key((tenant_id, device_id))
-        return self._session.identity_map.get(key)
+        return Shadow(
+            tenant_id=row.tenant_id,
+            device_id=row.device_id,
+            desired=row.desired_state,
+            reported=row.reported_state,
+            desired_version=row.desired_version,
+            reported_version=row.reported_version,
+            shadow_updated_at=row.shadow_updated_at,
+            last_seen_at=row.last_seen_at,
+            stale_after=self._stale_after,
+        )
 
     def _written(self, row: _Row) -> Shadow:
-        """The shadow that a write returned, shown to the loaded object as well, if there is one."""
+        """The shadow that a write returned; the loaded object, if there is one, shows it too."""
         loaded_objects.remember(self._session, row.tenant_id, [row.device_id])
-        loaded = self._loaded(row.tenant_id, row.device_id)
-        if loaded is not None:
-            state = inspect(loaded)
-            for name, value in row._mapping.items():  # noqa: SLF001 - Row's public name for it
-                if not state.attrs[name].history.has_changes():  # a change not flushed yet is the caller's
-                    set_committed_value(loaded, name, deepcopy(value))
+        loaded_objects.show(self._session, row)
         return self._shadow(row)
 
     def _written_in_order(self, device_ids: Iterable[str], rows: Iterable[_Row]) -> dict[str, Shadow]:
@@ -429,16 +428,6 @@ class ShadowService:
         return {device_id: shadows[device_id] for device_id in device_ids}
 
 
-def _refuse_desired(device_id: str, expected: int | None, actual: int) -> None:
+def _require_version(device_id: str, expected: int | None, actual: int) -> None:
     if expected is not None and expected != actual:
         raise VersionConflict(device_id, expected, actual)
-
-
-def _refuse_reported(device_id: str, acked: int | None, desired_version: int, reported_version: int) -> None:
-    if acked is None:
-        return
-    status = judge(acked, Versions(desired_version, reported_version))
-    if status is ReportStatus.UNKNOWN_VERSION:
-        raise UnknownVersion(device_id, acked, desired_version)
-    if status is ReportStatus.LATE:
-        raise LateReport(device_id, acked, reported_version)

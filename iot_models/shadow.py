@@ -1,4 +1,4 @@
-"""One device's shadow as a value: what it holds, and what follows from that."""
+"""`Shadow`: one device's shadow as a value, with what is computed from it."""
 
 from __future__ import annotations
 
@@ -7,25 +7,31 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from iot_models import twin
+from iot_models.errors import listed
 
-# The seed's threshold, where nothing else is said.
+# The default: how long a device may be silent before it is stale.
 STALE_AFTER: Final = timedelta(minutes=twin.STALE_THRESHOLD_MINUTES)
-
-_KEYS_SHOWN: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Shadow:
-    """One device's shadow as the database had it when it was read: a value, no live object.
+    """One device's shadow as it was in the database when it was read. It does not follow later changes.
 
     Attributes:
-        desired: What the operator wants. A copy: changing it changes nothing else.
-        reported: What the device last confirmed. A copy too.
-        desired_version: Raised by one by every write of desired.
+        tenant_id: The tenant that the device belongs to.
+        device_id: The device's id, unique within the tenant.
+        desired: What the device should be. A copy: changing it changes nothing else.
+        reported: What the device last confirmed. A copy, too.
+        desired_version: Rises by one with every write of desired, also with one that changes nothing.
         reported_version: The `desired_version` that the device last acknowledged.
         shadow_updated_at: When desired was last written; None if never.
-        last_seen_at: When the device last reported or was otherwise heard of; None if never.
-        stale_after: The silence after which `sync_status` says `stale`; no part of equality.
+        last_seen_at: When the device was last heard from; None if never.
+        stale_after: How long the device may be silent before `sync_status` is `stale`. Equality ignores it.
+
+    Example:
+        >>> shadow = ShadowService(session, "acme").get("thermostat-1")
+        >>> shadow.is_pending, shadow.delta
+        (True, {'target_c': 21.5})
     """
 
     tenant_id: str
@@ -40,36 +46,42 @@ class Shadow:
 
     @property
     def delta(self) -> dict[str, Any]:
-        """What desired asks and reported lacks, by top-level keys; see `twin.compute_delta`."""
+        """The top-level keys of desired that reported lacks or has with another value; see `twin.compute_delta`."""
         return twin.compute_delta(self.desired, self.reported)
 
     @property
     def nested_delta(self) -> dict[str, Any]:
-        """The same down to the differing leaves, as AWS computes it; see `twin.compute_nested_delta`."""
+        """The values inside desired that reported lacks or has otherwise, by AWS IoT's rule.
+
+        See `twin.compute_nested_delta`.
+        """
         return twin.compute_nested_delta(self.desired, self.reported)
 
     @property
     def is_pending(self) -> bool:
-        """Whether the device has yet to acknowledge the newest desired version."""
+        """Whether the device has not acknowledged the newest desired version yet."""
         return self.desired_version > self.reported_version
 
     @property
     def is_drifted(self) -> bool:
-        """Whether the device acknowledged the newest version and yet runs something else."""
+        """Whether the device acknowledged the newest desired version, but the delta is not empty."""
         return self.desired_version == self.reported_version and not self.is_converged
 
     @property
     def is_converged(self) -> bool:
-        """Whether the delta is empty, whatever the versions say."""
+        """Whether the delta is empty. The versions do not matter."""
         return not self.delta
 
     @property
     def etag(self) -> str:
-        """`desired_version` as a strong HTTP entity tag, quotes included: for `ETag` and `If-Match`."""
+        """`desired_version` as a strong HTTP entity tag, with its quotes: for `ETag` and `If-Match`."""
         return f'"{self.desired_version}"'
 
     def sync_status(self, now: datetime | None = None) -> twin.SyncStatus:
-        """Synced, pending or stale; see `twin.sync_status`.
+        """Return whether the device is synced, pending or stale; see `twin.sync_status`.
+
+        Args:
+            now: The time to compare `last_seen_at` with; None is the present.
 
         Raises:
             ValueError: If `now` has no time zone.
@@ -79,10 +91,17 @@ class Shadow:
         )
 
     def explain(self, now: datetime | None = None) -> str:
-        """Say in one sentence how the device stands, and if it is out of sync, why.
+        """Return one sentence that says whether the device is in sync, and if not, why.
+
+        Args:
+            now: The time to compare `last_seen_at` with; None is the present.
 
         Raises:
             ValueError: If `now` has no time zone.
+
+        Example:
+            >>> shadow.explain()
+            "t-1 has drifted: version 1 is acknowledged, but 'mode' differs, last seen at 2026-11-01 12:00:00 UTC."
         """
         status = self.sync_status(now)
         if self.last_seen_at is None:
@@ -99,12 +118,12 @@ class Shadow:
             )
         else:
             why = f"version {self.desired_version} is acknowledged"
-        # A stale device is first of all silent; "synced" alone would hide that it runs something else.
+        # "is stale" is more important than "has drifted". "is synced" is not: it would hide the drift.
         stands = "has drifted" if self.is_drifted and status is twin.SyncStatus.SYNCED else f"is {status}"
         return f"{self.device_id} {stands}: {why}{self._difference()}, {seen}."
 
     def to_dict(self) -> dict[str, Any]:
-        """The shape that an HTTP API returns, ready for `json.dumps`; times are ISO 8601 in UTC."""
+        """Return the shadow as a dict for an HTTP API, ready for `json.dumps`. Times are ISO 8601 in UTC."""
         return {
             "device_id": self.device_id,
             "desired": self.desired,
@@ -117,12 +136,11 @@ class Shadow:
         }
 
     def _difference(self) -> str:
-        keys = list(self.delta)
+        keys = self.delta.keys()
         if not keys:
             return " and nothing differs"
-        rest = f" and {len(keys) - _KEYS_SHOWN} more" if len(keys) > _KEYS_SHOWN else ""
         link = "and" if self.is_pending else "but"
-        return f", {link} {', '.join(map(repr, keys[:_KEYS_SHOWN]))}{rest} differ{'s' if len(keys) == 1 else ''}"
+        return f", {link} {listed(keys)} differ{'s' if len(keys) == 1 else ''}"
 
 
 def _iso(moment: datetime) -> str:

@@ -1,13 +1,14 @@
-"""What a twin's documents become: deltas, comparisons, merge patches and the sync status.
+"""Pure functions on the documents of a twin: deltas, comparisons, merge patches, and the sync status.
 
-Pure functions of their arguments: no database, no clock unless asked, and no argument is ever modified. No result
-shares a dict or list with an argument, so that a caller may change what it was given.
+They use no database, and no clock except where `now` is left out. They never change an argument. No result shares a
+dict or list with an argument, so the caller may change a result.
 
-Two values are equal here when PostgreSQL's ``jsonb`` says so, not when Python does; see `json_equal`. Documents are
-what `json.loads` returns. Whether one may be stored is another module's question (`iot_models._core.documents`).
+Two values are equal when PostgreSQL's `jsonb` says so, which is not always what Python says: `true` is not `1`. See
+`iot_models._core.equality.json_equal`. Documents are what `json.loads` returns: inside them, objects are dicts and
+arrays are lists. Whether a document can be stored is checked elsewhere (`iot_models._core.documents`).
 
-Documents nest no deeper than Python recurses, which is a few hundred levels: deeper ones, and one that contains itself,
-raise `RecursionError`. ``json.loads`` gives up at such a depth too, and what may be stored ends long before.
+A document that is nested deeper than Python's recursion limit allows (a few hundred levels), or that contains itself,
+raises `RecursionError`. `json.loads` does the same at such a depth. A document that can be stored is less deep.
 """
 
 from __future__ import annotations
@@ -22,12 +23,17 @@ from iot_models._core.equality import ABSENT, SCALARS, json_equal, surely_equal
 
 Document: TypeAlias = dict[str, Any]
 
-# The seed's constant: a device that has not reported for longer than this is stale.
+# A device that was not heard from for longer than this is stale, unless the caller names another time.
 STALE_THRESHOLD_MINUTES: Final = 30
 
 
 class SyncStatus(StrEnum):
-    """How a device stands to what is wanted of it; the seed's three words.
+    """Whether a device acknowledged the newest desired version and was heard from lately; see `sync_status`.
+
+    Attributes:
+        SYNCED: It acknowledged the newest desired version.
+        PENDING: It has not acknowledged the newest desired version.
+        STALE: It was not heard from for too long, whatever the versions are.
 
     Example:
         >>> SyncStatus.PENDING == "pending"
@@ -40,7 +46,12 @@ class SyncStatus(StrEnum):
 
 
 class Change(NamedTuple):
-    """The two values of a key that both documents have and that differ."""
+    """The two different values of a key that both documents have.
+
+    Attributes:
+        old: The reported value.
+        new: The desired value.
+    """
 
     old: Any
     new: Any
@@ -48,13 +59,13 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The way from the reported document to the desired one, key by key of the top level.
+    """The difference between a reported and a desired document, by top-level keys.
 
     Attributes:
         added: Keys that only desired has, with their values.
         removed: Keys that only reported has, with their values.
-        changed: Keys of both whose values differ: ``old`` is the reported value, ``new`` the desired one.
-        unchanged_count: How many keys of both have equal values.
+        changed: Keys that both have with different values.
+        unchanged_count: How many keys both have with equal values.
     """
 
     added: Document
@@ -64,17 +75,17 @@ class Comparison:
 
 
 def compute_delta(desired: Mapping[str, object], reported: Mapping[str, object]) -> Document:
-    """Return the top-level keys of desired that reported lacks or holds with another value.
+    """Return the top-level keys of desired that reported lacks or has with another value.
 
-    Each comes with its whole desired value. Keys that only reported has are not in the delta. This is the seed's rule
-    with one repair: a key that desired holds as ``None`` and reported lacks is in the delta.
+    Each key comes with its whole desired value. Keys that only reported has are not in the delta. `None` is a value:
+    a key that is `None` in desired and absent in reported is in the delta.
 
     Args:
         desired: What the device should be.
         reported: What the device last confirmed.
 
     Raises:
-        TypeError: An argument is no JSON object.
+        TypeError: If an argument is not a mapping.
 
     Example:
         >>> compute_delta({"color": "RED", "state": "STOP"}, {"color": "GREEN", "engine": "ON"})
@@ -82,10 +93,10 @@ def compute_delta(desired: Mapping[str, object], reported: Mapping[str, object])
     """
     _require_object("desired", desired)
     _require_object("reported", reported)
-    if desired == reported and surely_equal(desired, reported):  # most of a fleet is in sync
+    if desired == reported and surely_equal(desired, reported):  # true of most devices of a fleet
         return {}
     delta: Document = {}
-    alike: list[str] = []  # keys whose containers Python calls equal, who takes true for 1
+    alike: list[str] = []  # keys whose values are equal for Python, for which true is 1: they are compared again
     for key, wanted in desired.items():
         actual = reported.get(key, ABSENT)
         if wanted is actual:
@@ -100,24 +111,24 @@ def compute_delta(desired: Mapping[str, object], reported: Mapping[str, object])
             delta[key] = _copy(wanted)
     if alike and not surely_equal([desired[key] for key in alike], [reported[key] for key in alike]):
         apart = {key for key in alike if not json_equal(desired[key], reported[key])}
-        if apart:  # in the order of desired
+        if apart:  # build it again, so that the keys keep the order of desired
             delta = {key: _copy(wanted) for key, wanted in desired.items() if key in apart or key in delta}
     return delta
 
 
 def compute_nested_delta(desired: Mapping[str, object], reported: Mapping[str, object]) -> Document:
-    """Return what of desired the device still lacks, down to the leaves, with the path to each.
+    """Return the values of desired that reported lacks or has otherwise, with the path to each.
 
-    This is the delta that AWS IoT sends to devices. Inside objects only what differs is kept, and an object that
-    reported satisfies leaves nothing behind. Where reported lacks a key, or has something else than an object there,
-    the whole desired value is in the delta. Arrays are compared and returned whole.
+    This is the delta that AWS IoT sends to devices. Of an object that both documents have, only the differing members
+    are in the delta; if none differs, the object is not in it. Where reported lacks a key, or has something other than
+    an object there, the whole desired value is in the delta. Arrays are compared and returned whole.
 
     Args:
         desired: What the device should be.
         reported: What the device last confirmed.
 
     Raises:
-        TypeError: An argument is no JSON object.
+        TypeError: If an argument is not a mapping.
 
     Example:
         >>> compute_nested_delta({"color": {"r": 255, "g": 255}}, {"color": {"r": 255, "g": 0}})
@@ -129,16 +140,16 @@ def compute_nested_delta(desired: Mapping[str, object], reported: Mapping[str, o
 
 
 def compare(desired: Mapping[str, object], reported: Mapping[str, object]) -> Comparison:
-    """Return what going from reported to desired adds, removes and changes, over top-level keys.
+    """Return the top-level keys that are added, removed and changed on the way from reported to desired.
 
-    The keys of `compute_delta` are those of ``added`` and ``changed`` together.
+    The keys of `added` and `changed` together are the keys of `compute_delta`.
 
     Args:
         desired: What the device should be.
         reported: What the device last confirmed.
 
     Raises:
-        TypeError: An argument is no JSON object.
+        TypeError: If an argument is not a mapping.
 
     Example:
         >>> compare({"color": "red", "fan": 2}, {"color": "green", "fan": 2.0}).changed
@@ -156,16 +167,16 @@ def compare(desired: Mapping[str, object], reported: Mapping[str, object]) -> Co
 def merge_patch(document: Mapping[str, object], patch: Mapping[str, object]) -> Document:
     """Return the document with an RFC 7396 merge patch applied.
 
-    ``None`` in the patch removes the key, an object is merged into what is there, and anything else, an
-    array too, replaces it whole. A ``None`` that the document already holds stays.
+    `None` in the patch removes the key. An object in the patch is merged into the object that is there. Any other
+    value, also an array, replaces the whole value that is there. A `None` that the document already has stays.
 
     Args:
-        document: What to start from.
-        patch: What to change.
+        document: The document before.
+        patch: What to change in it.
 
     Raises:
-        TypeError: An argument is no JSON object. RFC 7396 also defines patches that are none; they would make the
-            document something that a twin's document never is.
+        TypeError: If an argument is not a mapping. RFC 7396 also defines patches that are not objects; their result is
+            not an object, and a twin's document always is.
 
     Example:
         >>> merge_patch({"color": "red", "fan": {"speed": 2, "mode": "eco"}}, {"color": None, "fan": {"speed": 3}})
@@ -184,17 +195,20 @@ def sync_status(
     now: datetime | None = None,
     stale_after: timedelta = timedelta(minutes=STALE_THRESHOLD_MINUTES),
 ) -> SyncStatus:
-    """Return whether a device is in sync, still has to apply something, or has not been heard of; the seed's rule.
+    """Return whether a device is synced, pending or stale.
+
+    It is stale if it was not heard from for longer than `stale_after`, whatever the versions are. Otherwise it is
+    synced if the two versions are equal, and pending if not.
 
     Args:
         desired_version: The version of the last desired write.
         reported_version: The desired version that the device last acknowledged.
-        last_seen: When the device was last heard of; ``None`` is never, which is stale.
-        now: The time to judge by; ``None`` is the present.
-        stale_after: A device unheard of for longer is stale, whatever the versions say. Exactly as long is not.
+        last_seen: When the device was last heard from; None is never, which is stale.
+        now: The time to compare `last_seen` with; None is the present.
+        stale_after: The longest silence that is not stale.
 
     Raises:
-        ValueError: ``last_seen`` or ``now`` has no time zone.
+        ValueError: If `last_seen` or `now` has no time zone.
 
     Example:
         >>> noon = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -206,8 +220,8 @@ def sync_status(
     if last_seen is None:
         return SyncStatus.STALE
     _require_aware("last_seen", last_seen)
-    # Python subtracts two times of one zone by the clock on the wall, an hour off across a change to summer time;
-    # one of them in UTC makes it the time that really passed.
+    # Python subtracts two times of the same zone as local times: an hour is wrong where summer time begins or ends in
+    # between. With one of the two in UTC, the difference is the time that really passed.
     if now.astimezone(UTC) - last_seen > stale_after:
         return SyncStatus.STALE
     return SyncStatus.SYNCED if desired_version == reported_version else SyncStatus.PENDING
@@ -232,7 +246,8 @@ def _nested_delta(desired: Mapping[str, object], reported: Mapping[str, object])
 
 
 def _merge(target: Mapping[str, object], patch: Mapping[str, object]) -> Document:
-    # What the patch names is replaced below, so only the rest needs a copy; starting from all keys keeps their order.
+    # Only keys that the patch does not name need a copy: the others are replaced below. They are included here all the
+    # same, so that all keys keep their order.
     merged: Document = {key: value if key in patch else _copy(value) for key, value in target.items()}
     for key, value in patch.items():
         if value is None:
@@ -246,10 +261,10 @@ def _merge(target: Mapping[str, object], patch: Mapping[str, object]) -> Documen
 
 
 def _copy(value: object) -> Any:
-    """Return a value that shares no container with the one given; `copy.deepcopy` takes several times as long."""
+    """Return a copy that shares no dict or list with the value. `copy.deepcopy` takes several times as long."""
     if type(value) in SCALARS:
         return value
-    # Scalars are asked here and not by another call: they are most of what there is.
+    # Scalars are tested here, without another call of this function: most values are scalars.
     if isinstance(value, dict):
         return {key: item if type(item) in SCALARS else _copy(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -258,7 +273,7 @@ def _copy(value: object) -> Any:
 
 
 def _require_object(name: str, value: object) -> None:
-    # A plain dict needs no answer from the abstract class, which takes as long as comparing three keys.
+    # The test for a plain dict saves isinstance() with an abstract class, which takes as long as comparing three keys.
     if type(value) is not dict and not isinstance(value, Mapping):
         raise TypeError(f"{name} must be a JSON object (a dict), got {type(value).__name__}")
 

@@ -1,6 +1,7 @@
 """Writes to many devices at once: what is sent for a batch, and what the answer means for each device of it.
 
-Functions over an `Execute`, which is all they know of a session. A batch costs as many statements as one device does.
+The functions take an `Execute`, which is all that they know of a session. A batch costs as many statements as one
+device does.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from typing import TYPE_CHECKING
 
 from iot_models import twin
 from iot_models._core import statements
-from iot_models._core.documents import decode_document, encode_document, storable_text
-from iot_models._core.retries import ATTEMPTS, suppressed_batch
+from iot_models._core.documents import decode_document, encode_document
+from iot_models._core.report_rules import CheckedReport, Versions, fold
+from iot_models._core.retries import devices_not_written, until_written
+from iot_models._core.validation import findable, require_findable
 from iot_models.errors import BatchRejected, DeviceNotFound, IotModelsError, VersionConflict
-from iot_models.reports import CheckedReport, ReportOutcome, ReportStatus, Versions, fold
+from iot_models.reports import ReportOutcome, ReportStatus
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Executable, Result, Row
 
     from iot_models._core.documents import DocumentLimits
-    from iot_models.reports import Accepted
+    from iot_models._core.report_rules import Accepted
 
     _Row: TypeAlias = Row[*tuple[Any, ...]]
     Execute: TypeAlias = Callable[[Executable, Mapping[str, object]], Result[*tuple[Any, ...]]]
@@ -35,9 +38,9 @@ def replace_desired(
     expected: Mapping[str, int],
     limits: DocumentLimits,
 ) -> Sequence[_Row]:
-    """Replace the desired documents of all these devices, or of none; returns the rows as they are then, unordered.
+    """Replace the desired documents of all these devices, or of none; returns the new rows, unordered.
 
-    One statement; a second asks what stood against it where it wrote nothing.
+    One statement; where it wrote nothing, a second one asks why.
 
     Raises:
         BatchRejected: See `ShadowService.replace_desired_many`.
@@ -45,38 +48,40 @@ def replace_desired(
     """
 
     def encode(device_id: str) -> str:
-        if not storable_text(device_id):  # no row can carry it
-            raise DeviceNotFound(tenant_id, device_id)
+        require_findable(tenant_id, device_id)
         return encode_document(documents[device_id], limits)
 
     texts, errors = _each(documents, encode)
-    for _ in range(ATTEMPTS):
+
+    def attempt() -> Sequence[_Row] | None:
         rows = [] if errors else _write_desired(execute, tenant_id, texts, expected)
-        if rows:
-            return rows
-        # Missed. Unless the device or version appeared since, this raises; if it did appear, the write holds now.
-        errors |= _standing_against(execute, tenant_id, texts, expected)
-        if errors:
-            raise BatchRejected({device_id: errors[device_id] for device_id in documents if device_id in errors})
-    raise suppressed_batch(texts)
+        if not rows:
+            # No error: the device or version appeared since the write, which the next attempt will find.
+            found = errors | _refusals(execute, tenant_id, texts, expected)
+            if found:
+                raise BatchRejected({device_id: found[device_id] for device_id in documents if device_id in found})
+        return rows or None
+
+    return until_written(attempt, lambda: devices_not_written(texts))
 
 
 def patch_desired(
     execute: Execute, tenant_id: str, device_ids: Collection[str], patch: Mapping[str, object], limits: DocumentLimits
 ) -> Sequence[_Row]:
-    """Merge a patch into the desired documents of all these devices, or of none; returns the rows as `replace_desired`.
+    """Merge a patch into the desired documents of all these devices, or of none; returns the new rows, unordered.
 
-    Two statements: reads and locks the rows, merges, writes.
+    Two statements: the first reads and locks the rows, the second writes the merged documents.
 
     Raises:
         BatchRejected: See `ShadowService.patch_desired_many`.
         RuntimeError: If nothing explains why rows are not written.
     """
-    binds = {"tenant": tenant_id, "devices": list(filter(storable_text, device_ids))}
-    for _ in range(ATTEMPTS):
+    binds = {"tenant": tenant_id, "devices": findable(device_ids)}
+
+    def attempt() -> Sequence[_Row] | None:
         seen = {row.device_id: row for row in execute(statements.locked_desired_documents(), binds)}
 
-        def merge(device_id: str, seen: Mapping[str, _Row] = seen) -> str:
+        def merge(device_id: str) -> str:
             if device_id not in seen:
                 raise DeviceNotFound(tenant_id, device_id)
             return encode_document(twin.merge_patch(decode_document(seen[device_id].document), patch), limits)
@@ -85,10 +90,11 @@ def patch_desired(
         if errors:
             raise BatchRejected(errors)
         expected = {device_id: row.desired_version for device_id, row in seen.items()}
-        if rows := _write_desired(execute, tenant_id, texts, expected):
-            return rows
-        # Only in AUTOCOMMIT mode, where the locks ended with their statement: somebody wrote since, merge with that.
-    raise suppressed_batch(device_ids)
+        # Nothing is written only in AUTOCOMMIT mode, where the locks end with their statement, and only if another
+        # transaction wrote since: the next attempt merges with what that wrote.
+        return _write_desired(execute, tenant_id, texts, expected) or None
+
+    return until_written(attempt, lambda: devices_not_written(device_ids))
 
 
 def replace_reported(
@@ -96,8 +102,9 @@ def replace_reported(
 ) -> tuple[list[ReportOutcome], set[str]]:
     """Apply reports as if one after another; returns an outcome for each, in order, and the devices written.
 
-    One guarded statement; a second asks what became of those that it did not write. Where a report is invalid or a
-    device reports twice, two statements instead: reads and locks the rows, decides, writes.
+    One guarded statement writes those that are accepted. Where reports are left, one more statement reads and locks
+    their devices, the reports are decided on here, and what they leave behind is written by a last one. If a report is
+    invalid or a device reports twice, the first statement is left out.
 
     Raises:
         RuntimeError: If nothing explains why rows are not written.
@@ -111,22 +118,24 @@ def replace_reported(
             outcomes[place] = ReportOutcome(report.device_id, ReportStatus.ACCEPTED, *accepted[report.device_id])
         else:
             left[place] = report
-    for _ in range(ATTEMPTS):
-        if not left:
-            break
+
+    def attempt() -> bool | None:
+        nonlocal left
         decided, to_write = fold(left.values(), _versions(execute, tenant_id, left.values()))
         outcomes.update(zip(left, decided, strict=True))
-        written |= _write_decided(execute, tenant_id, to_write)
-        # Missed only in AUTOCOMMIT mode, where a version changed since: these start anew, no other depends on them.
-        missed = to_write.keys() - written
-        left = {place: report for place, report in left.items() if report.device_id in missed}
+        written.update(_write_decided(execute, tenant_id, to_write))
+        # A device is not written only in AUTOCOMMIT mode, where its version changed since it was read: its reports
+        # start anew, and no other report depends on them.
+        left = {place: report for place, report in left.items() if report.device_id in to_write.keys() - written}
+        return True if not left else None
+
     if left:
-        raise suppressed_batch(list(dict.fromkeys(str(report.device_id) for report in left.values())))
+        until_written(attempt, lambda: devices_not_written([str(report.device_id) for report in left.values()]))
     return [outcomes[place] for place in range(len(reports))], written
 
 
 def _each(device_ids: Iterable[str], encode: Callable[[str], str]) -> tuple[dict[str, str], _Errors]:
-    """The documents to write as JSON text, and the errors of those devices that have none."""
+    """The documents to write as JSON text, and the errors of the devices that have none."""
     texts: dict[str, str] = {}
     errors: _Errors = {}
     for device_id in device_ids:
@@ -149,16 +158,14 @@ def _write_desired(
             "expected": [expected.get(device_id) for device_id in texts],
         },
     ).all()
-    if rows and len(rows) < len(texts):  # all were there, and locked
+    if rows and len(rows) < len(texts):  # all of them exist and were locked
         written = {row.device_id for row in rows}
-        raise suppressed_batch([device_id for device_id in texts if device_id not in written])
+        raise devices_not_written([device_id for device_id in texts if device_id not in written])
     return rows
 
 
-def _standing_against(
-    execute: Execute, tenant_id: str, device_ids: Collection[str], expected: Mapping[str, int]
-) -> _Errors:
-    """Why these devices cannot be written, as far as it is in the database."""
+def _refusals(execute: Execute, tenant_id: str, device_ids: Collection[str], expected: Mapping[str, int]) -> _Errors:
+    """Why these devices cannot be written, as far as the database knows."""
     if not device_ids:
         return {}
     binds = {"tenant": tenant_id, "devices": list(device_ids)}
@@ -173,7 +180,7 @@ def _standing_against(
 
 
 def _versions(execute: Execute, tenant_id: str, reports: Iterable[CheckedReport]) -> dict[str, Versions]:
-    """How the devices stand that are reported on, their rows locked; absent ones are left out."""
+    """The versions of the devices that are reported on, their rows locked; devices that do not exist are left out."""
     devices = list({report.device_id for report in reports if report.device_id is not None})
     if not devices:
         return {}
@@ -182,10 +189,10 @@ def _versions(execute: Execute, tenant_id: str, reports: Iterable[CheckedReport]
 
 
 def _write_guarded(execute: Execute, tenant_id: str, reports: Sequence[CheckedReport]) -> dict[str, Versions]:
-    """Write whose acknowledged version is neither late nor unknown; returns who was written.
+    """Write the reports whose acknowledged version is neither late nor unknown; returns the devices written.
 
-    Nobody where a report is invalid or a device reports twice. What has to be looked at afterwards is then locked by
-    this statement already, in its order.
+    Nothing is sent where a report is invalid or a device reports twice. Otherwise the statement locks all rows in
+    order, so that what has to be read afterwards is locked already.
     """
     writable = {report.device_id: report for report in reports if report.document is not None}
     if len(writable) < len(reports) or None in writable or not reports:
@@ -201,7 +208,7 @@ def _write_guarded(execute: Execute, tenant_id: str, reports: Sequence[CheckedRe
 
 
 def _write_decided(execute: Execute, tenant_id: str, accepted: Mapping[str, Accepted]) -> set[str]:
-    """Write where the versions are still those seen; returns who was written."""
+    """Write where the versions are still those that were seen; returns the devices written."""
     if not accepted:
         return set()
     binds = {

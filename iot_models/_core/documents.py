@@ -1,4 +1,8 @@
-"""What may be stored: every document is checked and measured here before the database sees it."""
+"""Which documents can be stored: checks on their content, their depth and their size.
+
+`ShadowService` checks each document before it sends it to the database. A `DeviceState` checks its documents when they
+are assigned and when they are flushed, with the limits of PostgreSQL's `jsonb` instead of the service's.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final
 
+from iot_models._core.validation import storable_text
 from iot_models.errors import DocumentTooLarge, InvalidDocument, shown
 
 if TYPE_CHECKING:
@@ -16,22 +21,23 @@ if TYPE_CHECKING:
 
     Place = tuple[str | int, ...]
 
-# json's encoder recurses once a level; this leaves it room below Python's default recursion limit of 1,000.
+# The upper bound of max_depth. json's encoder needs one recursion per level; Python's default limit is 1,000.
 _DEEPEST: Final = 200
 
-# Python converts integers of up to 4,300 digits from and to text (CVE-2020-10735); a longer one could not be read back.
+# Python converts integers of at most 4,300 digits to and from text (CVE-2020-10735): a longer one cannot be read back.
 _INTEGER_BOUND: Final = 10**4300
 
-# This many characters of a number hold at most 15 digits, which a float keeps; jsonb writes no exponents.
+# A number with a decimal point and at most this many characters has at most 15 digits, which a float does not round.
+# jsonb writes no exponents.
 _FLOAT_KEEPS: Final = 16
 
 
 class _StoredNumber(Decimal):
-    """A number that the database holds and no float does: read only to be written back as it was."""
+    """A number from the database that a float would round. It is written back exactly as it was read."""
 
 
 def _mark(number: _StoredNumber) -> str:
-    """Stand in for the one type that json does not know: a string that no string of a document can equal."""
+    """Return a string that stands for the number in the encoded text. No document contains it: NUL is refused."""
     return f"\0{number}"
 
 
@@ -45,14 +51,17 @@ _encode = json.JSONEncoder(
 class DocumentLimits:
     """How large and how deep one section (desired or reported) may be, measured after a merge.
 
-    The defaults are those of Azure device twins for a section.
+    The default numbers are those of Azure device twins for a section.
 
     Attributes:
-        max_bytes: Size as compact UTF-8 JSON.
-        max_depth: Objects and arrays nested in each other, the document itself being the first; 200 at most.
+        max_bytes: The size as compact UTF-8 JSON.
+        max_depth: The number of levels of objects and arrays. The document itself is the first level. At most 200.
 
     Raises:
-        ValueError: If a limit is below 1, or `max_depth` above 200.
+        ValueError: If a limit is below 1, or `max_depth` is above 200.
+
+    Example:
+        >>> ShadowService(session, "acme", limits=DocumentLimits(max_bytes=8_192, max_depth=5))
     """
 
     max_bytes: int = 32_768
@@ -66,15 +75,16 @@ class DocumentLimits:
 
 
 def check_document(document: object, limits: DocumentLimits) -> None:
-    """Refuse what is no JSON object, what PostgreSQL's jsonb cannot hold, and what nests too deep.
+    """Refuse a document that is not a dict, that PostgreSQL's `jsonb` cannot hold, or that is nested too deep.
 
-    Its size is left to `encode_document`: a merge patch may be larger than what becomes of it. But no sensible one
-    is more than twice as large as a document may be, half of it being what it removes. That bound keeps the work
-    small where little memory is a huge document: the same list a million times, as the aliases of YAML make it.
+    Its exact size is checked by `encode_document`, because a merge patch may be larger than its result. But a useful
+    patch is at most twice as large as a document may be: one half for what it sets, one half for what it removes. This
+    upper bound keeps the work small where few bytes in memory are a huge document: a list that contains the same list a
+    million times, as a YAML file with aliases can make it.
 
     Raises:
-        InvalidDocument: With the JSON Pointer to the first such place.
-        DocumentTooLarge: If it is larger than twice `limits.max_bytes` beyond doubt.
+        InvalidDocument: With the JSON Pointer to the first place that cannot be stored.
+        DocumentTooLarge: If it is certainly larger than twice `limits.max_bytes`.
     """
     if not isinstance(document, dict):
         raise InvalidDocument("", f"a document is a JSON object (a dict), not {_name(document)}")
@@ -82,11 +92,11 @@ def check_document(document: object, limits: DocumentLimits) -> None:
 
 
 def encode_document(document: object, limits: DocumentLimits) -> str:
-    """Check a document and return it as compact JSON text, ready to be bound.
+    """Check a document and return it as compact JSON text, to be bound as a parameter of a statement.
 
     Raises:
         InvalidDocument: See `check_document`.
-        DocumentTooLarge: If the text is larger than `limits.max_bytes` in UTF-8.
+        DocumentTooLarge: If the text takes more than `limits.max_bytes` bytes in UTF-8.
     """
     check_document(document, limits)
     text = _encode(document)
@@ -99,9 +109,12 @@ def encode_document(document: object, limits: DocumentLimits) -> str:
 
 
 def decode_document(text: str) -> dict[str, Any]:
-    """Read a stored document in order to change it: what is not changed will be written back to the last digit.
+    """Return a stored document in a form that can be changed and written back without rounding a number.
 
-    Numbers that a float would round are kept aside in a type that `encode_document` alone understands.
+    Numbers that a float would round have a type of their own, which only `encode_document` can write.
+
+    Raises:
+        ValueError: If the text holds an integer of more than 4,300 digits.
     """
     document: dict[str, Any] = json.loads(text, parse_float=_number)
     return document
@@ -114,29 +127,21 @@ def _number(literal: str) -> float | _StoredNumber:
     return _StoredNumber(literal)
 
 
-def storable_text(value: str) -> bool:
-    r"""Whether PostgreSQL's text can hold this string: no `\u0000` and no lone surrogate."""
-    if value.isascii():
-        return "\0" not in value
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return "\0" not in value
-
-
-def _check(  # noqa: C901, PLR0912 - one branch a JSON type
+def _check(  # noqa: C901, PLR0912 - one branch per JSON type
     container: dict[object, object] | list[object], place: Place, limits: DocumentLimits, left: int
 ) -> int:
-    """Check what a container holds, `left` bytes at most; returns how many may follow it, rather too many."""
+    """Check the content of a container, for which `left` bytes are left; return how many are left after it.
+
+    No value is counted larger than it is, so the result is an upper bound.
+    """
     if len(place) == limits.max_depth:
         raise InvalidDocument(_pointer(place), "nested too deep: flatten it, or raise DocumentLimits.max_depth")
     keyed = isinstance(container, dict)
     members: Iterable[tuple[Any, object]] = container.items() if isinstance(container, dict) else enumerate(container)
-    left -= len(container)  # each value takes a byte at least, and text a byte a character
+    left -= len(container)  # a value takes at least one byte, and a text at least one byte per character
     for key, value in members:
         if keyed:
-            # ASCII without NUL, as nearly all text is, needs no further look: this loop is most of what a check costs.
+            # Nearly all text is ASCII without NUL and needs no further test. This loop is most of the time of a check.
             if not (type(key) is str and key.isascii() and "\0" not in key):
                 _check_key(key, place)
             left -= len(key)
@@ -151,11 +156,11 @@ def _check(  # noqa: C901, PLR0912 - one branch a JSON type
                 raise InvalidDocument(_pointer((*place, key)), "an integer of more than 4,300 digits")
         elif isinstance(value, float):
             if not math.isfinite(value):
-                raise InvalidDocument(_pointer((*place, key)), f"{value} is no JSON number: send null, or leave it out")
+                raise InvalidDocument(_pointer((*place, key)), f"{value} is not a JSON number: send null, or omit it")
         elif isinstance(value, (dict, list)):
             left = _check(value, (*place, key), limits, left)
         elif not isinstance(value, _StoredNumber):
-            raise InvalidDocument(_pointer((*place, key)), f"{_name(value)} is no JSON type: convert it before")
+            raise InvalidDocument(_pointer((*place, key)), f"{_name(value)} is not a JSON type: convert it first")
         if left < 0:
             raise _too_large(f"more than {2 * limits.max_bytes:,}", limits)
     return left
@@ -163,25 +168,25 @@ def _check(  # noqa: C901, PLR0912 - one branch a JSON type
 
 def _check_key(key: object, place: Place) -> None:
     if not isinstance(key, str):
-        # json would write 1, None and True as "1", "null" and "true", and so merge keys without a word
+        # json would write 1, None and True as "1", "null" and "true": two keys could become one without an error.
         raise InvalidDocument(_pointer((*place, shown(key))), f"keys are strings, {shown(key)} is {_name(key)}")
     if not storable_text(key):
         raise InvalidDocument(_pointer((*place, key)), _TEXT_REASON)
 
 
-_TEXT_REASON: Final = r"PostgreSQL stores neither \u0000 nor a lone surrogate in a string: remove it before"
+_TEXT_REASON: Final = r"PostgreSQL cannot store \u0000 or a lone surrogate in a string: remove it first"
 
 
 def _too_large(size: str, limits: DocumentLimits) -> DocumentTooLarge:
     return DocumentTooLarge(
         "",
         f"{size} bytes as compact UTF-8 JSON, at most {limits.max_bytes:,} are allowed: "
-        "store bulky values elsewhere and keep a reference here",
+        "store large values elsewhere and keep a reference here",
     )
 
 
 def _pointer(place: Place) -> str:
-    """RFC 6901: `~` is written `~0`, `/` is written `~1`."""
+    """Return the place as a JSON Pointer (RFC 6901), in which `~` is written `~0` and `/` is written `~1`."""
     return "".join("/" + str(step).replace("~", "~0").replace("/", "~1") for step in place)
 
 

@@ -1,4 +1,4 @@
-"""When two JSON values are equal: PostgreSQL's rule for ``jsonb``, which is not Python's."""
+"""When two JSON values are equal, by PostgreSQL's rule for `jsonb`. Python's `==` follows another rule."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import marshal
 from decimal import Decimal
 from typing import Any, Final
 
-# Two values of one of these very types are equal when Python says so. The loops below ask this before anything else,
-# which keeps the common case (text against text, number against number) free of a function call.
+# Two values that have the same one of these types are equal when Python says so. The loops below test this first, so
+# that the common case (two strings, two numbers) needs no function call.
 SCALARS: Final = frozenset({str, int, float, bool, type(None)})
 
-# Stands for the value of an absent key: None will not do, because null is a value. It equals nothing else.
+# The value of an absent key. None cannot be used, because null is a value. It is equal to no other value.
 ABSENT: Final = object()
 
 
 def json_equal(left: object, right: object) -> bool:
-    """Return whether PostgreSQL would call two JSON values equal as ``jsonb``.
+    """Return whether two JSON values are equal for PostgreSQL as `jsonb`.
 
-    ``true`` is not ``1``, ``1`` is ``1.0``, the order of an object's keys means nothing, that of an array's elements
-    does. A float is the decimal number that it is written as: ``1e23`` equals ``10**23``, which Python denies.
+    `true` is not equal to `1`; `1` is equal to `1.0`. The order of an object's keys does not matter, the order of an
+    array's elements does. A float is the decimal number that its repr shows: `1e23` is equal to `10**23`, although
+    `1e23 == 10**23` is False in Python.
 
     Example:
         >>> json_equal({"on": 1, "level": 20}, {"level": 20.0, "on": 1}), json_equal([1], [True])
@@ -31,10 +32,10 @@ def json_equal(left: object, right: object) -> bool:
         return isinstance(right, dict) and len(left) == len(right) and _objects_equal(left, right)
     if isinstance(left, list):
         return isinstance(right, list) and len(left) == len(right) and _arrays_equal(left, right)
-    # Of what is left only numbers can be equal: two booleans are of one type, and true is not 1.
+    # From here on only two numbers can be equal. A boolean cannot: two of them were compared above, and true is not 1.
     if isinstance(left, bool) or isinstance(right, bool):
         return False
-    # JSON, and so PostgreSQL, takes a float for the decimal number that it is written as.
+    # JSON text holds the decimal number that the float's repr shows, and PostgreSQL compares that number.
     if isinstance(left, float):
         left = Decimal(float.__repr__(left))
     if isinstance(right, float):
@@ -43,7 +44,7 @@ def json_equal(left: object, right: object) -> bool:
 
 
 def _objects_equal(left: dict[str, Any], right: dict[str, Any]) -> bool:
-    """Return whether two objects with as many keys are equal."""
+    """Return whether two objects with the same number of keys are equal."""
     for key, one in left.items():
         other = right.get(key, ABSENT)
         if one is other:
@@ -58,7 +59,7 @@ def _objects_equal(left: dict[str, Any], right: dict[str, Any]) -> bool:
 
 
 def _arrays_equal(left: list[Any], right: list[Any]) -> bool:
-    """Return whether two arrays of one length are equal."""
+    """Return whether two arrays of the same length are equal."""
     for one, other in zip(left, right, strict=True):
         if one is other:
             continue
@@ -72,14 +73,14 @@ def _arrays_equal(left: list[Any], right: list[Any]) -> bool:
 
 
 def surely_equal(left: Any, right: Any) -> bool:
-    """Return whether two values are surely equal; that they are not says nothing.
+    """Return True only if two values are equal. False means that they may still be equal.
 
-    The same bytes of marshal are the same values of the same types, true and 1 kept apart: at the speed of C, where
-    walking in Python takes several times as long.
+    It compares the bytes that marshal writes, which differ between `true` and `1`. marshal is written in C; comparing
+    the values one by one in Python takes several times as long.
     """
     try:
-        # Format 4 writes a value that is met again as a reference: half the work where keys recur, but other bytes
-        # where somebody else holds one of the values. Format 2 has no references.
+        # Format 4 writes a repeated value as a reference, which is half the work where keys repeat. But its bytes also
+        # depend on whether other code holds a reference to a value. Format 2 has no references.
         return marshal.dumps(left) == marshal.dumps(right) or marshal.dumps(left, 2) == marshal.dumps(right, 2)
-    except ValueError:  # a type that marshal does not know, or too deep for it
+    except ValueError:  # a type that marshal cannot write, or too many levels
         return False

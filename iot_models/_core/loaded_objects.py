@@ -1,20 +1,24 @@
-"""What a rolled back savepoint undoes in the database is undone in the session's objects.
+"""What the service writes is shown by the objects that the session has loaded, and taken back with a savepoint.
 
-SQLAlchemy does so for what it flushed itself. The service writes beside the flush: an object that showed its values
-would keep a version that never happened, and the version guard would let it overwrite whoever writes that version next.
+SQLAlchemy does both for what it flushed itself. The service writes beside the flush: an object that kept the values of
+before would be out of date, and one that kept the values of a write that a savepoint took back would carry a version
+that never was. The version guard would then let it overwrite the next write of that version.
 """
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from sqlalchemy import event
+from sqlalchemy import event, inspect
 
+from iot_models._core.tracked_documents import set_committed_value
 from iot_models.models import DeviceState
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from sqlalchemy import Row
     from sqlalchemy.orm import Session, SessionTransaction
 
     _Keys: TypeAlias = set[tuple[Any, ...]]
@@ -22,8 +26,30 @@ if TYPE_CHECKING:
 _WRITTEN: Final = "iot_models.written_in_savepoints"
 
 
+def loaded(session: Session, tenant_id: str, device_ids: Iterable[str]) -> dict[str, DeviceState]:
+    """Those of the devices that the session has loaded."""
+    found: dict[str, DeviceState] = {}
+    for device_id in device_ids:
+        device: DeviceState | None = session.identity_map.get(_key(tenant_id, device_id))
+        if device is not None:
+            found[device_id] = device
+    return found
+
+
+def show(session: Session, row: Row[*tuple[Any, ...]]) -> None:
+    """Show what a write returned on the loaded object of that device, if there is one.
+
+    Changes of the caller that are not flushed yet are kept.
+    """
+    for device in loaded(session, row.tenant_id, [row.device_id]).values():
+        state = inspect(device)
+        for name, value in row._mapping.items():  # noqa: SLF001 - Row's public name for it
+            if not state.attrs[name].history.has_changes():
+                set_committed_value(device, name, deepcopy(value))
+
+
 def remember(session: Session, tenant_id: str, device_ids: Iterable[str]) -> None:
-    """Have these devices read anew after a rollback to a savepoint, also where they are loaded later than now."""
+    """Have these devices read again after a rollback to a savepoint, also where they are loaded later than now."""
     if not session.in_nested_transaction():
         return
     if _WRITTEN not in session.info:
@@ -31,8 +57,11 @@ def remember(session: Session, tenant_id: str, device_ids: Iterable[str]) -> Non
         event.listen(session, "after_soft_rollback", _expire)
         event.listen(session, "after_transaction_end", _forget)
     written: _Keys = session.info[_WRITTEN]
-    key_of = DeviceState.__mapper__.identity_key_from_primary_key
-    written.update(key_of((tenant_id, device_id)) for device_id in device_ids)
+    written.update(_key(tenant_id, device_id) for device_id in device_ids)
+
+
+def _key(tenant_id: str, device_id: str) -> tuple[Any, ...]:
+    return DeviceState.__mapper__.identity_key_from_primary_key((tenant_id, device_id))
 
 
 def _expire(session: Session, ended: SessionTransaction) -> None:

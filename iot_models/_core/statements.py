@@ -1,13 +1,12 @@
-"""Every SQL statement: what PostgreSQL is asked. Built here, once each, and never executed here.
+"""Every SQL statement about shadows: what PostgreSQL is asked. Built here, once each, and never executed here.
 
-All are Core statements over `device_state` that name its `tenant_id` and take their values as bound parameters;
-documents travel as JSON text that `documents.encode_document` made. Nothing here stands in the way of distributing
-the table by `tenant_id` (Citus): one table, plain `now()` in SET, no function over columns that is not immutable.
+All are Core statements over `device_state` that name its `tenant_id` and take their values as bound parameters.
+Documents travel as JSON text that `documents.encode_document` made. Nothing here prevents a team from distributing the
+table by `tenant_id` (Citus): one table, plain `now()` in SET, no function over columns that is not immutable.
 """
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING, Final, Literal
@@ -21,39 +20,34 @@ from sqlalchemy import (
     TypeDecorator,
     any_,
     bindparam,
-    case,
     cast,
     column,
-    exists,
     func,
-    literal_column,
     select,
     update,
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
-from iot_models.models import DeviceState
+from iot_models._core import conditions
+from iot_models.models import TABLE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from datetime import datetime
     from typing import Any, TypeAlias
 
-    from sqlalchemy import CTE, Cast, ColumnElement, Select, Table, TableValuedAlias
+    from sqlalchemy import CTE, Cast, ColumnElement, Select, TableValuedAlias
     from sqlalchemy.sql.dml import ReturningUpdate
     from sqlalchemy.types import TypeEngine
 
-    _Json: TypeAlias = dict[str, Any]
-    ShadowSelect: TypeAlias = Select[str, str, _Json, _Json, int, int, datetime | None, datetime | None]
-    ShadowUpdate: TypeAlias = ReturningUpdate[str, str, _Json, _Json, int, int, datetime | None, datetime | None]
+    # Their rows have the columns of a shadow, by name: see _SHADOW.
+    ShadowSelect: TypeAlias = Select[*tuple[Any, ...]]
+    ShadowUpdate: TypeAlias = ReturningUpdate[*tuple[Any, ...]]
 
 Section = Literal["desired_state", "reported_state"]
 
-# The table, not the mapped class: a Core statement costs half of what an ORM one does.
-_TABLE: Final = typing.cast("Table", DeviceState.__table__)
-_C: Final = _TABLE.c
+_C: Final = TABLE.c
 
-# What every statement about shadows returns, in the order of Shadow's fields.
+# What every statement that shows shadows returns; it is read by name.
 _SHADOW: Final = (
     _C.tenant_id,
     _C.device_id,
@@ -94,9 +88,22 @@ def _array(name: str, of: TypeEngine[Any]) -> Cast[Any]:
 
 _DEVICES: Final = _array("devices", Text())
 _OF_DEVICES: Final = _C.device_id == any_(_DEVICES)
-# The very words of the partial indexes' predicate.
-_PENDING: Final = _C.desired_version > _C.reported_version
+_PENDING: Final = conditions.pending(_C)
 _DOCUMENT: Final = cast(bindparam("document", type_=Text), JSONB)
+
+
+def _desired_write(document: ColumnElement[Any]) -> dict[str, Any]:
+    """What a desired write does to a row, whichever way it comes: single, batch, or a flush of the ORM."""
+    return {
+        "desired_state": document,
+        "desired_version": _C.desired_version + 1,
+        "shadow_updated_at": func.now(),
+    }
+
+
+def _reported_write(document: ColumnElement[Any]) -> dict[str, Any]:
+    """What every report does to a row, besides the version that it may acknowledge."""
+    return {"reported_state": document, "last_seen_at": func.now()}
 
 
 @cache
@@ -125,7 +132,7 @@ def locked_document(section: Section) -> Select[str, int, int]:
     lock is the one that an UPDATE takes: foreign keys to the row are not held up.
     """
     return (
-        select(cast(_C[section], Text), _C.desired_version, _C.reported_version)
+        select(cast(_C[section], Text).label("document"), _C.desired_version, _C.reported_version)
         .where(_OF_TENANT, _OF_DEVICE)
         .with_for_update(key_share=True)
     )
@@ -138,16 +145,7 @@ def write_desired(*, guarded: bool) -> ShadowUpdate:
     Guarded, it writes only where `desired_version` is still the bound `expected`.
     """
     guard = [_C.desired_version == bindparam("expected", type_=BigInteger)] if guarded else []
-    return (
-        update(_TABLE)
-        .where(_OF_TENANT, _OF_DEVICE, *guard)
-        .values(
-            desired_state=_DOCUMENT,
-            desired_version=_C.desired_version + 1,
-            shadow_updated_at=func.now(),
-        )
-        .returning(*_SHADOW)
-    )
+    return update(TABLE).where(_OF_TENANT, _OF_DEVICE, *guard).values(_desired_write(_DOCUMENT)).returning(*_SHADOW)
 
 
 @cache
@@ -158,16 +156,16 @@ def write_reported(*, acked: bool, unchanged: bool) -> ShadowUpdate:
     is stored nor newer than what was asked. Unchanged, it writes only where the document is still the bound `seen`
     (JSON text): reported documents have no version of their own.
     """
-    values: dict[str, ColumnElement[Any]] = {"reported_state": _DOCUMENT, "last_seen_at": func.now()}
+    values = _reported_write(_DOCUMENT)
     guard: list[ColumnElement[bool]] = []
     if acked:
         version = bindparam("acked", type_=BigInteger)
         # The guard makes this :acked. Alone, it would be cast to integer while planning, and fail before any guard.
         values["reported_version"] = func.least(version, _C.desired_version)
-        guard.append(version.between(_C.reported_version, _C.desired_version))
+        guard.append(conditions.accepted(version, _C))
     if unchanged:
         guard.append(_C.reported_state == cast(bindparam("seen", type_=Text), JSONB))
-    return update(_TABLE).where(_OF_TENANT, _OF_DEVICE, *guard).values(**values).returning(*_SHADOW)
+    return update(TABLE).where(_OF_TENANT, _OF_DEVICE, *guard).values(values).returning(*_SHADOW)
 
 
 @cache
@@ -217,13 +215,9 @@ def write_desired_many() -> ShadowUpdate:
     locked = _locked(wanted, func.coalesce(wanted.c.expected, _LOCKED.c.desired_version) == _LOCKED.c.desired_version)
     all_locked = select(func.count()).select_from(locked).scalar_subquery() == func.cardinality(_DEVICES)
     return (
-        update(_TABLE)
+        update(TABLE)
         .where(_OF_TENANT, _C.device_id == new.c.devices, all_locked)
-        .values(
-            desired_state=cast(new.c.documents, JSONB),
-            desired_version=_C.desired_version + 1,
-            shadow_updated_at=func.now(),
-        )
+        .values(_desired_write(cast(new.c.documents, JSONB)))
         .returning(*_SHADOW)
     )
 
@@ -248,22 +242,20 @@ def write_reported_many(*, decided: bool) -> ReturningUpdate[str, int, int]:
     if decided:
         guard = (locked.c.desired_version == locked.c.desired) & (locked.c.reported_version == locked.c.reported)
     else:
-        in_between = locked.c.acked.between(locked.c.reported_version, locked.c.desired_version)
-        guard = locked.c.acked.is_(None) | in_between
+        guard = locked.c.acked.is_(None) | conditions.accepted(locked.c.acked, locked.c)
     return (
-        update(_TABLE)
+        update(TABLE)
         .where(_OF_TENANT, _C.device_id == locked.c.device_id, guard)
         .values(
-            reported_state=cast(locked.c.documents, JSONB),
-            reported_version=func.coalesce(locked.c.acked, locked.c.reported_version),
-            last_seen_at=func.now(),
+            _reported_write(cast(locked.c.documents, JSONB))
+            | {"reported_version": func.coalesce(locked.c.acked, locked.c.reported_version)}
         )
         .returning(_C.device_id, _C.desired_version, _C.reported_version)
     )
 
 
 # The table once more, for the rows that a writing statement locks before it writes.
-_LOCKED: Final = _TABLE.alias("locking")
+_LOCKED: Final = TABLE.alias("locking")
 
 
 def _rows_of(name: str, **arrays: TypeEngine[Any]) -> TableValuedAlias:
@@ -308,41 +300,23 @@ def pending_page(*, after: bool) -> ShadowSelect:
 @cache
 def pending_count() -> Select[int]:
     """How many devices have not acknowledged the newest version. Binds `tenant`."""
-    return select(func.count()).select_from(_TABLE).where(_OF_TENANT, _PENDING)
+    return select(func.count()).select_from(TABLE).where(_OF_TENANT, _PENDING)
 
 
 @cache
 def drifted_page(*, after: bool) -> ShadowSelect:
     """A page of the devices that acknowledged the newest version and lack some of it, as `pending_page`."""
     behind = [_C.device_id > bindparam("after", type_=Text)] if after else []
-    wanted = func.jsonb_each(_C.desired_state).table_valued("key", column("value", JSONB), name="wanted")
-    # -> gives NULL for an absent key, and a JSON null for a null: the key of a null counts too.
-    lacking = _C.reported_state.op("->", return_type=JSONB())(wanted.c.key).is_distinct_from(wanted.c.value)
-    return (
-        select(*_SHADOW)
-        .where(
-            _OF_TENANT,
-            _C.desired_version == _C.reported_version,
-            _C.desired_state != _C.reported_state,  # spares those that are in sync the look at each key
-            exists(select(literal_column("1")).select_from(wanted).where(lacking).correlate(_TABLE)),
-            *behind,
-        )
-        .order_by(_C.device_id)
-        .limit(bindparam("limit", type_=BigInteger))
-    )
+    limit = bindparam("limit", type_=BigInteger)
+    return select(*_SHADOW).where(_OF_TENANT, conditions.drifted(_C), *behind).order_by(_C.device_id).limit(limit)
 
 
 @cache
 def status_counts() -> Select[str, int]:
-    """How many devices have each sync status, none left out but those that are zero; `twin.sync_status` in SQL.
+    """How many devices have each sync status; a status that no device has is absent.
 
     Binds `tenant`, `now`, `stale_after`.
     """
-    silence = bindparam("now", type_=TIMESTAMP(timezone=True)) - _C.last_seen_at
-    stale = _C.last_seen_at.is_(None) | (silence > bindparam("stale_after", type_=Interval))
-    status = case(
-        (stale, literal_column("'stale'", Text)),
-        (_C.desired_version == _C.reported_version, literal_column("'synced'", Text)),
-        else_=literal_column("'pending'", Text),
-    ).label("sync_status")
+    now, stale_after = bindparam("now", type_=TIMESTAMP(timezone=True)), bindparam("stale_after", type_=Interval)
+    status = conditions.sync_status(_C, now, stale_after).label("sync_status")
     return select(status, func.count().label("devices")).where(_OF_TENANT).group_by(status)

@@ -1,10 +1,20 @@
 """Documents of mapped objects that notice every change inside them, at any depth.
 
-Nothing is lost without a word. A change inside a document that its object shows marks the attribute as modified; one
-inside a document that the object no longer shows (expired by a commit or rollback, refreshed, the object gone) raises.
-What is put into a document is copied, as the database will do; what was taken out of it is the caller's alone.
+    device = session.get_one(DeviceState, ("acme", "thermostat-1"))
+    device.desired_state["fan"]["speed"] = 3    # marks desired_state as modified: the flush writes it
 
-SQLAlchemy's own `Mutable` sees the top level only, and is silent where this raises.
+No change is lost without an error. A change inside a document that its object still shows marks the attribute as
+modified. A change inside a document that its object does not show any more raises: the object was expired by a commit
+or rollback, it was refreshed, or it was garbage-collected.
+
+A value that is put into a document is copied, as a value in a database row is. A dict or list that was taken out of a
+document, or replaced in it, belongs to the caller: changes to it do not reach the document.
+
+How it works: the dicts and lists of a document are instances of subclasses of dict and list. Each knows the container
+that it is in (`parent`), and the outermost one, a `Document`, knows its object and attribute (`owner`). A change calls
+`changed()`, which goes up to the `Document` and marks the attribute.
+
+SQLAlchemy's own `sqlalchemy.ext.mutable` notices changes at the top level only, and does not raise where this does.
 """
 
 from __future__ import annotations
@@ -27,22 +37,23 @@ if TYPE_CHECKING:
 
     Owner: TypeAlias = tuple[InstanceState[Any], str]
 
-# What the database can hold at all (an array or object of jsonb less than 2**28 bytes): how much of it is wanted is the
-# service's question.
-_STORABLE: Final = DocumentLimits(max_bytes=2**28, max_depth=200)
+# What the database can hold: an array or an object of jsonb takes less than 2**28 bytes. The lower limits that an
+# application wants are checked by the service.
+STORABLE: Final = DocumentLimits(max_bytes=2**28, max_depth=200)
 
+# The key of our documents in the pickled state of an object.
 _PICKLED: Final = "iot_models._core.documents"
 
 
 class _Tracked:
-    """A container inside a document, or the document itself. It stays where it was made, or leaves for good."""
+    """A dict or list of a document. It is in the place where it was made, or in no document at all."""
 
-    __slots__ = ()  # no dict of its own for each container: loading stays cheap
+    __slots__ = ()  # no __dict__ for each container: this keeps loading fast
 
     parent: _Tracked | None
 
     def _take(self, value: object) -> Any:
-        """What to hold for a value: containers become tracked copies; those that are from here remain who they are."""
+        """Return what to store for a value: a tracked copy of a dict or list, unless it is a member already."""
         if not isinstance(value, (dict, list)) or (isinstance(value, _Tracked) and value.parent is self):
             return value
         try:
@@ -51,7 +62,7 @@ class _Tracked:
             raise InvalidDocument("", "nested too deep to be copied: flatten it") from None
 
     def changed(self) -> None:
-        # Without parent, or not among its values any more: taken out or replaced. Changes to it are nobody else's.
+        # Without a parent, or where the parent does not hold it any more, it is in no document: nothing to report.
         if self.parent is not None and any(value is self for value in self.parent.held()):
             self.parent.changed()
 
@@ -112,7 +123,7 @@ class _Object(_Tracked, dict[str, Any]):
         return self[key]
 
     def update(self, *values: Any, **more: object) -> None:
-        # All of it first: an iterable that raises half-way leaves the document as it was.
+        # Read all values before the first is stored: if the iterable raises, the document stays as it was.
         taken = {key: self._take(value) for key, value in dict(*values, **more).items()}
         super().update(taken)
         self.changed()
@@ -177,12 +188,12 @@ class _Array(_Tracked, list[Any]):
         self[:] = self[::-1]
 
     def sort(self, **how: Any) -> None:
-        # Into another list first: a comparison that raises leaves this one as it was.
+        # Sort a copy: if a comparison raises, this list stays as it was.
         self[:] = sorted(self, **how)
 
 
 class Document(_Object):
-    """A document that belongs to an attribute of a mapped object, or (a copy of one) to nobody."""
+    """The outermost dict of a document. A copy has no owner: changes to it are changes to nothing else."""
 
     __slots__ = ("owner",)
 
@@ -193,14 +204,14 @@ class Document(_Object):
         super().__init__(values, None)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Not a plain dict: a pickled object gives its documents their owner again when it is read.
+        # Not a plain dict, so that unpickling an object can find its documents and give them their owner again.
         return Document, (_plain(self),)
 
     def changed(self) -> None:
         """Mark the attribute as modified.
 
         Raises:
-            InvalidRequestError: If the object is gone, or shows another document.
+            InvalidRequestError: If the object was garbage-collected, or does not show this document any more.
         """
         if self.owner is None:
             return
@@ -208,29 +219,31 @@ class Document(_Object):
         mapped_object = state.obj()
         if mapped_object is None:
             raise InvalidRequestError(
-                f"the {state.class_.__name__} of this {name} is gone, and a change of it would be lost: "
-                "keep the object in a variable while its document is changed"
+                f"the {state.class_.__name__} of this {name} was garbage-collected, and the change would be lost: "
+                "keep the object in a variable while you change its document"
             )
         if state.dict.get(name) is not self:
             raise InvalidRequestError(
                 f"this {name} is not the one that its {state.class_.__name__} shows any more (it was expired, rolled "
-                "back or refreshed), and a change of it would be lost: read the attribute again and change that"
+                "back or refreshed), and the change would be lost: read the attribute again and change its value"
             )
         attributes.flag_modified(mapped_object, name)
 
 
 def track(attribute: InstrumentedAttribute[dict[str, Any]]) -> None:
-    """Make the documents of a mapped attribute tracked ones, however they get there.
+    """Track the documents of a mapped attribute: loaded, refreshed, assigned, merged and unpickled ones.
 
-    Every assignment is a change, of an equal document too; but a document of another object that equals this one is
-    none, so that `Session.merge` writes what differs. Rows whose document is no JSON object stay readable.
+    Each assignment is a change, also if the new document is equal to the old one. There is one exception: an equal
+    document that belongs to another object is not a change, so that `Session.merge` writes only what differs. A row
+    whose value is not a JSON object can still be read; the value is not tracked.
 
-    Assigning what PostgreSQL cannot hold as a JSON object raises `InvalidDocument`.
+    From then on, assigning a value that PostgreSQL cannot store as a JSON object raises `InvalidDocument`.
     """
     listeners = _Listeners(attribute.key)
     of_class: dict[str, Callable[..., None]] = {
         "load": listeners.loaded,
-        # merge(load=False) hands over the other object's document. It has no public event; Mutable takes this one too.
+        # merge(load=False) hands over the other object's document. There is no public event for it; SQLAlchemy's
+        # Mutable uses this one, too.
         "_sa_event_merge_wo_load": listeners.loaded,
         "refresh": listeners.loaded,
         "refresh_flush": listeners.loaded,
@@ -243,7 +256,7 @@ def track(attribute: InstrumentedAttribute[dict[str, Any]]) -> None:
 
 
 class _Listeners:
-    """What has to happen to one attribute of a mapped class."""
+    """The event listeners of one attribute of a mapped class."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -251,20 +264,20 @@ class _Listeners:
     def loaded(self, state: InstanceState[Any], *_: object) -> None:
         document = state.dict.get(self._name)
         owner = (state, self._name)
-        # A refresh of other columns comes here too: the document that was there before stays the one to change.
+        # A refresh of other columns calls this, too. Then the document is ours already, and it stays.
         if isinstance(document, dict) and not (isinstance(document, Document) and document.owner == owner):
             state.dict[self._name] = Document(document, owner)
 
     def assigned(self, state: InstanceState[Any], value: Any, old: object, _initiator: object) -> Any:
         if value is not None and value is not old:
-            check_document(value, _STORABLE)
+            check_document(value, STORABLE)
             if isinstance(value, Document) and value.owner and isinstance(old, dict) and json_equal(value, old):
                 return old
             value = Document(value, (state, self._name))
         if isinstance(old, Document) and old is not value:
             old.owner = None
         if self._name in state.dict:
-            # Flagged, because SQLAlchemy would compare with what was there before by Python's ==, for which true is 1.
+            # Without the flag, SQLAlchemy would compare the old value by Python's ==, for which true is equal to 1.
             attributes.flag_modified(state.obj(), self._name)
         return value
 
@@ -278,31 +291,40 @@ class _Listeners:
 
 
 def check_changes(mapped_object: object, *names: str) -> None:
-    """Refuse what was put into documents since they were read or assigned and PostgreSQL cannot hold.
+    """Refuse changed documents that PostgreSQL cannot store.
+
+    A change inside a document is not checked when it is made, so this is called before the flush.
+
+    Args:
+        mapped_object: The object that is about to be flushed.
+        names: The attributes that hold documents.
 
     Raises:
-        InvalidDocument: With a note that names the attribute and the object's identity.
+        InvalidDocument: If it cannot be stored. A note names the attribute and the object.
     """
     state = inspect(mapped_object)
     for name in names:
         attribute = state.attrs[name]
         if attribute.history.has_changes() and attribute.value is not None:
             try:
-                check_document(attribute.value, _STORABLE)
+                check_document(attribute.value, STORABLE)
             except InvalidDocument as error:
                 error.add_note(f"It is the {name} of {mapped_object!r}, changed after it was read or assigned.")
                 raise
 
 
 def set_committed_value(mapped_object: object, name: str, value: object) -> None:
-    """Show a value that the database holds, as SQLAlchemy's function of that name does; a document comes tracked."""
+    """Set a value that is already in the database, without marking it as modified. A document becomes tracked.
+
+    It works for each attribute, as SQLAlchemy's function of the same name does, which does not track documents.
+    """
     if isinstance(value, dict):
         value = Document(value, (inspect(mapped_object), name))
     attributes.set_committed_value(mapped_object, name, value)
 
 
 def _plain(value: object) -> Any:
-    """The value with plain containers, none of them shared."""
+    """Return a copy of the value with plain dicts and lists."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list):

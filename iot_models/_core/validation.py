@@ -1,4 +1,4 @@
-"""What callers pass besides documents (ids, whole numbers, versions, times), checked before anything is sent."""
+"""Checks of what callers pass besides documents: ids, whole numbers, versions, times. Nothing is sent before them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,38 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Final
 
-from iot_models._core.documents import storable_text
-from iot_models.errors import shown
+from iot_models.errors import DeviceNotFound, shown
 
 # Bound as bigint; the columns are integer, so that no larger number is ever current.
 _WHOLE_BOUND: Final = 2**63
+
+
+def storable_text(value: str) -> bool:
+    r"""Whether PostgreSQL's text can hold this string: it has no `\u0000` and no lone surrogate."""
+    if value.isascii():
+        return "\0" not in value
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in value
+
+
+def findable(device_ids: Iterable[str]) -> list[str]:
+    """Those ids that a row can carry. A device with any other id does not exist, and no statement has to ask for it."""
+    return list(filter(storable_text, device_ids))
+
+
+def require_findable(tenant_id: str, device_id: str) -> None:
+    """Refuse an id that no row can carry, as `findable` does.
+
+    Raises:
+        TypeError: If it is no string.
+        DeviceNotFound: If no row can carry it.
+    """
+    require_text("device_id", device_id)
+    if not storable_text(device_id):
+        raise DeviceNotFound(tenant_id, device_id)
 
 
 def require_text(name: str, value: object) -> None:

@@ -1,6 +1,11 @@
-"""A PostgreSQL to test on, databases on it, and a small fleet: for pytest (by our plugin), `unittest` and scripts.
+"""Servers and databases for tests, and a small fleet: for pytest (our plugin uses this), `unittest` and scripts.
 
-The servers need the extra `testing`, containers also the extra `containers`.
+The throwaway server is in `iot_models.testing.throwaway`. The servers need the extra `testing`; containers also need
+the extra `containers`.
+
+Example:
+    >>> with postgres_server() as server, database(server) as url:
+    ...     migrate.upgrade(url)
 """
 
 from iot_models.testing.sample_fleet import SampleFleet, add_sample_fleet

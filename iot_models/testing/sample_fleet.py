@@ -1,4 +1,4 @@
-"""Ten devices for tests: one in each state that a shadow can be in, for two tenants."""
+"""Ten devices for tests: one in each of five states, and five of another tenant."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SampleFleet:
-    """Names in the sample fleet. Both tenants have devices with these five ids.
+    """The ids of the sample fleet. Both tenants have devices with the same five ids.
 
-    What the ids say holds for `tenant_id`. All five of `other_tenant_id` are pending at version 9 with documents of
-    their own: a statement that forgets its tenant finds too many devices, or another document.
+    The attributes describe the devices of `tenant_id`. All five devices of `other_tenant_id` are pending at version 9
+    with other documents: a statement that forgets its tenant finds too many devices, or another document.
 
     Attributes:
         tenant_id: The tenant to test with.
-        other_tenant_id: The tenant whose devices must never show.
-        synced: Acknowledged at version 3, the reported document equal to the desired one, seen just now.
-        pending: Version 4 is desired and version 3 acknowledged; the delta is `{"target_c": 23.5}`; seen just now.
-        drifted: Acknowledged at version 3, and yet it reports `"mode": "eco"` where `auto` is desired; seen just now.
-        stale: As `synced`, but not heard of for twice the threshold.
-        new: Registered, never written to and never heard of: version 0, empty documents.
+        other_tenant_id: The tenant whose devices must never be visible.
+        synced: Version 3 is desired and acknowledged, the documents are equal; heard from just now.
+        pending: Version 4 is desired, version 3 acknowledged, the delta is `{"target_c": 23.5}`; heard from just now.
+        drifted: Version 3 is desired and acknowledged, but it reports `"mode": "eco"` instead of `auto`; heard from
+            just now.
+        stale: Like `synced`, but not heard from for twice `STALE_THRESHOLD_MINUTES`.
+        new: Version 0 with empty documents: never written to and never heard from.
     """
 
     tenant_id: str = "acme"
@@ -42,7 +43,12 @@ class SampleFleet:
 
 
 def add_sample_fleet(session: Session) -> SampleFleet:
-    """Insert the fleet in the session's transaction, and commit nothing. From async code: `session.run_sync` takes it.
+    """Insert the fleet in the session's transaction, without a commit.
+
+    Async code calls it with `await session.run_sync(add_sample_fleet)`.
+
+    Raises:
+        IntegrityError: If the fleet is in this database already (SQLAlchemy's error).
 
     Example:
         >>> fleet = add_sample_fleet(session)

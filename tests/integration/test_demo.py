@@ -50,7 +50,7 @@ def steps() -> tuple[str, str]:
 def test_the_demo_shows_the_life_of_a_shadow_on_a_server_of_its_own() -> None:
     said = run_demo()
 
-    assert re.search(r"^PostgreSQL \d+\.\d+, started for this demo", said)
+    assert re.search(r"^PostgreSQL \d+\.\d+, a throwaway server, started for this demo", said)
     assert "1,000 devices in 2 tenants" in said
     upgrades, downgrades = steps()
     for line in (
@@ -59,9 +59,9 @@ def test_the_demo_shows_the_life_of_a_shadow_on_a_server_of_its_own() -> None:
         r"device +thermostat-0001 is pending: version 1 is not acknowledged",
         r"operator +thermostat-0002 is stale: .* it was never seen",
         r"device +plug-0000 has drifted: version 1 is acknowledged, but 'relay' differs",
-        r"second +VersionConflict: device 'gateway-0000' stands at desired_version 2, not at the expected 1",
+        r"second +VersionConflict: device 'gateway-0000' is at desired_version 2, not at the expected 1",
         r"device +LateReport: device 'thermostat-0000' already acknowledged version 2, this report acknowledges 1",
-        r"3 of the tenant's devices have yet to acknowledge: gateway-0000, thermostat-0001, thermostat-0002",
+        r"3 of the tenant's devices are pending: gateway-0000, thermostat-0001, thermostat-0002",
         rf"\$ alembic downgrade 075\n(.*\n)*?.*{downgrades}",
         r"\n5 shadows are parked",
         r"\n5 of 5 shadows are what they were before",

@@ -257,7 +257,7 @@ def test_a_container_that_ends_is_not_waited_for_and_its_last_words_are_told(
             pass
         assert time.monotonic() - began < 10  # an image has two minutes to start
         assert "postgres:18 does not start: it is exited, and " in str(caught.value)
-        assert re.search(r"; its last words: .*role postgres has no home", str(caught.value))
+        assert re.search(r"; the end of its log: .*role postgres has no home", str(caught.value))
         assert engine.requests[-1] == "DELETE /containers/c0ffee"
 
 
@@ -266,7 +266,7 @@ def test_a_role_that_may_not_make_databases_is_told_so_at_once(
 ) -> None:
     url = make_url(server.url).set(username=server_role, password=server_role)
     monkeypatch.setenv("IOT_MODELS_TEST_DATABASE_URL", url.render_as_string(hide_password=False))
-    told = f"IOT_MODELS_TEST_DATABASE_URL: the role {server_role} may not make databases: ALTER ROLE {server_role} CREATEDB"
+    told = f"IOT_MODELS_TEST_DATABASE_URL: the role {server_role} may not create databases: ALTER ROLE {server_role} CREATEDB"
     with pytest.raises(NoServerError, match=f"^{told}$"), postgres_server():
         pass
 

@@ -347,7 +347,7 @@ def test_a_user_without_an_entry_in_the_password_file_is_told_so(readable: dict[
 @pytest.mark.usefixtures("temporary")
 def test_root_without_the_right_to_become_another_user_is_told_so() -> None:
     with parent(prefix=("setpriv", "--bounding-set=-setuid", "--inh-caps=-setuid")) as process:
-        assert "root has to be able to become the user nobody" in process.communicate(timeout=SOON)[1]
+        assert "root must be able to become the user nobody" in process.communicate(timeout=SOON)[1]
 
 
 def test_an_unknown_user_is_told_apart_from_a_known_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -264,7 +264,7 @@ def test_a_write_that_the_database_suppresses_is_an_error_and_no_endless_loop(
     )
 
     with pytest.raises(
-        RuntimeError, match=r"'thermostat-1' is there .* look for a trigger or a row level security policy"
+        RuntimeError, match=r"'thermostat-1' exists .* look for a trigger or a row level security policy"
     ):
         getattr(service, method)(DEVICE, {"a": 1})
 

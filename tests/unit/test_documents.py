@@ -84,7 +84,7 @@ def test_a_key_that_cannot_be_shown_is_refused_like_any_other(key: object) -> No
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")], ids=str)
 def test_a_number_that_json_lacks_is_refused(number: float) -> None:
-    with pytest.raises(InvalidDocument, match="no JSON number") as caught:
+    with pytest.raises(InvalidDocument, match="not a JSON number") as caught:
         encode_document({"a": [0, {"b": number}]}, LIMITS)
     assert caught.value.path == "/a/1/b"
 
@@ -112,7 +112,7 @@ def test_any_other_text_is_accepted(text: str) -> None:
     ids=lambda value: type(value).__name__,
 )
 def test_a_type_that_json_lacks_is_refused_and_named(value: object) -> None:
-    with pytest.raises(InvalidDocument, match=f"{type(value).__name__} is no JSON type") as caught:
+    with pytest.raises(InvalidDocument, match=f"{type(value).__name__} is not a JSON type") as caught:
         encode_document({"a": [value]}, LIMITS)
     assert caught.value.path == "/a/0"
 

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iot_models import DocumentLimits, Report, ReportOutcome, ReportStatus
-from iot_models.reports import Accepted, Versions, check, fold, judge
+from iot_models._core.report_rules import Accepted, Versions, check, fold, judge
 from tests.fuzz.corpus.hostile_types import LyingInt
 
 LIMITS = DocumentLimits(max_bytes=100)
-ACCEPTED, STALE, UNKNOWN_DEVICE, UNKNOWN_VERSION, INVALID = ReportStatus
+ACCEPTED, LATE, UNKNOWN_DEVICE, UNKNOWN_VERSION, INVALID = ReportStatus
 
 acknowledged = st.none() | st.integers(0, 4)
 standings = st.builds(Versions, st.integers(0, 3), st.integers(0, 4))
@@ -28,7 +28,7 @@ def decide(
 
 def test_a_report_and_its_outcome_are_frozen_values() -> None:
     assert Report("d", {}) == Report(device_id="d", reported={}, acked_version=None)
-    for value, name in ((Report("d", {}), "device_id"), (ReportOutcome("d", STALE, 1, 1), "status")):
+    for value, name in ((Report("d", {}), "device_id"), (ReportOutcome("d", LATE, 1, 1), "status")):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(value, name, "other")
 
@@ -44,12 +44,12 @@ def test_a_status_is_its_word() -> None:
     [
         (None, 7, 5, ACCEPTED),
         (None, 3, 9, ACCEPTED),
-        (4, 7, 5, STALE),
+        (4, 7, 5, LATE),
         (5, 7, 5, ACCEPTED),
         (7, 7, 5, ACCEPTED),
         (8, 7, 5, UNKNOWN_VERSION),
         (8, 3, 9, UNKNOWN_VERSION),  # restored from a backup: desired fell behind
-        (3, 3, 9, STALE),
+        (3, 3, 9, LATE),
     ],
 )
 def test_a_report_is_judged_by_both_versions(
@@ -63,7 +63,7 @@ def test_each_report_is_judged_by_what_those_before_it_left_behind() -> None:
 
     outcomes, accepted = decide(reports, {"d": Versions(7, 5)})
 
-    assert [outcome.status for outcome in outcomes] == [ACCEPTED, ACCEPTED, STALE, ACCEPTED, UNKNOWN_VERSION]
+    assert [outcome.status for outcome in outcomes] == [ACCEPTED, ACCEPTED, LATE, ACCEPTED, UNKNOWN_VERSION]
     assert [outcome.reported_version for outcome in outcomes] == [5, 7, 7, 7, 7]
     assert accepted == {"d": Accepted('{"n":3}', seen=Versions(7, 5), reported_version=7)}
 

@@ -1,0 +1,83 @@
+"""What is asked about a device in SQL: pending, drifted, its delta, its sync status, and whether a report is accepted.
+
+Each rule stands here once, for statements and for the hybrids of the model, and once in Python, for values that are
+loaded already. The tests compare the two.
+
+| in SQL | in Python |
+|---|---|
+| `pending` | `Shadow.is_pending` |
+| `delta`, `drifted` | `twin.compute_delta`, `Shadow.is_drifted` |
+| `sync_status` | `twin.sync_status` |
+| `accepted` | `report_rules.judge` |
+
+The functions take the columns of a table, an alias or a CTE, or the attributes of a mapped class.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import Text, and_, case, cast, column, exists, func, literal, literal_column, select
+from sqlalchemy.dialects.postgresql import JSONB
+
+if TYPE_CHECKING:
+    from datetime import datetime, timedelta
+
+    from sqlalchemy import ColumnElement, SQLColumnExpression, TableValuedAlias
+
+_EMPTY: Final = cast(literal("{}", Text), JSONB)
+
+
+def pending(device: Any) -> ColumnElement[bool]:
+    """The device has yet to acknowledge the newest version. These are the words of the partial indexes' predicate."""
+    condition: ColumnElement[bool] = device.desired_version > device.reported_version
+    return condition
+
+
+def delta(device: Any) -> ColumnElement[dict[str, Any]]:
+    """The top-level keys of desired that reported lacks or holds with another value, with the desired value."""
+    wanted, lacking = _lacking(device)
+    missing = (
+        select(func.coalesce(func.jsonb_object_agg(wanted.c.key, wanted.c.value), _EMPTY))
+        .where(lacking)
+        .correlate_except(wanted)
+        .scalar_subquery()
+    )
+    # Equal documents are spared the subquery: most of a fleet. The comparison also tells a SELECT of the delta alone
+    # which table it is from; the subquery's own names do not count for that.
+    return case((device.desired_state == device.reported_state, _EMPTY), else_=missing)
+
+
+def drifted(device: Any) -> ColumnElement[bool]:
+    """The device acknowledged the newest version, and its delta is not empty."""
+    wanted, lacking = _lacking(device)
+    return and_(
+        device.desired_version == device.reported_version,
+        device.desired_state != device.reported_state,  # equal documents are spared the look at each key
+        exists(select(literal_column("1")).select_from(wanted).where(lacking).correlate_except(wanted)),
+    )
+
+
+def sync_status(
+    device: Any, now: SQLColumnExpression[datetime], stale_after: SQLColumnExpression[timedelta]
+) -> ColumnElement[str]:
+    """`stale`, `synced` or `pending`, as text."""
+    stale = device.last_seen_at.is_(None) | (now - device.last_seen_at > stale_after)
+    return case(
+        (stale, literal_column("'stale'", Text)),
+        (device.desired_version == device.reported_version, literal_column("'synced'", Text)),
+        else_=literal_column("'pending'", Text),
+    )
+
+
+def accepted(acked: SQLColumnExpression[int], device: Any) -> ColumnElement[bool]:
+    """A report that acknowledges this version is neither late nor of a version that was never asked for."""
+    return acked.between(device.reported_version, device.desired_version)
+
+
+def _lacking(device: Any) -> tuple[TableValuedAlias, ColumnElement[bool]]:
+    """The keys and values of desired as a table, and the condition that reported lacks one of them."""
+    wanted = func.jsonb_each(device.desired_state).table_valued("key", column("value", JSONB), name="wanted")
+    # -> gives SQL NULL for an absent key and JSON's null for a null: a null that reported lacks is in the delta too.
+    actual = device.reported_state.op("->", return_type=JSONB())(wanted.c.key)
+    return wanted, actual.is_distinct_from(wanted.c.value)
