@@ -12,12 +12,12 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import pytest
-from alembic_runs import upgrade
-from raw_sql import FLEET, RAW_075, SHADOWS, run_sql
 from sqlalchemy import NullPool, create_engine, text
 from sqlalchemy.exc import DBAPIError
 
 from iot_models.testing import PostgresServer, database
+from tests.databases.alembic_runs import upgrade
+from tests.migrations.raw_sql import FLEET, RAW_075, SHADOWS, run_sql
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -6,12 +6,23 @@ from typing import TYPE_CHECKING
 
 import pytest
 from alembic.util import CommandError
-from alembic_runs import downgrade, run_alembic, upgrade
-from commands import alembic
-from raw_sql import ADD_SHADOW, FLEET, RAW_075, RAW_076, SHADOWS, revision_of, rows_of, run_sql, tables_of
-from revisions import TO_HEAD
-from schema_dump import dump
 from sqlalchemy import make_url
+
+from tests.databases.alembic_runs import downgrade, run_alembic, upgrade
+from tests.databases.schema_dump import dump
+from tests.migrations.commands import alembic
+from tests.migrations.raw_sql import (
+    ADD_SHADOW,
+    FLEET,
+    RAW_075,
+    RAW_076,
+    SHADOWS,
+    revision_of,
+    rows_of,
+    run_sql,
+    tables_of,
+)
+from tests.migrations.revisions import TO_HEAD
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from alembic_runs import run_alembic
-from commands import alembic
-from revisions import HEAD, TO_HEAD
 from sqlalchemy import make_url
+
+from tests.databases.alembic_runs import run_alembic
+from tests.migrations.commands import alembic
+from tests.migrations.revisions import HEAD, TO_HEAD
 
 pytest_plugins = ["starting_points"]
 

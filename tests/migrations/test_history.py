@@ -11,15 +11,15 @@ import pytest
 from alembic import command
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from alembic_runs import CHECKOUT, config, downgrade, upgrade
-from raw_sql import ADD_SHADOW, RAW_075, RAW_076, revision_of, run_sql, tables_of
-from revisions import FILES, HEAD, REVISIONS
-from schema_dump import dump
 from sqlalchemy import create_engine
 
 from iot_models import migrate
 from iot_models._migrations import runner
 from iot_models.models import Base
+from tests.databases.alembic_runs import CHECKOUT, config, downgrade, upgrade
+from tests.databases.schema_dump import dump
+from tests.migrations.raw_sql import ADD_SHADOW, RAW_075, RAW_076, revision_of, run_sql, tables_of
+from tests.migrations.revisions import FILES, HEAD, REVISIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

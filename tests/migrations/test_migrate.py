@@ -13,13 +13,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-import commands
 import pytest
 from alembic.util import CommandError
-from alembic_runs import CHECKOUT
-from raw_sql import ADVISORY_LOCK, FLEET, PARKED, RAW_076, SHADOWS, psql, rows_of, run_sql, tables_of
-from revisions import HEAD, REVISIONS, TO_HEAD
-from schema_dump import dump
 from sqlalchemy import Engine, NullPool, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -27,6 +22,11 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from iot_models import migrate
 from iot_models._migrations import comparison, operations, runner
 from iot_models._migrations.command_line import main
+from tests.databases.alembic_runs import CHECKOUT
+from tests.databases.schema_dump import dump
+from tests.migrations import commands
+from tests.migrations.raw_sql import ADVISORY_LOCK, FLEET, PARKED, RAW_076, SHADOWS, psql, rows_of, run_sql, tables_of
+from tests.migrations.revisions import HEAD, REVISIONS, TO_HEAD
 
 if TYPE_CHECKING:
     from collections.abc import Callable

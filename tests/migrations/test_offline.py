@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-import raw_sql
-from alembic_runs import downgrade, upgrade
-from commands import alembic
-from raw_sql import FLEET, PARKED, RAW_075, SHADOWS, rows_of, run_sql, state, tables_of
-from schema_dump import dump
+
+from tests.databases.alembic_runs import downgrade, upgrade
+from tests.databases.schema_dump import dump
+from tests.migrations import raw_sql
+from tests.migrations.commands import alembic
+from tests.migrations.raw_sql import FLEET, PARKED, RAW_075, SHADOWS, rows_of, run_sql, state, tables_of
 
 if TYPE_CHECKING:
     import subprocess

@@ -19,8 +19,13 @@ from alembic import command
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
 from alembic.util import CommandError
-from alembic_runs import CHECKOUT, config, downgrade, run_alembic, upgrade
-from raw_sql import (
+from sqlalchemy import Connection, Engine, NullPool, create_engine, event, text
+
+from iot_models._migrations import operations
+from iot_models.testing import throwaway
+from tests.databases.alembic_runs import CHECKOUT, config, downgrade, run_alembic, upgrade
+from tests.databases.schema_dump import dump
+from tests.migrations.raw_sql import (
     ADD_SHADOW,
     ADVISORY_LOCK,
     FLEET,
@@ -34,12 +39,7 @@ from raw_sql import (
     state,
     tables_of,
 )
-from revisions import HEAD, REVISIONS
-from schema_dump import dump
-from sqlalchemy import Connection, Engine, NullPool, create_engine, event, text
-
-from iot_models._migrations import operations
-from iot_models.testing import throwaway
+from tests.migrations.revisions import HEAD, REVISIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -352,7 +352,7 @@ KILLED = """
 import os, signal, sys
 sys.path[:0] = {path!r}
 from sqlalchemy import Engine, event
-from alembic_runs import downgrade, upgrade
+from tests.databases.alembic_runs import downgrade, upgrade
 
 seen = 0
 def kill(connection, cursor, statement, *rest):

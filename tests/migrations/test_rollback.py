@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 from alembic.util import CommandError
-from alembic_runs import downgrade, upgrade
-from commands import alembic
-from raw_sql import PARKED, RAW_075, SHADOW_COLUMNS, as_role, revision_of, rows_of, run_sql, tables_of
-from schema_dump import dump
 from sqlalchemy.exc import DBAPIError
 
 from iot_models.testing import database
+from tests.databases.alembic_runs import downgrade, upgrade
+from tests.databases.schema_dump import dump
+from tests.migrations.commands import alembic
+from tests.migrations.raw_sql import PARKED, RAW_075, SHADOW_COLUMNS, as_role, revision_of, rows_of, run_sql, tables_of
 
 if TYPE_CHECKING:
     from iot_models.testing import PostgresServer

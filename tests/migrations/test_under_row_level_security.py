@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from alembic_runs import downgrade, upgrade
-from raw_sql import FLEET, PARKED, RAW_075, as_role, rows_of, run_sql, tables_of
-from schema_dump import dump
 from sqlalchemy import NullPool, create_engine, make_url
-from tenants import isolate
 
 from iot_models import migrate, tenancy
+from tests.databases.alembic_runs import downgrade, upgrade
+from tests.databases.schema_dump import dump
+from tests.databases.tenants import isolate
+from tests.migrations.raw_sql import FLEET, PARKED, RAW_075, as_role, rows_of, run_sql, tables_of
 
 pytest_plugins = ["starting_points"]
 
