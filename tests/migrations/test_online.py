@@ -44,7 +44,6 @@ from tests.migrations.revisions import HEAD, REVISIONS
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-pytest_plugins = ["starting_points"]
 
 PENDING = (
     "device_state",
