@@ -60,21 +60,20 @@ BREAKS = [
     Break(
         "a write that changes nothing does not raise the version",
         "iot_models/_core/statements.py",
-        "desired_state=_DOCUMENT,\n            desired_version=_C.desired_version + 1,",
-        "desired_state=_DOCUMENT,\n            desired_version=_C.desired_version"
-        " + case((_C.desired_state == _DOCUMENT, 0), else_=1),",
+        '"desired_version": _C.desired_version + 1,',
+        '"desired_version": _C.desired_version + func.num_nonnulls(func.nullif(_C.desired_state, document)),',
         (DESIRED,),
     ),
     Break(
         "a late report overwrites newer state",
         "iot_models/_core/statements.py",
-        "guard.append(version.between(_C.reported_version, _C.desired_version))",
+        "guard.append(conditions.accepted(version, _C))",
         "guard.append(version <= _C.desired_version)",
         (REPORTED,),
     ),
     Break(
         "a late report of a batch overwrites newer state",
-        "iot_models/reports.py",
+        "iot_models/_core/report_rules.py",
         "if acked_version < versions.reported:",
         "if acked_version < 0:",
         (REPORTS,),
@@ -82,14 +81,14 @@ BREAKS = [
     Break(
         "a late report of a batch is written by its first statement",
         "iot_models/_core/statements.py",
-        "locked.c.acked.between(locked.c.reported_version, locked.c.desired_version)",
-        "locked.c.acked <= locked.c.desired_version",
+        "conditions.accepted(locked.c.acked, locked.c)",
+        "(locked.c.acked <= locked.c.desired_version)",
         (REPORTS,),
     ),
     Break(
         "a version that was never asked is acknowledged",
         "iot_models/_core/statements.py",
-        "guard.append(version.between(_C.reported_version, _C.desired_version))",
+        "guard.append(conditions.accepted(version, _C))",
         "guard.append(version >= _C.reported_version)",
         (REPORTED,),
     ),
@@ -103,8 +102,8 @@ BREAKS = [
     Break(
         "a report without a version acknowledges the newest",
         "iot_models/_core/statements.py",
-        '{"reported_state": _DOCUMENT, "last_seen_at": func.now()}',
-        '{"reported_state": _DOCUMENT, "last_seen_at": func.now(), "reported_version": _C.desired_version}',
+        '{"reported_state": document, "last_seen_at": func.now()}',
+        '{"reported_state": document, "last_seen_at": func.now(), "reported_version": _C.desired_version}',
         (REPORTED,),
     ),
     Break(
@@ -124,7 +123,7 @@ BREAKS = [
         (BATCHES,),
     ),
     Break(
-        "a batch of desired documents writes whom it can",
+        "a batch of desired documents writes those that it can",
         "iot_models/_core/statements.py",
         ".where(_OF_TENANT, _C.device_id == new.c.devices, all_locked)",
         ".where(_OF_TENANT, _C.device_id == new.c.devices, _C.device_id.in_(select(locked.c.device_id)))",
@@ -138,7 +137,7 @@ BREAKS = [
         (BATCHES,),
     ),
     Break(
-        "who is refused in a batch of reports is not locked in order with the others",
+        "the refused rows of a batch of reports are not locked in order with the others",
         "iot_models/_core/statements.py",
         "locked = _locked(new, carrying=",
         "late = [] if decided else [new.c.acked.is_(None) | new.c.acked.between(_LOCKED.c.reported_version,"
@@ -186,8 +185,8 @@ BREAKS = [
     Break(
         "a report reaches the other tenants' devices of that id",
         "iot_models/_core/statements.py",
-        "update(_TABLE).where(_OF_TENANT, _OF_DEVICE, *guard)",
-        "update(_TABLE).where(_OF_DEVICE, *guard)",
+        "update(TABLE).where(_OF_TENANT, _OF_DEVICE, *guard).values(values)",
+        "update(TABLE).where(_OF_DEVICE, *guard).values(values)",
         (REPORTED,),
     ),
     Break(
@@ -228,17 +227,17 @@ BREAKS = [
     ),
     Break(
         "a device has drifted only where @> says so, which takes arrays for sets",
-        "iot_models/_core/statements.py",
-        'exists(select(literal_column("1")).select_from(wanted).where(lacking).correlate(_TABLE))',
-        "~_C.reported_state.contains(_C.desired_state)",
+        "iot_models/_core/conditions.py",
+        'exists(select(literal_column("1")).select_from(wanted).where(lacking).correlate_except(wanted)),',
+        "~device.reported_state.contains(device.desired_state),",
         (FLEET,),
     ),
     # Objects
     Break(
         "an object's write is not guarded by the version that it was read at",
-        "iot_models/models.py",
-        '        _C.desired_version == bindparam("loaded"),\n',
-        "",
+        "iot_models/_core/version_guard.py",
+        "statements.write_desired(guarded=True),",
+        "statements.write_desired(guarded=False),",
         (ORM,),
     ),
     Break(
