@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-pytest_plugins = ["starting_points"]
-
 
 @pytest.fixture
 def raw_075(make_empty: Callable[[], str]) -> str:

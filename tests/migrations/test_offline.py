@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable
 
-pytest_plugins = ["starting_points"]
-
 
 def psql(url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Print the SQL of `alembic ARGUMENTS --sql`, and run it as a database administrator would."""

@@ -11,8 +11,6 @@ from tests.databases.schema_dump import dump
 from tests.databases.tenants import isolate
 from tests.migrations.raw_sql import FLEET, PARKED, RAW_075, as_role, rows_of, run_sql, tables_of
 
-pytest_plugins = ["starting_points"]
-
 
 @pytest.fixture
 def url(shadow_fleet_at_head: str, server_role: str) -> str:
