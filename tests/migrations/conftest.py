@@ -1,6 +1,4 @@
-"""Fixtures: the databases that a migration starts from.
-
-
+"""The databases that a migration starts from.
 
 Making and dropping a database takes longer than most migrations. So a database is emptied after a test and given to
 another one, unless the test changed more than its schema `public`.

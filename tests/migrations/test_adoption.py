@@ -27,7 +27,6 @@ from tests.migrations.revisions import TO_HEAD
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-
 STARTS = {
     "075": RAW_075 + FLEET,
     "076": RAW_076 + ";" + FLEET + SHADOWS,

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-
 NOWHERE = "postgresql://iot:hunter2@127.0.0.1:1/nowhere"
 SUBCOMMANDS = ("upgrade", "downgrade", "current", "history", "check", "sql")
 

@@ -44,7 +44,6 @@ from tests.migrations.revisions import HEAD, REVISIONS
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-
 PENDING = (
     "device_state",
     "idx_device_state_shadow_pending",
@@ -349,7 +348,7 @@ def test_cut_off_after_any_statement_the_same_command_ends_in_the_same_result(ur
 
 KILLED = """
 import os, signal, sys
-sys.path[:0] = {path!r}
+sys.path.insert(0, {checkout!r})
 from sqlalchemy import Engine, event
 from tests.databases.alembic_runs import downgrade, upgrade
 
@@ -386,8 +385,7 @@ def test_after_kill_9_of_the_client_the_next_run_completes_the_migration(
     if call.startswith("downgrade"):
         upgrade(url)
         run_sql(url, SHADOWS)
-    path = [str(CHECKOUT), str(CHECKOUT / "tests")]
-    program = KILLED.format(path=path, needle=needle, moment=moment, call=call)
+    program = KILLED.format(checkout=str(CHECKOUT), needle=needle, moment=moment, call=call)
 
     killed = subprocess.run([sys.executable, "-c", program, url], check=False, capture_output=True, timeout=60)
     assert killed.returncode == -signal.SIGKILL, killed.stderr

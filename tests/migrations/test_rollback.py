@@ -17,7 +17,6 @@ from tests.migrations.raw_sql import PARKED, RAW_075, SHADOW_COLUMNS, as_role, r
 if TYPE_CHECKING:
     from iot_models.testing import PostgresServer
 
-
 KEYED = f"tenant_id, device_id, {SHADOW_COLUMNS}"
 
 
