@@ -26,11 +26,11 @@ _LOST: Final = (
 _BY_SQLSTATE: Final[Mapping[str | None, str]] = {
     "42P01": _UNMIGRATED,  # undefined_table
     "42703": _UNMIGRATED,  # undefined_column
-    "25006": (  # read_only_sql_transaction
+    READ_ONLY_SQL_TRANSACTION: (
         "This connection only reads (a standby, or default_transaction_read_only): write through an engine on the "
         "primary. A URL that names several hosts finds it with target_session_attrs=read-write."
     ),
-    "55P03": (  # lock_not_available
+    LOCK_NOT_AVAILABLE: (
         "Another transaction holds a row of this statement for longer than lock_timeout. Nothing of the statement is "
         "written: roll back, to the savepoint if there is one, and try again."
     ),
@@ -59,6 +59,6 @@ def add_hint(error: DBAPIError | OSError) -> None:
     elif error.statement is None:  # failed before any statement
         hint = _UNREACHABLE + _REFUSED
     else:
-        hint = _BY_SQLSTATE.get(getattr(error.orig, "sqlstate", None))
+        hint = _BY_SQLSTATE.get(sqlstate(error))
     if hint:
         error.add_detail(hint)
