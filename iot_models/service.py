@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import scoped_session
 
 from iot_models import tenancy, twin
 from iot_models._core import batches, loaded_objects, report_rules, statements, validation
@@ -38,7 +39,8 @@ class ShadowService:
     that are not flushed yet are kept.
 
     Args:
-        session: The caller's session, in a transaction or in AUTOCOMMIT mode.
+        session: The caller's session, in a transaction or in AUTOCOMMIT mode; or a `scoped_session`, whose session of
+            the current scope is used by each call.
         tenant_id: The only tenant whose devices exist here.
         limits: What a document may weigh.
         stale_after: The silence after which a shadow's `sync_status` is `stale`.
@@ -46,7 +48,7 @@ class ShadowService:
             `iot_models.tenancy`.
 
     Raises:
-        TypeError: If `tenant_id` is no string.
+        TypeError: If `session` is neither, or `tenant_id` is no string.
         ValueError: If `tenant_id` is empty or cannot be stored as text.
 
     Example:
@@ -58,16 +60,17 @@ class ShadowService:
 
     def __init__(
         self,
-        session: Session,
+        session: Session | scoped_session[Any],
         tenant_id: str,
         *,
         limits: DocumentLimits = DocumentLimits(),  # noqa: B008 - frozen
         stale_after: timedelta = STALE_AFTER,
         bind_tenant: bool = False,
     ) -> None:
+        validation.require_session(session, "Session", "scoped_session")
         validation.require_tenant(tenant_id)
         self.tenant_id = tenant_id
-        self._session = session
+        self._session_or_registry = session
         self._limits = limits
         self._stale_after = stale_after
         self._bind_tenant = bind_tenant
@@ -390,6 +393,12 @@ class ShadowService:
             if len(page) < size:
                 return
             after = page[-1].device_id
+
+    @property
+    def _session(self) -> Session:
+        """The session to use now: of a `scoped_session`, the one of the current scope."""
+        given = self._session_or_registry
+        return given() if isinstance(given, scoped_session) else given
 
     def _execute(self, statement: Executable, binds: Mapping[str, object]) -> Result[*tuple[Any, ...]]:
         session = self._session

@@ -41,6 +41,34 @@ def require_findable(tenant_id: str, device_id: str) -> None:
         raise DeviceNotFound(tenant_id, device_id)
 
 
+_SESSIONS: Final = {
+    "AsyncSession": "use AsyncShadowService for it",
+    "async_scoped_session": "call it, and give the AsyncSession to AsyncShadowService",
+    "Session": "use ShadowService for it",
+    "scoped_session": "use ShadowService for it",
+    "Connection": "pass Session(connection)",
+    "AsyncConnection": "pass AsyncSession(connection)",
+    "Engine": "pass Session(engine)",
+    "AsyncEngine": "pass AsyncSession(engine)",
+    "sessionmaker": "call it, and pass what it returns",
+    "async_sessionmaker": "call it, and pass what it returns",
+}
+
+
+def require_session(session: object, *kinds: str) -> None:
+    """Refuse anything but a session of these kinds, by the names of SQLAlchemy's classes.
+
+    By name, because importing SQLAlchemy's async classes needs greenlet, which `import iot_models` does not.
+
+    Raises:
+        TypeError: With what to pass instead.
+    """
+    names = [cls.__name__ for cls in type(session).__mro__]
+    if not set(kinds) & set(names):
+        way = next((_SESSIONS[name] for name in names if name in _SESSIONS), f"pass SQLAlchemy's {kinds[0]}")
+        raise TypeError(f"session must be a {' or a '.join(kinds)}, got {shown(session)}: {way}")
+
+
 def require_text(name: str, value: object) -> None:
     """Refuse anything but a string.
 
