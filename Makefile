@@ -34,10 +34,10 @@ bench-stall: .venv/installed
 	@$(BIN)/python benchmarks/stall.py --report benchmarks/stall.md
 
 soak: .venv/installed
-	@$(BIN)/python tests/guarantees/soak.py --minutes $(or $(MINUTES),30)
+	@$(BIN)/python -m tests.guarantees.soak --minutes $(or $(MINUTES),30)
 
 fuzz: .venv/installed
-	@$(BIN)/python tests/fuzz/fuzz.py --minutes $(or $(MINUTES),10)
+	@$(BIN)/python -m tests.fuzz.fuzz --minutes $(or $(MINUTES),10)
 
 breaks: .venv/installed
 	@$(BIN)/python .ci/breaks.py

@@ -1,7 +1,7 @@
 """`AsyncShadowService`: the methods of `ShadowService`, awaited. It has no logic of its own.
 
 SQLAlchemy's `AsyncSession.run_sync` runs the synchronous method in a greenlet of the same task. While the driver waits
-for PostgreSQL, the event loop runs other tasks. There is no thread.
+for PostgreSQL, the event loop runs other tasks. No thread is used.
 """
 
 from __future__ import annotations

@@ -251,8 +251,8 @@ def track(attribute: InstrumentedAttribute[dict[str, Any]]) -> None:
     """Track the documents of a mapped attribute: loaded, refreshed, assigned, merged and unpickled ones.
 
     Each assignment is a change, also if the new document is equal to the old one. There is one exception: an equal
-    document that belongs to another object is no change, so that `Session.merge` writes only what differs. A row whose
-    value is not a JSON object can still be read; the value is not tracked.
+    document that belongs to another object is not a change, so that `Session.merge` writes only what differs. A row
+    whose value is not a JSON object can still be read; the value is not tracked.
 
     From then on, assigning a value that PostgreSQL cannot store as a JSON object raises `InvalidDocument`.
     """

@@ -147,7 +147,7 @@ def _started(stack: ExitStack) -> PostgresServer:
         server = stack.enter_context(throwaway.postgres())
     except throwaway.ThrowawayPostgresError as error:
         raise NoServerError(
-            "There is no PostgreSQL to test on. Any one of these will do:\n"
+            "There is no PostgreSQL to test on. Use one of these:\n"
             f"1. set {URL_VARIABLE} to postgresql://user:password@host:5432/database (a role with CREATEDB)\n"
             f"2. a Docker engine, and pip install 'iot-models[containers]' (now: {container})\n"
             f"3. the throwaway server: pip install 'iot-models[testing]' (now: {error.args[0]})"

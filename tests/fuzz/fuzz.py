@@ -1,11 +1,11 @@
 """Search for what the corpus does not hold: Hypothesis puts its pieces together anew, the same judge looks on.
 
-    python tests/fuzz/fuzz.py --minutes 10 [--seed N]
+    python -m tests.fuzz.fuzz --minutes 10 [--seed N]
 
-Exit code 0: nothing found. 1: something found, and printed as lines for `FOUND` in `corpus_found.py`. 130: interrupted.
+Exit code 0: nothing found. 1: something found, and printed as lines for `FOUND` in `corpus/found.py`. 130: interrupted.
 """
 
-# ruff: noqa: T201, S307 - a program that puts its folders on the path, prints, and evaluates what it made up
+# ruff: noqa: T201, S307 - a program that prints, and evaluates what it made up
 from __future__ import annotations
 
 import argparse
@@ -17,28 +17,25 @@ import time
 import typing
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.append(str(Path(__file__).parents[1]))
-
-import corpus
-import corpus_found
-from alembic_runs import upgrade
-from awaiting import awaits
-from corpus import DEVICE_IDS, DOCUMENTS, ODD_DEVICE_IDS, TEXTS, UNSTORABLE_TEXTS, VERSIONS
-from corpus_wire import JSON_TEXTS, URLS
-from doors import DOORS
-from expected import KNOWN_DEVICES, TENANTS
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from oracle import FindingError, NotApplicableError, World
-from oracle_pure import judge_helpers, judge_url
 from sqlalchemy import NullPool, text
 from sqlalchemy.orm import Session
 
 from iot_models.engine import create_engine
 from iot_models.testing import database, postgres_server
+from tests.databases.alembic_runs import upgrade
+from tests.fuzz.corpus import documents as corpus
+from tests.fuzz.corpus import found as corpus_found
+from tests.fuzz.corpus.awaiting import awaits
+from tests.fuzz.corpus.documents import DEVICE_IDS, DOCUMENTS, ODD_DEVICE_IDS, TEXTS, UNSTORABLE_TEXTS, VERSIONS
+from tests.fuzz.corpus.wire import JSON_TEXTS, URLS
+from tests.fuzz.judge.entry_points import DOORS
+from tests.fuzz.judge.expected import KNOWN_DEVICES, TENANTS
+from tests.fuzz.judge.pure import judge_helpers, judge_url
+from tests.fuzz.judge.world import FindingError, NotApplicableError, World
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -51,7 +48,7 @@ ATTEMPTS_A_ROUND = 500
 INTERRUPTED = 130
 SHORT = 1_000  # bytes of a JSON text that something is inserted into
 KNOWN_NAMES = [name for name, device_id in DEVICE_IDS.items() if device_id in KNOWN_DEVICES]
-# Names that a finding may use: they are those of corpus_found.py.
+# Names that a finding may use: they are those of corpus/found.py.
 NAMES = vars(corpus_found)
 
 # Everything below is made as source text: what is found can be pasted, and made anew as often as it is needed.

@@ -7,17 +7,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from awaiting import AWAITING, awaits
-from corpus import DEVICE_IDS, DOCUMENTS, ODD_DEVICE_IDS, UNSTORABLE_TEXTS, VERSIONS
-from corpus_found import FOUND
-from doors import DOORS, Attempt
-from event_loop import async_engine, in_event_loop, url_for
-from expected import DEVICE, TENANT, TENANTS, devices_of
-from oracle import FindingError, NotApplicableError, World
-from oracle_pure import judge_helpers, judge_url
 from sqlalchemy.orm import Session
 
 from iot_models import ShadowService
+from tests.databases.async_engines import async_engine, in_event_loop, url_for
+from tests.fuzz.corpus.awaiting import AWAITING, awaits
+from tests.fuzz.corpus.documents import DEVICE_IDS, DOCUMENTS, ODD_DEVICE_IDS, UNSTORABLE_TEXTS, VERSIONS
+from tests.fuzz.corpus.found import FOUND
+from tests.fuzz.judge.entry_points import DOORS, Attempt
+from tests.fuzz.judge.expected import DEVICE, TENANT, TENANTS, devices_of
+from tests.fuzz.judge.pure import judge_helpers, judge_url
+from tests.fuzz.judge.world import FindingError, NotApplicableError, World
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

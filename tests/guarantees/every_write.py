@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import pytest
-from fleet import TENANT, add_device
 from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
 from iot_models import DeviceState, Report
+from tests.databases.devices import TENANT, add_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

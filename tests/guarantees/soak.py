@@ -1,6 +1,6 @@
 """A long load with faults, on a durable PostgreSQL of its own; proves every few minutes that nothing was lost.
 
-    python tests/guarantees/soak.py --minutes 30
+    python -m tests.guarantees.soak --minutes 30
 
 Writers run all the time, at READ COMMITTED, REPEATABLE READ and SERIALIZABLE in turn, while the server is shut down and
 killed under them, connections are cut, statements cancelled, rows held locked, timeouts fire, pools are full, and
@@ -24,15 +24,15 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Final
 
-from durable_server import DurableServer, durable_postgres
-from history import Key, Stand, keep_history, read_rows
-from injections import Faults
-from load import Findings, Load
 from sqlalchemy import NullPool, create_engine
-from workload import DEVICES, TENANTS
-from writer import Plan
 
 from iot_models import migrate
+from tests.databases.durable_server import DurableServer, durable_postgres
+from tests.guarantees.load.faults import Faults
+from tests.guarantees.load.history import Key, Stand, keep_history, read_rows
+from tests.guarantees.load.many_writers import Findings, Load
+from tests.guarantees.load.workload import DEVICES, TENANTS
+from tests.guarantees.load.writer import Plan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -173,7 +173,7 @@ def _summary(tally: Tally, faults: Faults, arguments: str) -> str:
     return "\n".join(
         [
             "",
-            f"    python tests/guarantees/soak.py {arguments}",
+            f"    python -m tests.guarantees.soak {arguments}",
             "",
             "| | |",
             "|---|---|",

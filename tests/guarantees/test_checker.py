@@ -6,9 +6,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from checker import merged, violations
-from history import Change, Stand
-from record import AUTOCOMMIT, READ, WRITTEN, Entry, Operation, Recorder, Told, Unit, read_records
+
+from tests.guarantees.load.checker import violations
+from tests.guarantees.load.history import Change, Stand
+from tests.guarantees.load.record import AUTOCOMMIT, READ, WRITTEN, Entry, Operation, Recorder, Told, Unit, read_records
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -231,13 +232,6 @@ def test_of_several_reports_of_a_device_in_a_batch_the_last_accepted_one_is_ther
     assert found([WRITE_A, WRITE_B, batch], [*HISTORY[:2], Change(KEY, Stand(2, 2, AB, {"by": "R"}))]) == ""
     first = [*HISTORY[:2], Change(KEY, Stand(2, 2, AB, {"by": "R2"}))]
     assert "R of acme/fan (acknowledged) is not there" in found([WRITE_A, WRITE_B, batch], first)
-
-
-def test_a_merge_is_that_of_rfc_7396() -> None:
-    assert merged({"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"b": None, "e": {"f": None}}, "d": {"x": 1}}) == {
-        "a": {"c": 2, "e": {}},
-        "d": {"x": 1},
-    }
 
 
 def test_a_record_says_what_a_killed_writer_was_told(tmp_path: Path) -> None:

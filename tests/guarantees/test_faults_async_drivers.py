@@ -6,22 +6,33 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
-from event_loop import ASYNC_DRIVERS, async_engine, in_event_loop, url_for
-from every_write import BATCHES, ONE, PATCH_DESIRED, START, WRITES, committed, each_mode, fleet_in, put_back
-from fleet import TENANT
-from moments import at_statement, cut, unlocked
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from iot_models import AsyncShadowService
+from tests.databases.async_engines import ASYNC_DRIVERS, async_engine, in_event_loop, url_for
+from tests.databases.backends import at_statement, cut, unlocked
+from tests.databases.devices import TENANT
+from tests.guarantees.every_write import (
+    BATCHES,
+    ONE,
+    PATCH_DESIRED,
+    START,
+    WRITES,
+    committed,
+    each_mode,
+    fleet_in,
+    put_back,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from every_write import Write
     from sqlalchemy import URL, Engine
+
+    from tests.guarantees.every_write import Write
 
 
 @pytest.fixture(params=ASYNC_DRIVERS)

@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from every_write import (
+from sqlalchemy import create_engine, event, text
+from sqlalchemy.exc import DataError
+from sqlalchemy.orm import Session
+
+from iot_models import DeviceState, Report, ShadowService
+from tests.databases.backends import at_statement
+from tests.databases.devices import TENANT, counted_statements
+from tests.guarantees.every_write import (
     BATCH,
     ONE,
     REPLACE_DESIRED,
@@ -17,13 +24,6 @@ from every_write import (
     each_write,
     fleet_in,
 )
-from fleet import TENANT, counted_statements
-from moments import at_statement
-from sqlalchemy import create_engine, event, text
-from sqlalchemy.exc import DataError
-from sqlalchemy.orm import Session
-
-from iot_models import DeviceState, Report, ShadowService
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -6,11 +6,12 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from history import keep_history, read_rows
-from load import SERIALIZATION, Findings, Load
-from record import READ, SECTIONS, WRITTEN
-from workload import DEVICES, TENANTS
-from writer import ROLLED_BACK, Plan
+
+from tests.guarantees.load.history import keep_history, read_rows
+from tests.guarantees.load.many_writers import SERIALIZATION, Findings, Load
+from tests.guarantees.load.record import READ, SECTIONS, WRITTEN
+from tests.guarantees.load.workload import DEVICES, TENANTS
+from tests.guarantees.load.writer import ROLLED_BACK, Plan
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,10 +13,18 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from agreement import columns, described, shown_columns, stored_rows
-from alembic_runs import downgrade, upgrade
-from both_sides import BothSides
-from choices import (
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import invariant, precondition, rule, run_state_machine_as_test
+from sqlalchemy import inspect, text
+from sqlalchemy.orm import Session
+from sqlalchemy.orm.exc import StaleDataError
+
+from iot_models import DeviceState, InvalidDocument, Report, ShadowService
+from tests.databases.alembic_runs import downgrade, upgrade
+from tests.guarantees.state_machine.compared_session import BothSides
+from tests.guarantees.state_machine.comparison import columns, described, shown_columns, stored_rows
+from tests.guarantees.state_machine.steps import (
     acknowledgement,
     acknowledgements,
     any_documents,
@@ -31,21 +39,14 @@ from choices import (
     spellings,
     tenants,
 )
-from hypothesis import HealthCheck, Phase, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import invariant, precondition, rule, run_state_machine_as_test
-from model import Between, Device
-from sqlalchemy import inspect, text
-from sqlalchemy.orm import Session
-from sqlalchemy.orm.exc import StaleDataError
-
-from iot_models import DeviceState, InvalidDocument, Report, ShadowService
+from tests.reference.shadows import Between, Device
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from both_sides import Acknowledgement
     from sqlalchemy import Engine
+
+    from tests.guarantees.state_machine.compared_session import Acknowledgement
 
 EXAMPLES = os.environ.get("IOT_MODELS_TEST_EXAMPLES")
 SETTINGS = settings(

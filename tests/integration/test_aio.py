@@ -10,8 +10,6 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from event_loop import ASYNC_DRIVERS, async_engine, in_event_loop, url_for
-from fleet import DEVICE, TENANT, add_device, counted_statements
 from sqlalchemy import make_url, select, text
 from sqlalchemy.exc import OperationalError, ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -34,6 +32,8 @@ from iot_models import (
     UnknownVersion,
     VersionConflict,
 )
+from tests.databases.async_engines import ASYNC_DRIVERS, async_engine, in_event_loop, url_for
+from tests.databases.devices import DEVICE, TENANT, add_device, counted_statements
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import demo
 import pytest
-from alembic_runs import CHECKOUT
 from rich.console import Console
 from sqlalchemy import create_engine, text
+
+from tests.databases.alembic_runs import CHECKOUT
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,14 +7,14 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
-from event_loop import ASYNC_DRIVERS, async_engine, url_for
-from fleet import DEVICE, TENANT, add_device
 from sqlalchemy import JSON, Connection, Text, cast, literal, select, text
 from sqlalchemy.exc import DBAPIError, StatementError
 from sqlalchemy.orm import Session
 
 from iot_models import ShadowService
 from iot_models.engine import create_engine
+from tests.databases.async_engines import ASYNC_DRIVERS, async_engine, url_for
+from tests.databases.devices import DEVICE, TENANT, add_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -10,7 +10,8 @@ import zipfile
 from typing import TYPE_CHECKING
 
 import pytest
-from alembic_runs import CHECKOUT
+
+from tests.databases.alembic_runs import CHECKOUT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
