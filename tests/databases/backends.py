@@ -1,34 +1,16 @@
-"""The moment to do something to a connection: before a certain statement, once the server is in a certain state."""
+"""The processes of a PostgreSQL server: which one serves a connection, how to end it, how to wait for what it does."""
 
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import event, text
+from sqlalchemy import text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from sqlalchemy import Connection, Engine
-
-
-@contextmanager
-def at_statement(engine: Engine, number: int, do: Callable[[Connection], None]) -> Iterator[list[str]]:
-    """Do something just before the statement of that number is sent, from 0 on; gives the statements begun."""
-    begun: list[str] = []
-
-    def count(connection: Connection, _cursor: object, statement: str, *_rest: object) -> None:
-        begun.append(statement)
-        if len(begun) == number + 1:
-            do(connection)
-
-    event.listen(engine, "before_cursor_execute", count)
-    try:
-        yield begun
-    finally:
-        event.remove(engine, "before_cursor_execute", count)
 
 
 def cut(by: Engine) -> Callable[[Connection], None]:

@@ -32,7 +32,7 @@ from tests.fuzz.corpus import found as corpus_found
 from tests.fuzz.corpus.awaiting import awaits
 from tests.fuzz.corpus.documents import DEVICE_IDS, DOCUMENTS, ODD_DEVICE_IDS, TEXTS, UNSTORABLE_TEXTS, VERSIONS
 from tests.fuzz.corpus.wire import JSON_TEXTS, URLS
-from tests.fuzz.judge.entry_points import DOORS
+from tests.fuzz.judge.entry_points import ENTRY_POINTS
 from tests.fuzz.judge.expected import KNOWN_DEVICES, TENANTS
 from tests.fuzz.judge.pure import judge_helpers, judge_url
 from tests.fuzz.judge.world import FindingError, NotApplicableError, World
@@ -99,11 +99,11 @@ def arrays(inner: SearchStrategy[str]) -> SearchStrategy[str]:
     return st.lists(inner, max_size=3).map(lambda made: "[" + ", ".join(made) + "]")
 
 
-def documents(door: str) -> SearchStrategy[str]:
-    kind = "helpers" if door == "helpers" else "document"
+def documents(point: str) -> SearchStrategy[str]:
+    kind = "helpers" if point == "helpers" else "document"
     made = objects(values())
     known = pieces(
-        "DOCUMENTS", [name for name in DOCUMENTS if not awaits(f"{kind}, {name}", door) and "deep" not in name], "()"
+        "DOCUMENTS", [name for name in DOCUMENTS if not awaits(f"{kind}, {name}", point) and "deep" not in name], "()"
     )
     nested = st.tuples(st.integers(7, 13), made).map(lambda parts: f"wrapped({parts[0]}, {parts[1]})")
     both = st.tuples(made, made).map(lambda parts: f"{{**{parts[0]}, 'fan': {parts[1]}}}")
@@ -130,10 +130,10 @@ def versions() -> SearchStrategy[str]:
     return mostly(few, sources(st.integers(-1, 10)) | sources(st.integers(2**31 - 2, 2**63 + 1)) | known)
 
 
-def sent(door: str) -> SearchStrategy[str]:
-    if door == "helpers":
-        return documents(door)
-    if door == "url":
+def sent(point: str) -> SearchStrategy[str]:
+    if point == "helpers":
+        return documents(point)
+    if point == "url":
         known = pieces(
             "URLS", [name for name, url in URLS.items() if isinstance(url, str) and not awaits(f"url, {name}")]
         )
@@ -143,17 +143,17 @@ def sent(door: str) -> SearchStrategy[str]:
         )
     parts = {
         "tenant_id": sources(st.sampled_from(TENANTS)),
-        "device_id": sources(st.sampled_from(KNOWN_DEVICES[:5])) if DOORS[door].kind == "orm" else devices(),
-        "document": documents(door) if "document" in DOORS[door].takes else st.just("{}"),
-        "version": versions() if "version" in DOORS[door].takes else st.just("None"),
+        "device_id": sources(st.sampled_from(KNOWN_DEVICES[:5])) if ENTRY_POINTS[point].kind == "orm" else devices(),
+        "document": documents(point) if "document" in ENTRY_POINTS[point].takes else st.just("{}"),
+        "version": versions() if "version" in ENTRY_POINTS[point].takes else st.just("None"),
     }
     return st.tuples(*parts.values()).map(lambda made: f"Attempt({', '.join(made)})")
 
 
 def attempts() -> SearchStrategy[tuple[str, str]]:
-    """A door's name, and the source of what is sent through it."""
-    by_door = {door: st.tuples(st.just(door), sent(door)) for door in [*DOORS, "helpers", "url"]}
-    return st.sampled_from(list(by_door)).flatmap(by_door.__getitem__)
+    """An entry point's name, and the source of what is passed to it."""
+    by_point = {point: st.tuples(st.just(point), sent(point)) for point in [*ENTRY_POINTS, "helpers", "url"]}
+    return st.sampled_from(list(by_point)).flatmap(by_point.__getitem__)
 
 
 class TimeIsOver(BaseException):
@@ -169,11 +169,11 @@ class Search:
     began: float = field(default_factory=time.monotonic)
     reported_at: float = 0.0
     fates: Counter[str] = field(default_factory=Counter)
-    doors: Counter[str] = field(default_factory=Counter)
+    points: Counter[str] = field(default_factory=Counter)
     findings: dict[str, tuple[str, str, str]] = field(default_factory=dict)
     last: tuple[str, str, str] | None = None
 
-    def attempt(self, door: str, source: str) -> None:
+    def attempt(self, point: str, source: str) -> None:
         now = time.monotonic()
         if now >= self.until:
             raise TimeIsOver
@@ -181,23 +181,23 @@ class Search:
             self.reported_at = now
             self.report()
         try:
-            fate = self._judge(door, source)
+            fate = self._judge(point, source)
         except FindingError as finding:
-            if _signature(door, finding) in self.findings:
+            if _signature(point, finding) in self.findings:
                 return
-            self.last = (door, source, str(finding))
+            self.last = (point, source, str(finding))
             raise
         self.fates[fate] += 1
-        self.doors[door] += 1
+        self.points[point] += 1
 
-    def _judge(self, door: str, source: str) -> str:
+    def _judge(self, point: str, source: str) -> str:
         try:
             made = eval(source, NAMES)
-            if door == "url":
+            if point == "url":
                 return judge_url(made)
-            if door == "helpers":
+            if point == "helpers":
                 return judge_helpers(lambda: eval(source, NAMES))
-            return typing.cast("World", self.world).judge(door, made)
+            return typing.cast("World", self.world).judge(point, made)
         except (NotApplicableError, corpus_found.UnmakeableError):
             return "not applicable"
 
@@ -209,14 +209,14 @@ class Search:
     def keep(self) -> None:
         """Take the smallest example that Hypothesis came to for a finding."""
         if self.last:
-            door, source, what = self.last
-            self.findings[_signature(door, what)] = self.last
-            print(f"FOUND at {door}: {what}\n    ({door!r}, lambda: {source}),", flush=True)
+            point, source, what = self.last
+            self.findings[_signature(point, what)] = self.last
+            print(f"FOUND at {point}: {what}\n    ({point!r}, lambda: {source}),", flush=True)
             self.last = None
 
 
-def _signature(door: str, finding: object) -> str:
-    return door + re.sub(r"[\d'\"].*", "", str(finding))[:60]
+def _signature(point: str, finding: object) -> str:
+    return point + re.sub(r"[\d'\"].*", "", str(finding))[:60]
 
 
 def search(found: Search, engine: Engine, number: int) -> None:
@@ -267,10 +267,10 @@ def main() -> int:
         except KeyboardInterrupt:
             interrupted = True
         found.report()
-    for door, count in sorted(found.doors.items()):
-        print(f"{count:10,} {door}")
-    for door, source, what in found.findings.values():
-        print(f"\n{door}: {what}\n    ({door!r}, lambda: {source}),")
+    for point, count in sorted(found.points.items()):
+        print(f"{count:10,} {point}")
+    for point, source, what in found.findings.values():
+        print(f"\n{point}: {what}\n    ({point!r}, lambda: {source}),")
     return 1 if found.findings else INTERRUPTED if interrupted else 0
 
 

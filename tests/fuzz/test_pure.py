@@ -1,4 +1,4 @@
-"""Hostile documents and URLs where no database is asked, by the judge of `oracle_pure`."""
+"""Hostile documents and URLs where no database is asked, judged by `judge.pure`."""
 
 from __future__ import annotations
 

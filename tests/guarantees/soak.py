@@ -29,7 +29,7 @@ from sqlalchemy import NullPool, create_engine
 from iot_models import migrate
 from tests.databases.durable_server import DurableServer, durable_postgres
 from tests.guarantees.load.faults import Faults
-from tests.guarantees.load.history import Key, Stand, keep_history, read_rows
+from tests.guarantees.load.history import Key, State, keep_history, read_rows
 from tests.guarantees.load.many_writers import Findings, Load
 from tests.guarantees.load.workload import DEVICES, TENANTS
 from tests.guarantees.load.writer import Plan
@@ -54,13 +54,13 @@ class Tally:
     checks: int = 0
     violations: list[str] = field(default_factory=list)
 
-    def add(self, findings: Findings, level: str, before: Mapping[Key, Stand]) -> None:
+    def add(self, findings: Findings, level: str, before: Mapping[Key, State]) -> None:
         self.units.update(unit.outcome for unit in findings.units)
         self.errors.update(findings.errors)
         self.by_level[level] += len(findings.units)
         self.calls += sum(len(unit.operations) for unit in findings.units)
         self.versions += sum(
-            stand.desired_version - before[key].desired_version for key, stand in findings.after.items()
+            state.desired_version - before[key].desired_version for key, state in findings.after.items()
         )
         self.checks += 1
         self.violations += findings.violations
@@ -156,12 +156,12 @@ def _progress(units: Counter[str], faults: Faults, tally: Tally, level: str) -> 
     )
 
 
-def _keep_evidence(folder: Path, before: Mapping[Key, Stand], findings: Findings) -> None:
+def _keep_evidence(folder: Path, before: Mapping[Key, State], findings: Findings) -> None:
     evidence = {
         "violations": findings.violations,
-        "before": [[*key, *stand] for key, stand in before.items()],
-        "after": [[*key, *stand] for key, stand in findings.after.items()],
-        "history": [[*key, *stand] for key, stand in findings.history],
+        "before": [[*key, *state] for key, state in before.items()],
+        "after": [[*key, *state] for key, state in findings.after.items()],
+        "history": [[*key, *state] for key, state in findings.history],
     }
     (folder / "evidence.json").write_text(json.dumps(evidence, indent=1))
 

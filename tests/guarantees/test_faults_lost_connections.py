@@ -11,8 +11,9 @@ from sqlalchemy.orm import Session
 
 from iot_models import DeviceState, Report, ShadowService
 from iot_models.engine import create_engine
-from tests.databases.backends import at_statement, await_end, backend_pid, cut, end_backend
+from tests.databases.backends import await_end, backend_pid, cut, end_backend
 from tests.databases.devices import TENANT
+from tests.databases.statements import at_statement
 from tests.guarantees.every_write import (
     BATCH,
     ONE,

@@ -10,8 +10,8 @@ from sqlalchemy.exc import DataError
 from sqlalchemy.orm import Session
 
 from iot_models import DeviceState, Report, ShadowService
-from tests.databases.backends import at_statement
-from tests.databases.devices import TENANT, counted_statements
+from tests.databases.devices import TENANT
+from tests.databases.statements import at_statement, counted_statements
 from tests.guarantees.every_write import (
     BATCH,
     ONE,
@@ -147,7 +147,7 @@ def test_a_listener_that_raises_after_the_write_leaves_it_to_the_caller_to_roll_
     assert committed(independent) == write.done()
 
 
-@each_of(*(write for write in WRITES if "desired" in write.method))
+@each_of(*(write for write in WRITES if write.section == "desired"))
 def test_a_desired_version_at_the_end_of_its_integer_fails_loudly_and_nothing_of_the_batch_is_written(
     independent: Engine, ours: Engine, write: Write
 ) -> None:

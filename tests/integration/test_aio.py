@@ -33,7 +33,8 @@ from iot_models import (
     VersionConflict,
 )
 from tests.databases.async_engines import ASYNC_DRIVERS, async_engine, in_event_loop, url_for
-from tests.databases.devices import DEVICE, TENANT, add_device, counted_statements
+from tests.databases.devices import DEVICE, TENANT, add_device
+from tests.databases.statements import counted_statements
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable

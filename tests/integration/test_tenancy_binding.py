@@ -11,7 +11,8 @@ from sqlalchemy.orm import Session
 
 from iot_models import ShadowService
 from iot_models.tenancy import bind_tenant
-from tests.databases.devices import DEVICE, TENANT, counted_statements
+from tests.databases.devices import DEVICE, TENANT
+from tests.databases.statements import counted_statements
 from tests.databases.tenants import OTHER, application, tenants
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 from alembic import command
@@ -19,15 +20,31 @@ from alembic.migration import MigrationContext
 from alembic.operations import Operations
 from alembic.util import CommandError
 from alembic_runs import CHECKOUT, config, downgrade, run_alembic, upgrade
-from raw_sql import RAW_075, SHADOWS, fleet_sql, rows_of, run_sql, seed_sql, tables_of
+from raw_sql import (
+    ADD_SHADOW,
+    ADVISORY_LOCK,
+    FLEET,
+    PARKED,
+    RAW_075,
+    SHADOWS,
+    as_role,
+    revision_of,
+    rows_of,
+    run_sql,
+    state,
+    tables_of,
+)
+from revisions import HEAD, REVISIONS
 from schema_dump import dump
-from sqlalchemy import Connection, Engine, NullPool, create_engine, event, make_url, text
+from sqlalchemy import Connection, Engine, NullPool, create_engine, event, text
 
 from iot_models._migrations import operations
 from iot_models.testing import throwaway
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+pytest_plugins = ["starting_points"]
 
 PENDING = (
     "device_state",
@@ -38,11 +55,9 @@ HEARTBEAT = "UPDATE device_state SET last_heartbeat_at = clock_timestamp() WHERE
 
 
 @pytest.fixture
-def url(new_database: Callable[[], str]) -> str:
+def url(raw_fleet: str) -> str:
     """A raw deployment of ten devices."""
-    url = new_database()
-    run_sql(url, RAW_075 + fleet_sql())
-    return url
+    return raw_fleet
 
 
 @contextmanager
@@ -52,11 +67,11 @@ def connected(url: str, **options: Any) -> Iterator[Connection]:
         yield connection
 
 
-@pytest.mark.parametrize(("start", "end"), [("075", "head"), ("077", "075"), ("076", "075")])
+@pytest.mark.parametrize(("start", "end"), [("075", "head"), ("head", "075"), ("076", "075")])
 def test_a_lock_that_is_not_had_in_time_is_an_error_that_changed_nothing_and_lets_writers_through(
     url: str, start: str, end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(operations, "_FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(operations, "_FIRST_PAUSE", 0.01)
     migrate = command.upgrade if end == "head" else command.downgrade
     upgrade(url, start)
     before, rows = dump(url), rows_of(url)
@@ -81,7 +96,7 @@ def test_a_lock_that_is_not_had_in_time_is_an_error_that_changed_nothing_and_let
     assert [row.split(",")[:4] for row in rows_of(url)] == [row.split(",")[:4] for row in rows]
 
     migrate(config(url), end)
-    assert rows_of(url, "alembic_version") == (["(077)"] if end == "head" else ["(075)"])
+    assert revision_of(url) == (HEAD if end == "head" else end)
 
 
 def test_a_lock_that_is_had_at_a_later_try_is_enough(
@@ -98,7 +113,7 @@ def test_a_lock_that_is_had_at_a_later_try_is_enough(
         holder.rollback()
         migrating.result(timeout=30)
 
-    assert rows_of(url, "alembic_version") == ["(077)"]
+    assert revision_of(url) == HEAD
 
 
 def test_another_error_than_the_lock_is_passed_on(url: str) -> None:
@@ -120,7 +135,7 @@ def test_the_index_is_built_while_a_writer_has_an_open_transaction_and_others_go
     url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(operations, "_PROGRESS_EVERY", 0.05)
-    run_sql(url, seed_sql(), "DROP INDEX idx_device_state_shadow_pending")
+    run_sql(url, ADD_SHADOW, "DROP INDEX idx_device_state_shadow_pending")
 
     def build() -> None:
         with connected(url, isolation_level="AUTOCOMMIT") as connection:
@@ -179,7 +194,8 @@ def test_of_two_deployers_at_once_both_succeed_and_the_work_is_done_once(url: st
         runs = list(pool.map(lambda _: run_alembic(*arguments, DATABASE_URL=url), range(2)))
 
     assert [run.returncode for run in runs] == [0, 0], [run.stderr for run in runs]
-    for step in ("075 -> 076", "076 -> 077") if direction == "upgrade" else ("077 -> 076", "076 -> 075"):
+    pairs = [*pairwise(REVISIONS)] if direction == "upgrade" else [*pairwise(REVISIONS[::-1])]
+    for step in (f"{start} -> {end}" for start, end in pairs):
         assert sum(run.stderr.count(step) for run in runs) == 1
 
 
@@ -187,7 +203,7 @@ def test_a_deployer_that_waits_says_so_and_a_command_that_only_looks_does_not_wa
     url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with connected(url, isolation_level="AUTOCOMMIT") as other, caplog.at_level(logging.INFO):
-        other.execute(text("SELECT pg_advisory_lock(:key)"), {"key": 0x696F745F6D6F6465})
+        other.execute(text("SELECT pg_advisory_lock(:key)"), {"key": ADVISORY_LOCK})
         command.current(config(url))
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(upgrade, url)
@@ -198,7 +214,7 @@ def test_a_deployer_that_waits_says_so_and_a_command_that_only_looks_does_not_wa
             finally:  # else the pool would wait for ever
                 other.execute(text("SELECT pg_advisory_unlock_all()"))
             waiting.result(timeout=30)
-    assert rows_of(url, "alembic_version") == ["(077)"]
+    assert revision_of(url) == HEAD
 
 
 def test_the_downgrade_copies_what_writers_change_meanwhile_and_never_makes_them_fail(
@@ -207,7 +223,6 @@ def test_the_downgrade_copies_what_writers_change_meanwhile_and_never_makes_them
     """The application's role has no right to the parked table. It writes before a page is copied, and after."""
     upgrade(url)
     run_sql(url, f"GRANT SELECT, INSERT, UPDATE, DELETE ON device_state TO {server_role}", SHADOWS)
-    application = make_url(url).set(username=server_role, password=server_role).render_as_string(hide_password=False)
     writes = [
         """UPDATE device_state SET desired_version = 8 WHERE device_id = 'd1';
            INSERT INTO device_state (tenant_id, site_id, device_id, desired_version) VALUES ('acme', 's', 'new', 3)""",
@@ -219,7 +234,7 @@ def test_the_downgrade_copies_what_writers_change_meanwhile_and_never_makes_them
 
     def write(_c: object, _cursor: object, statement: str, *_rest: object) -> None:
         if "WITH page AS" in statement and writes:
-            run_sql(application, writes.pop(0))
+            run_sql(as_role(url, server_role), writes.pop(0))
 
     event.listen(Engine, "before_cursor_execute", write)
     try:
@@ -228,7 +243,7 @@ def test_the_downgrade_copies_what_writers_change_meanwhile_and_never_makes_them
         event.remove(Engine, "before_cursor_execute", write)
 
     assert not writes
-    parked = {row.split(",")[1]: row for row in rows_of(url, "device_state_shadow_076")}
+    parked = {row.split(",")[1]: row for row in rows_of(url, PARKED)}
     assert set(parked) == {"d1", "d2", "d3", "new", "renamed"}  # d1 and d3 have no device any more
     assert ",8,5," in parked["d1"]
     assert parked["d2"].endswith(",9,5,)")
@@ -258,7 +273,7 @@ def test_rows_that_a_writer_holds_are_taken_in_a_later_round(url: str, caplog: p
         migrating.result(timeout=30)
 
     assert rows_of(url, columns="device_id, desired_state, reported_state, desired_version") == before
-    assert "device_state_shadow_076" not in tables_of(url)
+    assert PARKED not in tables_of(url)
 
 
 def wait_until(holds: Callable[[], object]) -> None:
@@ -286,53 +301,50 @@ def cut_after(statements: int) -> Iterator[list[str]]:
         event.remove(Engine, "after_cursor_execute", cut)
 
 
-# Where each begins, and ends, and how many statements it takes at least.
-WAYS: dict[str, tuple[str, str, int]] = {
-    "raw 075 to 077": ("raw", "077", 20),
-    "076 to 077": ("076", "077", 8),
-    "077 to 076": ("077", "076", 5),
-    "077 to 075": ("077", "075", 20),
-    "075 with parked shadows to 077": ("parked", "077", 20),
+def raw_again(url: str) -> None:
+    """The deployment as raw SQL made it."""
+    run_sql(url, "DROP TABLE device_state, alembic_version;" + RAW_075 + FLEET)
+
+
+class Way(NamedTuple):
+    """A migration, the way back to where it starts, and how many statements it takes at least."""
+
+    there: Callable[[str], None]
+    back: Callable[[str], None]
+    least: int
+
+
+WAYS = {
+    "raw 075 to head": Way(upgrade, raw_again, 20),
+    "076 to head": Way(upgrade, lambda url: downgrade(url, "076"), 8),
+    "head to 076": Way(lambda url: downgrade(url, "076"), upgrade, 5),
+    "head to 075": Way(lambda url: downgrade(url, "075"), upgrade, 20),
+    "075 with parked shadows to head": Way(upgrade, lambda url: downgrade(url, "075"), 20),
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_cut_off_after_any_statement_the_same_command_ends_in_the_same_result(
-    new_database: Callable[..., str], way: str
-) -> None:
-    start, end, least = WAYS[way]
-    template = new_database()
-    run_sql(template, RAW_075 + fleet_sql())
-    if start != "raw":
-        upgrade(template)
-        run_sql(template, SHADOWS)
-    if start in {"parked", "076"}:
-        downgrade(template, "075" if start == "parked" else "076")
+def test_cut_off_after_any_statement_the_same_command_ends_in_the_same_result(url: str, way: str) -> None:
+    there, back, least = WAYS[way]
+    upgrade(url)
+    if way != "raw 075 to head":
+        run_sql(url, SHADOWS)
+    if not way.startswith("head"):
+        back(url)
 
-    def migrate(url: str) -> None:
-        (downgrade if start == "077" else upgrade)(url, end)
-
-    def state(url: str) -> tuple[str, list[str], list[str]]:
-        return (
-            dump(url),
-            rows_of(url),
-            [row for table in sorted(tables_of(url) - {"device_state"}) for row in rows_of(url, table)],
-        )
-
-    whole = new_database(template)
     with cut_after(0) as statements:
-        migrate(whole)
-    expected = state(whole)
+        there(url)
+    expected = state(url)
     assert len(statements) >= least
 
     for cut in range(1, len(statements) + 1):
-        url = new_database(template)
+        back(url)
         with (
             cut_after(cut),
             pytest.raises(CommandError, match=r"the connection was lost.*(?s:.)*Run the same command again"),
         ):
-            migrate(url)
-        migrate(url)
+            there(url)
+        there(url)
         assert state(url) == expected, f"cut after {statements[cut - 1]}"
 
 
@@ -383,8 +395,8 @@ def test_a_client_killed_outright_leaves_nothing_that_the_next_run_does_not_mend
 
     if call.startswith("downgrade"):
         downgrade(url, "075")
-        assert len(rows_of(url, "device_state_shadow_076")) == 4
-        assert rows_of(url, "alembic_version") == ["(075)"]
+        assert len(rows_of(url, PARKED)) == 4
+        assert revision_of(url) == "075"
     upgrade(url)
     assert dump(url) == dump(migrated_url)
     assert len(rows_of(url)) == 10
@@ -395,7 +407,7 @@ def test_a_server_that_crashes_in_the_middle_is_no_harm_either() -> None:
     """SIGKILL to the very backend that migrates: the server throws everybody out and recovers from its log."""
     # Durable, unlike what the throwaway server is otherwise: what was committed must survive.
     with throwaway.postgres(settings={"synchronous_commit": "on"}) as server:
-        run_sql(server.url, RAW_075 + fleet_sql())
+        run_sql(server.url, RAW_075 + FLEET)
         for needle, migrate in (
             ("CREATE INDEX", upgrade),
             ("DROP COLUMN", lambda url: downgrade(url, "075")),

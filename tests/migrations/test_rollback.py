@@ -6,34 +6,34 @@ from typing import TYPE_CHECKING
 
 import pytest
 from alembic.util import CommandError
-from alembic_runs import downgrade, run_alembic, upgrade
-from raw_sql import RAW_075, SHADOW_COLUMNS, SHADOWS, fleet_sql, rows_of, run_sql, tables_of
+from alembic_runs import downgrade, upgrade
+from commands import alembic
+from raw_sql import PARKED, RAW_075, SHADOW_COLUMNS, as_role, revision_of, rows_of, run_sql, tables_of
 from schema_dump import dump
-from sqlalchemy import make_url
+from sqlalchemy.exc import DBAPIError
+
+from iot_models.testing import database
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from iot_models.testing import PostgresServer
 
-PARKED = "device_state_shadow_076"
+pytest_plugins = ["starting_points"]
+
 KEYED = f"tenant_id, device_id, {SHADOW_COLUMNS}"
 
 
-@pytest.fixture
-def raw_075(new_database: Callable[[], str]) -> str:
+@pytest.fixture(scope="module")
+def raw_075(server: PostgresServer) -> str:
     """The dump of the deployment before any shadow."""
-    url = new_database()
-    run_sql(url, RAW_075)
-    return dump(url)
+    with database(server) as url:
+        run_sql(url, RAW_075)
+        return dump(url)
 
 
 @pytest.fixture
-def url(new_database: Callable[[], str]) -> str:
+def url(shadow_fleet_at_head: str) -> str:
     """Ten devices at head, four of which have a shadow."""
-    url = new_database()
-    run_sql(url, RAW_075 + fleet_sql())
-    upgrade(url)
-    run_sql(url, SHADOWS)
-    return url
+    return shadow_fleet_at_head
 
 
 def columns_of(url: str) -> list[str]:
@@ -49,18 +49,14 @@ def shadows(url: str) -> list[str]:
     return rows_of(url, columns=KEYED)
 
 
-def test_where_no_shadow_was_ever_written_exactly_the_075_schema_is_left(
-    new_database: Callable[[], str], raw_075: str
-) -> None:
-    url = new_database()
-    run_sql(url, RAW_075 + fleet_sql())
-    before = rows_of(url)
-    upgrade(url)
+def test_where_no_shadow_was_ever_written_exactly_the_075_schema_is_left(raw_fleet: str, raw_075: str) -> None:
+    before = rows_of(raw_fleet)
+    upgrade(raw_fleet)
 
-    downgrade(url, "075")
+    downgrade(raw_fleet, "075")
 
-    assert dump(url) == raw_075
-    assert rows_of(url) == before
+    assert dump(raw_fleet) == raw_075
+    assert rows_of(raw_fleet) == before
 
 
 def test_shadows_come_back_bit_by_bit_and_the_parked_table_is_gone(url: str, raw_075: str, migrated_url: str) -> None:
@@ -87,15 +83,15 @@ def test_writes_and_deletions_in_between_are_kept(url: str) -> None:
         INSERT INTO device_state (tenant_id, site_id, device_id) VALUES ('acme', 's', 'new');
     """)  # fmt: skip
 
-    run = run_alembic("upgrade", "head", DATABASE_URL=url)
+    run = alembic("upgrade", "head", DATABASE_URL=url)
 
-    assert run.returncode == 0, run.stderr
+    assert run.code == 0, run.err
     assert run_sql(url, "SELECT status, state FROM device_state WHERE device_id = 'd1'") == [("STALE", {"new": True})]
     now = set(shadows(url))
     assert {row.split(",")[1] for row in before - now} == {"d2", "d9"}
     assert {row.split(",")[1] for row in now - before} == {"new"}
     # d2 is gone: its shadow stays parked, and that is said.
-    assert "1 parked shadows stay in device_state_shadow_076" in run.stderr
+    assert "1 parked shadows stay in device_state_shadow_076" in run.err
     assert [row.split(",")[1] for row in rows_of(url, PARKED)] == ["d2"]
 
 
@@ -132,9 +128,9 @@ def test_a_shadow_that_was_written_since_is_not_overwritten_by_a_parked_one(url:
 
 
 def test_shadows_are_thrown_away_on_request_only(url: str, raw_075: str) -> None:
-    run = run_alembic("-x", "shadow=discard", "downgrade", "075", DATABASE_URL=url)
+    run = alembic("-x", "shadow=discard", "downgrade", "075", DATABASE_URL=url)
 
-    assert run.returncode == 0, run.stderr
+    assert run.code == 0, run.err
     assert dump(url) == raw_075
     upgrade(url)
     assert run_sql(url, "SELECT sum(desired_version) FROM device_state") == [(0,)]
@@ -144,12 +140,10 @@ def test_shadows_are_thrown_away_on_request_only(url: str, raw_075: str) -> None
 def test_an_option_that_is_misspelt_is_refused_and_not_ignored(url: str, option: str) -> None:
     before = rows_of(url)
 
-    run = run_alembic("-x", option, "downgrade", "075", DATABASE_URL=url)
+    run = alembic("-x", option, "downgrade", "075", DATABASE_URL=url)
 
-    assert run.returncode != 0
-    said = run.stdout + run.stderr
-    assert f"-x {option.split('=', maxsplit=1)[0]}" in said
-    assert "Traceback" not in said
+    assert run.code != 0
+    assert f"-x {option.split('=', maxsplit=1)[0]}" in run.out + run.err
     assert rows_of(url) == before
 
 
@@ -158,10 +152,10 @@ def test_going_to_base_refuses_rows_and_drops_them_on_request_only(url: str) -> 
     with pytest.raises(CommandError, match=r"device_state holds 10 rows.*-x device_state=drop"):
         downgrade(url, "base")
     assert len(rows_of(url)) == before
-    assert rows_of(url, "alembic_version") == ["(075)"]  # the shadows are parked, an upgrade puts them back
+    assert revision_of(url) == "075"  # the shadows are parked, an upgrade puts them back
 
-    run = run_alembic("-x", "device_state=drop", "downgrade", "base", DATABASE_URL=url)
-    assert run.returncode == 0, run.stderr
+    run = alembic("-x", "device_state=drop", "downgrade", "base", DATABASE_URL=url)
+    assert run.code == 0, run.err
     assert tables_of(url) == {"alembic_version"}
 
 
@@ -174,16 +168,14 @@ def test_going_to_base_refuses_parked_shadows_too(url: str) -> None:
     assert len(rows_of(url, PARKED)) == 4
 
 
-def test_an_empty_table_goes_to_base_without_a_word(new_database: Callable[[], str]) -> None:
-    url = new_database()
-    upgrade(url)
+def test_an_empty_table_is_dropped_on_the_way_to_base(at_head: str) -> None:
+    downgrade(at_head, "base")
 
-    downgrade(url, "base")
-
-    assert tables_of(url) == {"alembic_version"}
+    assert tables_of(at_head) == {"alembic_version"}
 
 
 def test_a_table_of_that_name_that_is_not_the_parked_one_stops_both_ways(url: str) -> None:
+    downgrade(url, "076")
     run_sql(url, f"CREATE TABLE {PARKED} (note text)")
     before = rows_of(url)
     with pytest.raises(
@@ -196,6 +188,7 @@ def test_a_table_of_that_name_that_is_not_the_parked_one_stops_both_ways(url: st
 def test_where_a_policy_would_hide_rows_from_the_migration_it_fails_instead_of_losing_them(
     url: str, server_role: str
 ) -> None:
+    downgrade(url, "076")
     before = rows_of(url)
     run_sql(url, f"""
         ALTER TABLE device_state OWNER TO {server_role};
@@ -205,11 +198,8 @@ def test_where_a_policy_would_hide_rows_from_the_migration_it_fails_instead_of_l
         CREATE POLICY one ON device_state USING (device_id = 'd1');
     """)  # fmt: skip
 
-    application = make_url(url).set(username=server_role, password=server_role).render_as_string(hide_password=False)
-    run = run_alembic("-x", f"url={application}", "downgrade", "075")
-
-    assert run.returncode != 0
-    assert "row-level security policy" in run.stderr + run.stdout
+    with pytest.raises(DBAPIError, match="row-level security policy"):
+        downgrade(as_role(url, server_role), "075")
     assert rows_of(url) == before
 
 

@@ -24,7 +24,8 @@ from iot_models import (
     ShadowService,
     UnknownVersion,
 )
-from tests.databases.devices import TENANT, add_device, counted_statements
+from tests.databases.devices import TENANT, add_device
+from tests.databases.statements import counted_statements
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,7 +11,8 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from iot_models import LateReport, Shadow, ShadowService, VersionConflict
-from tests.databases.devices import DEVICE, TENANT, add_device, counted_statements
+from tests.databases.devices import DEVICE, TENANT, add_device
+from tests.databases.statements import counted_statements
 
 if TYPE_CHECKING:
     from collections.abc import Callable

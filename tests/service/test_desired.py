@@ -19,7 +19,8 @@ from iot_models import (
     VersionConflict,
 )
 from iot_models._core.equality import json_equal
-from tests.databases.devices import DEVICE, TENANT, add_device, counted_statements
+from tests.databases.devices import DEVICE, TENANT, add_device
+from tests.databases.statements import counted_statements
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,7 +13,8 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from iot_models import DeviceState, ShadowService, SyncStatus, sync_status
-from tests.databases.devices import TENANT, add_device, counted_statements
+from tests.databases.devices import TENANT, add_device
+from tests.databases.statements import counted_statements
 from tests.generated.documents import document_pairs
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ from sqlalchemy.orm.exc import StaleDataError
 
 from iot_models import DeviceState, InvalidDocument, ShadowService
 from iot_models._core.tracked_documents import set_committed_value
-from tests.databases.devices import DEVICE, TENANT, add_device, counted_statements
+from tests.databases.devices import DEVICE, TENANT, add_device
+from tests.databases.statements import counted_statements
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,7 +9,8 @@ import pytest
 from sqlalchemy import text
 
 from iot_models import DeviceNotFound, ShadowService, SyncStatus
-from tests.databases.devices import DEVICE, TENANT, add_device, counted_statements
+from tests.databases.devices import DEVICE, TENANT, add_device
+from tests.databases.statements import counted_statements
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session

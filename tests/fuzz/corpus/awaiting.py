@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Final
 
-# Names as the tests show them; `door: name` where it is one door's defect.
+# Names as the tests show them; `entry point: name` where it is the defect of one entry point.
 AWAITING: Final[dict[str, str]] = {}
 # The same, where the process itself would die: nothing tries them until they are taken out here.
 CRASHING: Final[dict[str, str]] = {}
 
 
-def awaits(name: str, door: str = "") -> bool:
-    return name in AWAITING or name in CRASHING or f"{door}: {name}" in AWAITING
+def awaits(name: str, point: str = "") -> bool:
+    return name in AWAITING or name in CRASHING or f"{point}: {name}" in AWAITING

@@ -323,7 +323,7 @@ def _documents() -> Iterator[tuple[str, Callable[[], object]]]:
 
 DOCUMENTS: Final = dict(_documents())
 
-# What is no version at all, then what is one that no device is at. 0 and 7 are a device's own, see the oracle.
+# What is no version at all, then what is one that no device is at. 0 and 7 are a device's own, see `judge.expected`.
 VERSIONS: Final[dict[str, Callable[[], object]]] = {
     "true": lambda: True,
     "text": lambda: "7",

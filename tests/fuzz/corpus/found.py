@@ -46,5 +46,5 @@ def reading(body: bytes, place: int, inserted: bytes) -> Any:
         raise UnmakeableError from error
 
 
-# The door's name, or `helpers` for a document and `url` for a URL, and what was sent through it.
+# The entry point's name (`helpers` for a document, `url` for a URL), and what was passed to it.
 FOUND: Final[list[tuple[str, Callable[[], Any]]]] = []

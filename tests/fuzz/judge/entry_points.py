@@ -1,4 +1,7 @@
-"""Every public way in for a document, a device id or a version, each as a function of one attempt."""
+"""The entry points: every public way in for a document, a device id or a version, each as a function of one attempt.
+
+Those of `ShadowService` have the names of its methods; how a method writes is what the reference model says.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from sqlalchemy import select
 
 from iot_models import DeviceState, Report, ReportOutcome, Shadow, ShadowService
+from tests.reference.methods import WRITES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +27,7 @@ HARMLESS: Final[dict[str, Any]] = {"harmless": True}
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """What is sent through a door; what a caller leaves out is harmless."""
+    """What is passed to an entry point; what a caller leaves out is harmless."""
 
     tenant_id: str
     device_id: Any
@@ -32,12 +36,12 @@ class Attempt:
 
 
 @dataclass(frozen=True, slots=True)
-class Door:
+class EntryPoint:
     """One way in.
 
     Attributes:
         call: Makes the attempt and returns all that it was answered.
-        section: The column that it writes; None for a door that reads.
+        section: The column that it writes; None where it reads.
         kind: How it takes devices: `one`; `all` or none of a batch, the neighbour too; `each` report of a batch, the
             neighbour's too; those `after` an id; `orm`, by an attribute of the mapped object.
         merges: Whether the document is a merge patch.
@@ -129,21 +133,34 @@ def _change_inside(session: Session, attempt: Attempt) -> Answer:
     return [_service(session, attempt).get(attempt.device_id)]
 
 
-_VERSIONED = frozenset({"document", "version"})
-DOORS: Final = {
-    "get": Door(_get, None, takes=frozenset()),
-    "get_many": Door(_get_many, None, "all", takes=frozenset()),
-    "pending": Door(_pending, None, "after", takes=frozenset()),
-    "drifted": Door(_drifted, None, "after", takes=frozenset()),
-    "replace_desired": Door(_replace_desired, "desired_state", takes=_VERSIONED),
-    "patch_desired": Door(_patch_desired, "desired_state", merges=True, takes=_VERSIONED),
-    "replace_reported": Door(_replace_reported, "reported_state", takes=_VERSIONED),
-    "patch_reported": Door(_patch_reported, "reported_state", merges=True, takes=_VERSIONED),
-    "replace_desired_many": Door(_replace_desired_many, "desired_state", "all", takes=_VERSIONED),
-    "patch_desired_many": Door(_patch_desired_many, "desired_state", "all", merges=True),
-    "replace_reported_many": Door(_replace_reported_many, "reported_state", "each", takes=_VERSIONED),
-    "DeviceState.desired_state =": Door(_assign("desired_state"), "desired_state", "orm"),
-    "DeviceState.reported_state =": Door(_assign("reported_state"), "reported_state", "orm"),
-    "DeviceState.state =": Door(_assign("state"), "state", "orm"),
-    "DeviceState.desired_state.update": Door(_change_inside, "desired_state", "orm"),
+_DOCUMENT: Final = frozenset({"document"})
+_DOCUMENT_AND_VERSION: Final = frozenset({"document", "version"})
+
+
+def _method(
+    name: str, call: Callable[[Session, Attempt], Answer], takes: frozenset[str] = _DOCUMENT_AND_VERSION
+) -> EntryPoint:
+    write = WRITES[name]
+    section: Literal["desired_state", "reported_state"] = (
+        "desired_state" if write.section == "desired" else "reported_state"
+    )
+    return EntryPoint(call, section, write.devices, write.merges, takes)
+
+
+ENTRY_POINTS: Final = {
+    "get": EntryPoint(_get, None, takes=frozenset()),
+    "get_many": EntryPoint(_get_many, None, "all", takes=frozenset()),
+    "pending": EntryPoint(_pending, None, "after", takes=frozenset()),
+    "drifted": EntryPoint(_drifted, None, "after", takes=frozenset()),
+    "replace_desired": _method("replace_desired", _replace_desired),
+    "patch_desired": _method("patch_desired", _patch_desired),
+    "replace_reported": _method("replace_reported", _replace_reported),
+    "patch_reported": _method("patch_reported", _patch_reported),
+    "replace_desired_many": _method("replace_desired_many", _replace_desired_many),
+    "patch_desired_many": _method("patch_desired_many", _patch_desired_many, takes=_DOCUMENT),
+    "replace_reported_many": _method("replace_reported_many", _replace_reported_many),
+    "DeviceState.desired_state =": EntryPoint(_assign("desired_state"), "desired_state", "orm"),
+    "DeviceState.reported_state =": EntryPoint(_assign("reported_state"), "reported_state", "orm"),
+    "DeviceState.state =": EntryPoint(_assign("state"), "state", "orm"),
+    "DeviceState.desired_state.update": EntryPoint(_change_inside, "desired_state", "orm"),
 }

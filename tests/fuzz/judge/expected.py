@@ -15,7 +15,7 @@ from iot_models import (
 )
 from tests.fuzz.corpus.documents import DEVICE_IDS, LOOK_ALIKES, TOO_LONG_FOR_AN_INDEX
 from tests.fuzz.corpus.hostile_types import SabotageError
-from tests.fuzz.judge.entry_points import DOORS, NEIGHBOUR, Door
+from tests.fuzz.judge.entry_points import ENTRY_POINTS, NEIGHBOUR, EntryPoint
 from tests.reference.documents import LIMITS, ORM_DEPTH, storable, storable_text
 from tests.reference.json_values import merge_patch
 from tests.reference.versions import ERRORS, is_conflict, status_of_report
@@ -72,9 +72,9 @@ class Expected:
 _ANY: Final = Expected(possible=(IotModelsError, TypeError, ValueError, RuntimeError, StatementError, SabotageError))
 
 
-def expected_of_device(door: Door, attempt: Attempt) -> Expected:
+def expected_of_device(point: EntryPoint, attempt: Attempt) -> Expected:
     device_id = attempt.device_id
-    if door.kind == "after":
+    if point.kind == "after":
         if device_id is None:  # from the first one on
             return Expected()
         absent: tuple[type[Exception], ...] = (
@@ -83,7 +83,7 @@ def expected_of_device(door: Door, attempt: Attempt) -> Expected:
     else:
         absent = (
             ()
-            if device_id in devices_of(attempt.tenant_id) or door.call is DOORS["get_many"].call
+            if device_id in devices_of(attempt.tenant_id) or point.call is ENTRY_POINTS["get_many"].call
             else (DeviceNotFound,)
         )
     if not isinstance(device_id, str):
@@ -91,18 +91,18 @@ def expected_of_device(door: Door, attempt: Attempt) -> Expected:
     return Expected(absent) if type(device_id) is str else _ANY
 
 
-def expected_of_document(door: Door, attempt: Attempt) -> Expected:
-    if "document" not in door.takes:
+def expected_of_document(point: EntryPoint, attempt: Attempt) -> Expected:
+    if "document" not in point.takes:
         return Expected()
-    if door.kind == "orm":
+    if point.kind == "orm":
         if attempt.document is None:
             return Expected((IntegrityError,))  # NOT NULL
         verdict = storable(attempt.document, max_depth=ORM_DEPTH, max_bytes=float("inf"))
-    elif door.merges:
+    elif point.merges:
         verdict = storable(attempt.document, max_bytes=float("inf"))
         if verdict and attempt.device_id in devices_of(attempt.tenant_id):
             verdict = storable(
-                merge_patch(held(str(door.section), attempt.tenant_id, attempt.device_id), attempt.document)
+                merge_patch(held(str(point.section), attempt.tenant_id, attempt.device_id), attempt.document)
             )
         elif verdict and not storable(attempt.document, max_bytes=2 * LIMITS.max_bytes):
             verdict = False  # before it is known that there is no such device
@@ -113,9 +113,9 @@ def expected_of_document(door: Door, attempt: Attempt) -> Expected:
     return Expected() if verdict else Expected((InvalidDocument,))
 
 
-def expected_of_version(door: Door, attempt: Attempt) -> Expected:
+def expected_of_version(point: EntryPoint, attempt: Attempt) -> Expected:
     version = attempt.version
-    if "version" not in door.takes or version is None:
+    if "version" not in point.takes or version is None:
         return Expected()
     if isinstance(version, bool) or not isinstance(version, int):
         return Expected((TypeError,))
@@ -124,12 +124,14 @@ def expected_of_version(door: Door, attempt: Attempt) -> Expected:
     refused: type[Exception] | None = None
     if not 0 <= version < 2**63:
         refused = ValueError
-    elif door.section == "desired_state":
+    elif point.section == "desired_state":
         refused = VersionConflict if is_conflict(version, DESIRED_VERSION) else None
     else:
         refused = ERRORS.get(status_of_report(version, DESIRED_VERSION, reported_version_of(attempt.device_id)))
     return Expected((refused,)) if refused else Expected()
 
 
-def expected(door: Door, attempt: Attempt) -> Expected:
-    return expected_of_device(door, attempt) + expected_of_document(door, attempt) + expected_of_version(door, attempt)
+def expected(point: EntryPoint, attempt: Attempt) -> Expected:
+    return (
+        expected_of_device(point, attempt) + expected_of_document(point, attempt) + expected_of_version(point, attempt)
+    )

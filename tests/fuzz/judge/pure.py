@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 OTHER: Final = sentinel("acme", "thermostat-1")
 # The fuzzer also makes URLs in which it has become something else.
 _IS_THE_PASSWORD: Final = re.compile(f"://[^@/]*:{SECRET}@[^@]*$|password={SECRET}")
-_URL_DOORS: Final[tuple[Callable[[Any], object], ...]] = (
+_TAKE_A_URL: Final[tuple[Callable[[Any], object], ...]] = (
     normalize_url,
     database_url,
     create_engine,
@@ -34,26 +34,26 @@ _URL_DOORS: Final[tuple[Callable[[Any], object], ...]] = (
 
 
 def judge_url(url: object) -> str:
-    """Try a URL at each door that takes one; what it raises and what it gives must not show the password.
+    """Pass a URL to each function that takes one; what it raises and what it gives must not show the password.
 
     Raises:
         FindingError: It does, or another error than ours came out.
     """
     became = "read"
-    for door in _URL_DOORS:
+    for point in _TAKE_A_URL:
         try:
-            made = door(url)
+            made = point(url)
             shown = f"{made} {made!r}"
             shown.encode()
         except (ValueError, ImportError) as error:
             became, shown = "refused", str(error)
             # ImportError: of an engine whose driver is not installed. One that SQLAlchemy does not know is no such case.
             if type(error) not in {ValueError, ImportError} or "postgresql" not in shown.lower():
-                raise FindingError(f"{door.__name__} raises {type(error).__name__}: {shown[:200]}") from error
+                raise FindingError(f"{point.__name__} raises {type(error).__name__}: {shown[:200]}") from error
         except Exception as error:
-            raise FindingError(f"{door.__name__} raises {type(error).__name__}: {str(error)[:200]}") from error
+            raise FindingError(f"{point.__name__} raises {type(error).__name__}: {str(error)[:200]}") from error
         if SECRET in shown and _IS_THE_PASSWORD.search(str(url)):
-            raise FindingError(f"{door.__name__} shows the password: {shown[:200]}")
+            raise FindingError(f"{point.__name__} shows the password: {shown[:200]}")
     return became
 
 

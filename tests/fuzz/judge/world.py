@@ -28,7 +28,7 @@ from iot_models import (
     ReportStatus,
     Shadow,
 )
-from tests.fuzz.judge.entry_points import DOORS, NEIGHBOUR, Attempt, Door
+from tests.fuzz.judge.entry_points import ENTRY_POINTS, NEIGHBOUR, Attempt, EntryPoint
 from tests.fuzz.judge.expected import (
     DESIRED_VERSION,
     DEVICE,
@@ -81,7 +81,7 @@ class FindingError(AssertionError):
 
 
 class NotApplicableError(Exception):
-    """What cannot be put through this door at all: a dict takes no list for a key, whoever asks."""
+    """What cannot be passed to this entry point at all: a dict takes no list for a key, whoever asks."""
 
 
 # Whatever was sent: these say that it was looked at too late.
@@ -121,50 +121,50 @@ class World:
 
         Raises:
             FindingError: What it must not have done.
-            NotApplicableError: The door cannot take such a thing.
+            NotApplicableError: The entry point cannot take such a thing.
         """
-        door = DOORS[name]
-        _require_applicable(door, attempt)
+        point = ENTRY_POINTS[name]
+        _require_applicable(point, attempt)
         if name not in self._harmless:
-            self._harmless[name] = self._statements_of_harmless(door)
+            self._harmless[name] = self._statements_of_harmless(point)
         with self._undone():
-            answer, error, sent = self._make(door, attempt)
+            answer, error, sent = self._make(point, attempt)
             if built := sent - self._harmless[name]:
                 raise FindingError(f"sends statements that harmless data do not: {sorted(built)}")
             if error is not None:
-                self._check_refusal(door, attempt, error)
+                self._check_refusal(point, attempt, error)
                 return "refused"
-            return self._check_answer(door, attempt, answer)
+            return self._check_answer(point, attempt, answer)
 
-    def _statements_of_harmless(self, door: Door) -> set[str]:
+    def _statements_of_harmless(self, point: EntryPoint) -> set[str]:
         attempts = [Attempt(TENANT, DEVICE), Attempt(TENANT, DEVICE, version=DESIRED_VERSION)]
-        if door.kind != "orm":
+        if point.kind != "orm":
             attempts += [Attempt(TENANT, DEVICE, version=DESIRED_VERSION + 1), Attempt(TENANT, "absent")]
-        if door.kind == "after":
+        if point.kind == "after":
             attempts.append(Attempt(TENANT, None))
-        if door.kind == "each":  # a report that is invalid sends the others another way
+        if point.kind == "each":  # a report that is invalid sends the others another way
             attempts.append(Attempt(TENANT, DEVICE, None))
         sent: set[str] = set()
         for attempt in attempts:
             with self._undone():
-                sent |= self._make(door, attempt)[2]
+                sent |= self._make(point, attempt)[2]
         return sent
 
     @contextmanager
     def _undone(self) -> Iterator[None]:
         savepoint = self._session.begin_nested()
-        self._session.connection()  # sends the SAVEPOINT, which is no statement of the door's
+        self._session.connection()  # sends the SAVEPOINT, which is no statement of the entry point's
         try:
             yield
         finally:
             savepoint.rollback()
             self._session.expunge_all()
 
-    def _make(self, door: Door, attempt: Attempt) -> tuple[Answer, Exception | None, set[str]]:
+    def _make(self, point: EntryPoint, attempt: Attempt) -> tuple[Answer, Exception | None, set[str]]:
         sent: set[str] = set()
         self._sent = sent
         try:
-            return door.call(self._session, attempt), None, sent
+            return point.call(self._session, attempt), None, sent
         except Exception as error:  # noqa: BLE001 - to be judged
             return [], error, sent
         finally:
@@ -175,29 +175,29 @@ class World:
         if self._sent is not None and not statement.startswith("ROLLBACK TO SAVEPOINT"):
             self._sent.add(statement)
 
-    def _check_refusal(self, door: Door, attempt: Attempt, error: Exception) -> None:
-        right = expected(door, attempt)
+    def _check_refusal(self, point: EntryPoint, attempt: Attempt, error: Exception) -> None:
+        right = expected(point, attempt)
         of_device = error
         if isinstance(error, BatchRejected):
             # One patch may be too much for both.
-            others = set(error.errors) - {attempt.device_id} - ({NEIGHBOUR} if door.merges else set())
+            others = set(error.errors) - {attempt.device_id} - ({NEIGHBOUR} if point.merges else set())
             if others or attempt.device_id not in error.errors:
                 raise FindingError(f"rejects the batch for others: {_shown(error)}")
             of_device = error.errors[attempt.device_id]
         if not isinstance(of_device, right.demanded + right.possible):
             raise FindingError(f"raises {_shown(of_device)}") from error
         check_error(error, odd=bool(right.possible))
-        if door.kind != "orm":
+        if point.kind != "orm":
             self._session.connection()  # goes on without a rollback
         if changed := self._changed():
             raise FindingError(f"raises {type(error).__name__}, and wrote {sorted(changed)}")
 
-    def _check_answer(self, door: Door, attempt: Attempt, answer: Answer) -> str:
-        right = expected(door, attempt)
+    def _check_answer(self, point: EntryPoint, attempt: Attempt, answer: Answer) -> str:
+        right = expected(point, attempt)
         shadows = [one for one in answer if isinstance(one, Shadow)]
         outcomes = [one for one in answer if isinstance(one, ReportOutcome)]
         accepted = True
-        if door.kind == "each":
+        if point.kind == "each":
             status = outcomes[-1].status
             accepted = status is ReportStatus.ACCEPTED
             may = {_REPORTED_AS[kind] for kind in right.demanded} or {ReportStatus.ACCEPTED}
@@ -207,39 +207,39 @@ class World:
                 raise FindingError(f"answers for {outcomes[-1].device_id!a}")
         elif right.demanded:
             raise FindingError(f"accepts it, where {[kind.__name__ for kind in right.demanded]} is right")
-        self._check_shadows(door, attempt, shadows)
-        self._check_rows(door, attempt, accepted=accepted)
-        if door.kind == "after":
-            self._check_page(door, attempt, shadows)
-        return "stored" if door.section and accepted else "refused" if not accepted else "read"
+        self._check_shadows(point, attempt, shadows)
+        self._check_rows(point, attempt, accepted=accepted)
+        if point.kind == "after":
+            self._check_page(point, attempt, shadows)
+        return "stored" if point.section and accepted else "refused" if not accepted else "read"
 
-    def _check_rows(self, door: Door, attempt: Attempt, *, accepted: bool) -> None:
+    def _check_rows(self, point: EntryPoint, attempt: Attempt, *, accepted: bool) -> None:
         written: set[tuple[str, object]] = set()
-        if door.section:
+        if point.section:
             if accepted:
                 written.add((attempt.tenant_id, attempt.device_id))
-            if door.kind in {"all", "each"}:
+            if point.kind in {"all", "each"}:
                 written.add((attempt.tenant_id, NEIGHBOUR))
         changed = self._changed()
         if {tenant for tenant, _ in changed} - {attempt.tenant_id}:
             raise FindingError(f"wrote to another tenant: {sorted(changed)}")
         if not _odd(attempt.device_id) and changed != written:
             raise FindingError(f"wrote {sorted(changed)}, and not {sorted(written)}")
-        if door.section and accepted and not _odd(attempt.device_id):
-            self._check_document(door, attempt)
+        if point.section and accepted and not _odd(attempt.device_id):
+            self._check_document(point, attempt)
 
-    def _check_document(self, door: Door, attempt: Attempt) -> None:
-        section = typing.cast("str", door.section)
+    def _check_document(self, point: EntryPoint, attempt: Attempt) -> None:
+        section = typing.cast("str", point.section)
         row = self._rows(attempt.tenant_id, {attempt.device_id})[attempt.device_id]
         versions = (row["desired_version"], row["reported_version"])
-        if versions != self._versions_after(door, attempt):
+        if versions != self._versions_after(point, attempt):
             raise FindingError(f"leaves the versions at {versions}")
-        if (door.section == "desired_state") != (row["shadow_updated_at"] is not None):
+        if (point.section == "desired_state") != (row["shadow_updated_at"] is not None):
             raise FindingError(f"leaves shadow_updated_at at {row['shadow_updated_at']}")
-        if expected_of_document(door, attempt).possible:
+        if expected_of_document(point, attempt).possible:
             return  # what such a thing means is its own secret; that it could be read back is enough
         document = attempt.document
-        if door.merges:
+        if point.merges:
             document = merge_patch(held(section, attempt.tenant_id, attempt.device_id), document)
         binds = {
             "tenant": attempt.tenant_id,
@@ -249,13 +249,13 @@ class World:
         if self._connection.execute(_HOLDS[section], binds).scalar_one() is not True:
             raise FindingError(f"stores another document: {str(row[section])[:200]}")
 
-    def _versions_after(self, door: Door, attempt: Attempt) -> tuple[int, int]:
-        desired = DESIRED_VERSION + (door.section == "desired_state")
+    def _versions_after(self, point: EntryPoint, attempt: Attempt) -> tuple[int, int]:
+        desired = DESIRED_VERSION + (point.section == "desired_state")
         was = reported_version_of(attempt.device_id)
-        acknowledges = door.section == "reported_state" and door.kind != "orm"
+        acknowledges = point.section == "reported_state" and point.kind != "orm"
         return desired, reported_version_after(attempt.version if acknowledges else None, was)
 
-    def _check_shadows(self, door: Door, attempt: Attempt, shadows: list[Shadow]) -> None:
+    def _check_shadows(self, point: EntryPoint, attempt: Attempt, shadows: list[Shadow]) -> None:
         """What is shown is the tenant's own row as it is stored, and what `Shadow` makes of it can be sent on."""
         rows = self._rows(attempt.tenant_id, {shadow.device_id for shadow in shadows}) if shadows else {}
         for shadow in shadows:
@@ -266,7 +266,7 @@ class World:
                 if json.dumps(document) != json.dumps(row[section]):
                     raise FindingError(f"shows another {section} than it stores: {str(document)[:200]}")
                 owner = {"of": [shadow.tenant_id, shadow.device_id]}
-                if door.section != section and not owner.items() <= document.items():
+                if point.section != section and not owner.items() <= document.items():
                     raise FindingError(f"shows what another holds: {document}")
             json.dumps(shadow.to_dict(), allow_nan=False).encode()
             for line in (shadow.explain(), shadow.etag, repr(shadow)):
@@ -276,9 +276,11 @@ class World:
         found = self._connection.execute(_ROWS, {"tenant": tenant_id, "devices": [str.__str__(one) for one in devices]})
         return {row["device_id"]: row for row in found.mappings()}
 
-    def _check_page(self, door: Door, attempt: Attempt, shadows: list[Shadow]) -> None:
+    def _check_page(self, point: EntryPoint, attempt: Attempt, shadows: list[Shadow]) -> None:
         devices = (
-            set(devices_of(attempt.tenant_id)) - {NEIGHBOUR} if door.call is DOORS["pending"].call else {NEIGHBOUR}
+            set(devices_of(attempt.tenant_id)) - {NEIGHBOUR}
+            if point.call is ENTRY_POINTS["pending"].call
+            else {NEIGHBOUR}
         )
         found = self._connection.execute(
             text("SELECT device_id FROM device_state WHERE tenant_id = :tenant AND device_id > :after ORDER BY 1"),
@@ -319,21 +321,21 @@ def check_error(error: Exception, *, odd: bool = False) -> None:
         raise FindingError(f"does not name the argument: {_shown(error)}") from error
 
 
-def _require_applicable(door: Door, attempt: Attempt) -> None:
-    if door.kind == "orm":  # an object is loaded to be written, and a dict updated with a dict
-        inside = door.call is DOORS["DeviceState.desired_state.update"].call
+def _require_applicable(point: EntryPoint, attempt: Attempt) -> None:
+    if point.kind == "orm":  # an object is loaded to be written, and a dict updated with a dict
+        inside = point.call is ENTRY_POINTS["DeviceState.desired_state.update"].call
         if (
             _odd(attempt.device_id)
             or attempt.device_id not in devices_of(attempt.tenant_id)
             or (inside and not isinstance(attempt.document, dict))
         ):
             raise NotApplicableError
-    if door.kind == "all":
+    if point.kind == "all":
         try:
             hash(attempt.device_id)
         except Exception as error:
             raise NotApplicableError from error
-    if attempt.device_id == NEIGHBOUR and door.kind in {"all", "each"}:
+    if attempt.device_id == NEIGHBOUR and point.kind in {"all", "each"}:
         raise NotApplicableError
 
 

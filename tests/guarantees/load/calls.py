@@ -16,7 +16,7 @@ from iot_models import (
     ShadowService,
 )
 from tests.guarantees.load.reads_and_refusals import REJECTED
-from tests.guarantees.load.record import READ, WRITTEN, Operation, Told
+from tests.guarantees.load.record import READ, WRITTEN, Answer, Operation
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,52 +32,52 @@ _STATUSES: Final = {
 }
 
 
-def call(session: Session, operation: Operation) -> tuple[Told, ...]:
+def call(session: Session, operation: Operation) -> tuple[Answer, ...]:
     """Do it and say what the contract answered, refusals included; what the contract does not know is raised."""
     service = ShadowService(session, operation.tenant)
     try:
         return _CALLS.get(operation.kind, _one)(session, service, operation)
     except BatchRejected as rejected:
         return tuple(
-            _refused(rejected.errors[entry.device]) if entry.device in rejected.errors else Told(REJECTED)
+            _refused(rejected.errors[entry.device]) if entry.device in rejected.errors else Answer(REJECTED)
             for entry in operation.entries
         )
     except IotModelsError as refused:
         return (_refused(refused),) * len(operation.entries)
 
 
-def _one(_: Session, service: ShadowService, operation: Operation) -> tuple[Told, ...]:
+def _one(_: Session, service: ShadowService, operation: Operation) -> tuple[Answer, ...]:
     ((device, document, guard),) = operation.entries
     name = "expected_version" if operation.section == "desired" else "acked_version"
-    return (_told(WRITTEN, getattr(service, operation.kind)(device, document, **{name: guard}), operation),)
+    return (_answer(WRITTEN, getattr(service, operation.kind)(device, document, **{name: guard}), operation),)
 
 
-def _get(_: Session, service: ShadowService, operation: Operation) -> tuple[Told, ...]:
-    return (_told(READ, service.get(operation.entries[0].device), operation),)
+def _get(_: Session, service: ShadowService, operation: Operation) -> tuple[Answer, ...]:
+    return (_answer(READ, service.get(operation.entries[0].device), operation),)
 
 
-def _replace_many(_: Session, service: ShadowService, operation: Operation) -> tuple[Told, ...]:
+def _replace_many(_: Session, service: ShadowService, operation: Operation) -> tuple[Answer, ...]:
     documents = {entry.device: entry.document for entry in operation.entries}
     expected = {entry.device: entry.guard for entry in operation.entries if entry.guard is not None}
     shadows = service.replace_desired_many(documents, expected_versions=expected)
-    return tuple(_told(WRITTEN, shadows[device], operation) for device in documents)
+    return tuple(_answer(WRITTEN, shadows[device], operation) for device in documents)
 
 
-def _patch_many(_: Session, service: ShadowService, operation: Operation) -> tuple[Told, ...]:
+def _patch_many(_: Session, service: ShadowService, operation: Operation) -> tuple[Answer, ...]:
     devices = [entry.device for entry in operation.entries]
     shadows = service.patch_desired_many(devices, operation.entries[0].document)
-    return tuple(_told(WRITTEN, shadows[device], operation) for device in devices)
+    return tuple(_answer(WRITTEN, shadows[device], operation) for device in devices)
 
 
-def _report_many(_: Session, service: ShadowService, operation: Operation) -> tuple[Told, ...]:
+def _report_many(_: Session, service: ShadowService, operation: Operation) -> tuple[Answer, ...]:
     reports = [Report(device, document, acked) for device, document, acked in operation.entries]
     return tuple(
-        Told(_STATUSES[outcome.status], outcome.desired_version, outcome.reported_version)
+        Answer(_STATUSES[outcome.status], outcome.desired_version, outcome.reported_version)
         for outcome in service.replace_reported_many(reports)
     )
 
 
-def _by_orm(session: Session, _: ShadowService, operation: Operation) -> tuple[Told, ...]:
+def _by_orm(session: Session, _: ShadowService, operation: Operation) -> tuple[Answer, ...]:
     ((name, document, _guard),) = operation.entries
     device = session.get(DeviceState, (operation.tenant, name))
     if device is None:
@@ -90,7 +90,7 @@ def _by_orm(session: Session, _: ShadowService, operation: Operation) -> tuple[T
         device.last_heartbeat_at = device.last_seen_at = datetime.now(UTC)
     session.flush()
     # Not reported_version: an object shows what was loaded, and only a write of desired_state asks for more.
-    return (Told(WRITTEN, device.desired_version, None, dict(device.desired_state)),)
+    return (Answer(WRITTEN, device.desired_version, None, dict(device.desired_state)),)
 
 
 _CALLS: Final = {
@@ -117,12 +117,12 @@ def _change(target: dict[str, Any], patch: Mapping[str, Any]) -> None:
             target[key] = value
 
 
-def _told(status: str, shadow: Shadow, operation: Operation) -> Told:
+def _answer(status: str, shadow: Shadow, operation: Operation) -> Answer:
     document = shadow.reported if operation.section == "reported" else shadow.desired
-    return Told(status, shadow.desired_version, shadow.reported_version, dict(document))
+    return Answer(status, shadow.desired_version, shadow.reported_version, dict(document))
 
 
-def _refused(error: IotModelsError) -> Told:
+def _refused(error: IotModelsError) -> Answer:
     name = "InvalidDocument" if isinstance(error, ValueError) and hasattr(error, "path") else type(error).__name__
     desired_version = getattr(error, "actual", None) or getattr(error, "desired", None) or 0
-    return Told(name, desired_version, getattr(error, "current", None))
+    return Answer(name, desired_version, getattr(error, "current", None))

@@ -12,10 +12,11 @@ from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from iot_models import ReportStatus
-from tests.guarantees.load.history import Change, Key, Stand
+from tests.guarantees.load.history import Change, Key, State
 from tests.guarantees.load.reads_and_refusals import unfounded_answers
-from tests.guarantees.load.record import WRITTEN, Entry, Operation, Section, Told, Unit
+from tests.guarantees.load.record import WRITTEN, Answer, Entry, Operation, Unit
 from tests.reference.json_values import merge_patch
+from tests.reference.methods import Section
 from tests.reference.versions import is_conflict, reported_version_after, status_of_report
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Write(NamedTuple):
     unit: Unit
     operation: Operation
     entry: Entry
-    told: Told | None
+    answer: Answer | None
 
     @property
     def key(self) -> Key:
@@ -41,7 +42,7 @@ class Write(NamedTuple):
 
 
 def violations(
-    units: Sequence[Unit], history: Iterable[Change], before: Mapping[Key, Stand], after: Mapping[Key, Stand]
+    units: Sequence[Unit], history: Iterable[Change], before: Mapping[Key, State], after: Mapping[Key, State]
 ) -> list[str]:
     """What is wrong, a sentence each; nothing if the records, the history and the rows tell the same story.
 
@@ -57,46 +58,46 @@ def violations(
         for write in _writes(unit)
         if (section := write.operation.section) is not None
     }
-    chains = {key: [stand] for key, stand in before.items()}
+    chains = {key: [state] for key, state in before.items()}
     applied: Counter[Sign] = Counter()
-    makers: dict[Key, list[Unit | None]] = defaultdict(list)
+    authors: dict[Key, list[Unit | None]] = defaultdict(list)
     found: list[str] = []
-    for key, stand in history:
-        chain = chains.setdefault(key, [Stand(0, 0, {}, {})])
-        if stand == chain[-1]:  # a migration took the shadow away and put it back
+    for key, state in history:
+        chain = chains.setdefault(key, [State(0, 0, {}, {})])
+        if state == chain[-1]:  # a migration took the shadow away and put it back
             continue
-        signs = _signs(key, chain[-1], stand)
-        found += _step(key, chain[-1], stand, signs)
+        signs = _signs(key, chain[-1], state)
+        found += _step(key, chain[-1], state, signs)
         for sign in signs:
             applied[sign] += 1
-            found += _replayed(writes.get(sign), sign, chain[-1], stand)
-        makers[key].append(writes[signs[0]].unit if signs and signs[0] in writes else None)
-        chain.append(stand)
+            found += _replayed(writes.get(sign), sign, chain[-1], state)
+        authors[key].append(writes[signs[0]].unit if signs and signs[0] in writes else None)
+        chain.append(state)
     found += [f"{_name(key)} is gone" for key in chains.keys() - after.keys()]
-    for key, stand in after.items():
-        if stand != chains.get(key, [None])[-1]:
-            found.append(f"the row of {_name(key)} is {stand}, its last change says {chains.get(key, [None])[-1]}")
+    for key, state in after.items():
+        if state != chains.get(key, [None])[-1]:
+            found.append(f"the row of {_name(key)} is {state}, its last change says {chains.get(key, [None])[-1]}")
     found += [
         f"{sign[2]} was applied {times} times to {_name(sign[0])}" for sign, times in applied.items() if times > 1
     ]
-    found += _twice_told(writes.values())
+    found += _one_version_twice(writes.values())
     for unit in units:
         found += _complete(unit, applied)
     for key in chains:
-        found += _out_of_order(key, makers[key])
-    return found + unfounded_answers(units, chains, makers)
+        found += _out_of_order(key, authors[key])
+    return found + unfounded_answers(units, chains, authors)
 
 
 def _writes(unit: Unit) -> Iterator[Write]:
     for place, operation in enumerate(unit.operations):
         if operation.section is None:
             continue
-        answer = unit.answers[place] if unit.answers is not None and place < len(unit.answers) else None
+        answers = unit.answers[place] if unit.answers is not None and place < len(unit.answers) else None
         for number, entry in enumerate(operation.entries):
-            yield Write(unit, operation, entry, answer[number] if answer is not None else None)
+            yield Write(unit, operation, entry, answers[number] if answers is not None else None)
 
 
-def _signs(key: Key, old: Stand, new: Stand) -> list[Sign]:
+def _signs(key: Key, old: State, new: State) -> list[Sign]:
     """Which writes this change shows, by the tokens in the documents that it touched."""
     signs: list[Sign] = []
     if (old.desired_version, old.desired) != (new.desired_version, new.desired):
@@ -106,7 +107,7 @@ def _signs(key: Key, old: Stand, new: Stand) -> list[Sign]:
     return signs
 
 
-def _step(key: Key, old: Stand, new: Stand, signs: Sequence[Sign]) -> Iterator[str]:
+def _step(key: Key, old: State, new: State, signs: Sequence[Sign]) -> Iterator[str]:
     """What the versions alone say about a change."""
     where = f"{_name(key)}, from desired_version {old.desired_version} to {new.desired_version}"
     if len(signs) != 1:
@@ -119,21 +120,21 @@ def _step(key: Key, old: Stand, new: Stand, signs: Sequence[Sign]) -> Iterator[s
         yield f"{where}: reported_version {new.reported_version} was never asked for"
 
 
-def _replayed(write: Write | None, sign: Sign, old: Stand, new: Stand) -> Iterator[str]:
+def _replayed(write: Write | None, sign: Sign, old: State, new: State) -> Iterator[str]:
     """What the write that made this change says about it."""
     key, section, token = sign
     if write is None:
         yield f"{_name(key)}: {token} is in the {section} document, but no record knows that write"
         return
-    if write.unit.outcome == "refused" or (write.told is not None and write.told.status != WRITTEN):
-        why = write.unit.error or (write.told and write.told.status)
+    if write.unit.outcome == "refused" or (write.answer is not None and write.answer.status != WRITTEN):
+        why = write.unit.error or (write.answer and write.answer.status)
         yield f"{write} was refused ({why}), and left a trace"
     seen, document = (old.desired, new.desired) if section == "desired" else (old.reported, new.reported)
     expected = merge_patch(seen, write.entry.document) if write.operation.merges else write.entry.document
     if document != expected:
         yield f"{write} makes {expected} of {seen}, but {document} was stored: a write in between was lost, or this one"
-    if write.told is not None and write.told.status == WRITTEN:
-        yield from _as_told(write, write.told, new, document)
+    if write.answer is not None and write.answer.status == WRITTEN:
+        yield from _as_answered(write, write.answer, new, document)
     guard = write.entry.guard
     if section == "desired":
         if is_conflict(guard, old.desired_version):
@@ -148,14 +149,14 @@ def _replayed(write: Write | None, sign: Sign, old: Stand, new: Stand) -> Iterat
             yield f"{write} left reported_version at {new.reported_version} instead of {wanted}"
 
 
-def _as_told(write: Write, told: Told, new: Stand, document: dict[str, Any]) -> Iterator[str]:
-    if told.desired_version != new.desired_version or told.reported_version not in {None, new.reported_version}:
+def _as_answered(write: Write, answer: Answer, new: State, document: dict[str, Any]) -> Iterator[str]:
+    if answer.desired_version != new.desired_version or answer.reported_version not in {None, new.reported_version}:
         yield (
-            f"{write} was told versions {told.desired_version} and {told.reported_version}, "
+            f"{write} was told versions {answer.desired_version} and {answer.reported_version}, "
             f"but {new.desired_version} and {new.reported_version} were stored"
         )
-    if told.document is not None and told.document != document:
-        yield f"{write} was told {told.document}, but {document} was stored"
+    if answer.document is not None and answer.document != document:
+        yield f"{write} was told {answer.document}, but {document} was stored"
 
 
 def _complete(unit: Unit, applied: Mapping[Sign, int]) -> Iterator[str]:
@@ -178,27 +179,27 @@ def _last_of_each_device(unit: Unit) -> Iterator[Write]:
     """The writes that leave their own trace: of several reports of one device in a batch only the last accepted."""
     last: dict[tuple[int, Key], Write] = {}
     for write in _writes(unit):
-        if (write.told is None and not unit.answers) or (write.told is not None and write.told.status == WRITTEN):
+        if (write.answer is None and not unit.answers) or (write.answer is not None and write.answer.status == WRITTEN):
             last[id(write.operation), write.key] = write
     yield from last.values()
 
 
-def _twice_told(writes: Iterable[Write]) -> Iterator[str]:
+def _one_version_twice(writes: Iterable[Write]) -> Iterator[str]:
     """From the records alone: no two desired writes of a device were told one version."""
-    told: dict[tuple[Key, int | None], Write] = {}
+    first: dict[tuple[Key, int | None], Write] = {}
     for write in writes:
         if write.unit.outcome != "acknowledged" or write.operation.section != "desired":
             continue
-        if write.told is not None and write.told.status == WRITTEN:
-            other = told.setdefault((write.key, write.told.desired_version), write)
+        if write.answer is not None and write.answer.status == WRITTEN:
+            other = first.setdefault((write.key, write.answer.desired_version), write)
             if other is not write:
-                yield f"{other} and {write} were both told version {write.told.desired_version}"
+                yield f"{other} and {write} were both told version {write.answer.desired_version}"
 
 
-def _out_of_order(key: Key, makers: Iterable[Unit | None]) -> Iterator[str]:
+def _out_of_order(key: Key, authors: Iterable[Unit | None]) -> Iterator[str]:
     """Whether a write that was acknowledged before another began also comes before it."""
     latest: Unit | None = None
-    for unit in makers:
+    for unit in authors:
         if unit is None:
             continue
         if latest is not None and unit.end < latest.start:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Key: TypeAlias = tuple[str, str]  # tenant_id, device_id
 
 
-class Stand(NamedTuple):
+class State(NamedTuple):
     """A device's shadow at one moment."""
 
     desired_version: int
@@ -33,7 +33,7 @@ class Change(NamedTuple):
     """A device and how it stood after one UPDATE."""
 
     key: Key
-    stand: Stand
+    state: State
 
 
 # to_jsonb, so that the trigger works, and keeps nothing, while the table is rolled back to revision 075.
@@ -76,7 +76,7 @@ def read_history(connection: Connection) -> list[Change]:
     return [_change(row) for row in connection.execute(text(f"SELECT {_COLUMNS} FROM shadow_history ORDER BY id"))]
 
 
-def read_rows(connection: Connection) -> dict[Key, Stand]:
+def read_rows(connection: Connection) -> dict[Key, State]:
     """How every device stands."""
     return dict(_change(row) for row in connection.execute(text(f"SELECT {_COLUMNS} FROM device_state")))
 
@@ -87,5 +87,5 @@ def forget_history(connection: Connection) -> None:
 
 
 def _change(row: Row[*tuple[Any, ...]]) -> Change:
-    tenant, device, *stand = row
-    return Change((tenant, device), Stand(*stand))
+    tenant, device, *state = row
+    return Change((tenant, device), State(*state))

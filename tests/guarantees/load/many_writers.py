@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
-    from tests.guarantees.load.history import Change, Key, Stand
+    from tests.guarantees.load.history import Change, Key, State
     from tests.guarantees.load.record import Unit
     from tests.guarantees.load.writer import Plan
 
@@ -59,7 +59,7 @@ class Findings:
     violations: list[str]
     units: list[Unit]
     history: list[Change]
-    after: Mapping[Key, Stand]
+    after: Mapping[Key, State]
     errors: Counter[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -68,10 +68,10 @@ class Findings:
     def answers(self) -> Counter[tuple[str, str]]:
         """How often each kind of operation got which answer."""
         return Counter(
-            (operation.kind, told.status)
+            (operation.kind, answer.status)
             for unit in self.units
-            for operation, answer in zip(unit.operations, unit.answers or (), strict=False)
-            for told in answer
+            for operation, answers in zip(unit.operations, unit.answers or (), strict=False)
+            for answer in answers
         )
 
 
@@ -125,7 +125,7 @@ class Load:
         self._notice_deaths()
         return self.counts
 
-    def findings(self, before: Mapping[Key, Stand]) -> Findings:
+    def findings(self, before: Mapping[Key, State]) -> Findings:
         """Check everything; forget the history and the records if nothing is wrong. `before`: when writers began."""
         units = read_records(plan.path for plan in self._plans if plan.path.exists())
         with self._connection("REPEATABLE READ") as connection:

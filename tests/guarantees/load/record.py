@@ -13,12 +13,13 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
 
+from tests.reference.methods import WRITES, Section, Write
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
 Document: TypeAlias = dict[str, Any]
-Section: TypeAlias = Literal["desired", "reported"]
 Outcome: TypeAlias = Literal["acknowledged", "refused", "unknown"]
 
 AUTOCOMMIT: Final = "AUTOCOMMIT"
@@ -26,22 +27,14 @@ WRITTEN: Final = "written"
 READ: Final = "read"
 MARK: Final = "by"  # under this key a document names the write that it is of
 
-# By the kind of an operation, which document it writes.
-SECTIONS: Final[dict[str, Section | None]] = {
-    "replace_desired": "desired",
-    "patch_desired": "desired",
-    "replace_desired_many": "desired",
-    "patch_desired_many": "desired",
-    "orm_replace": "desired",
-    "orm_change": "desired",
-    "replace_reported": "reported",
-    "patch_reported": "reported",
-    "replace_reported_many": "reported",
+# The kinds of an operation, and how each writes: the service's methods, and what a program does with an object.
+KINDS: Final[dict[str, Write | None]] = {
+    **WRITES,
+    "orm_replace": Write("desired"),
+    "orm_change": Write("desired", merges=True),
     "heartbeat": None,
     "get": None,
 }
-_MERGING: Final = frozenset({"patch_desired", "patch_desired_many", "orm_change", "patch_reported"})
-_ALL_OR_NOTHING: Final = frozenset({"replace_desired_many", "patch_desired_many"})
 
 
 class Entry(NamedTuple):
@@ -57,7 +50,7 @@ class Entry(NamedTuple):
         return str(self.document[MARK])
 
 
-class Told(NamedTuple):
+class Answer(NamedTuple):
     """What came back for an entry: WRITTEN, READ, or the refusal by its name, and where the device stands."""
 
     status: str
@@ -77,17 +70,20 @@ class Operation:
     @property
     def section(self) -> Section | None:
         """Which document it writes; None if none."""
-        return SECTIONS[self.kind]
+        write = KINDS[self.kind]
+        return write.section if write else None
 
     @property
     def merges(self) -> bool:
         """Whether the documents are merge patches."""
-        return self.kind in _MERGING
+        write = KINDS[self.kind]
+        return write is not None and write.merges
 
     @property
     def all_or_nothing(self) -> bool:
         """Whether all its entries are written, or none."""
-        return self.kind in _ALL_OR_NOTHING
+        write = KINDS[self.kind]
+        return write is not None and write.devices == "all"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +110,7 @@ class Unit:
     outcome: Outcome
     error: str | None
     operations: tuple[Operation, ...]
-    answers: tuple[tuple[Told, ...], ...] | None
+    answers: tuple[tuple[Answer, ...], ...] | None
 
 
 class Recorder:
@@ -127,11 +123,11 @@ class Recorder:
         plan = [[o.kind, o.tenant, o.entries] for o in operations]
         self._append({"event": "begin", "unit": name, "mode": mode, "start": time.monotonic(), "operations": plan})
 
-    def committing(self, name: str, answers: Sequence[Sequence[Told]]) -> None:
+    def committing(self, name: str, answers: Sequence[Sequence[Answer]]) -> None:
         """To be called right before COMMIT: a writer killed before it has committed nothing."""
         self._append({"event": "committing", "unit": name, "answers": answers})
 
-    def end(self, name: str, outcome: Outcome, error: str | None, answers: Sequence[Sequence[Told]]) -> None:
+    def end(self, name: str, outcome: Outcome, error: str | None, answers: Sequence[Sequence[Answer]]) -> None:
         end = time.monotonic()
         line = {"event": "end", "unit": name, "outcome": outcome, "end": end, "error": error, "answers": answers}
         self._append(line)
@@ -182,8 +178,8 @@ def _of(unit: Unit | None, line: dict[str, Any], path: Path, **changes: Any) -> 
     return dataclasses.replace(unit, **changes)
 
 
-def _answers(line: dict[str, Any]) -> tuple[tuple[Told, ...], ...]:
-    return tuple(tuple(Told(*told) for told in answer) for answer in line["answers"])
+def _answers(line: dict[str, Any]) -> tuple[tuple[Answer, ...], ...]:
+    return tuple(tuple(Answer(*answer) for answer in answers) for answers in line["answers"])
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

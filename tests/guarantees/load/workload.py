@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from tests.guarantees.load.record import MARK, Document, Entry, Operation
+from tests.guarantees.load.record import KINDS, MARK, Document, Entry, Operation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,7 +27,7 @@ _ONE_DEVICE: Final = (
     ("get", 8),
 )
 _SEVERAL: Final = (("replace_desired_many", 7), ("patch_desired_many", 7), ("replace_reported_many", 8))
-_KINDS: Final = _ONE_DEVICE + _SEVERAL
+KINDS_AND_WEIGHTS: Final = dict(_ONE_DEVICE + _SEVERAL)
 
 
 class Workload:
@@ -40,7 +40,7 @@ class Workload:
 
     def operations(self, unit: str, count: int) -> tuple[Operation, ...]:
         """Some operations for a unit of this name."""
-        kinds = self._random.choices([kind for kind, _ in _KINDS], [weight for _, weight in _KINDS], k=count)
+        kinds = self._random.choices(list(KINDS_AND_WEIGHTS), list(KINDS_AND_WEIGHTS.values()), k=count)
         return tuple(self._operation(kind, f"{unit}.{place}") for place, kind in enumerate(kinds))
 
     def _operation(self, kind: str, name: str) -> Operation:
@@ -63,8 +63,9 @@ class Workload:
 
     def _habits(self, kind: str) -> tuple[Callable[[str], Document], Callable[[Key], int | None]]:
         """How this kind makes documents and chooses versions."""
-        make = self._patch if "patch" in kind or kind == "orm_change" else self._document
-        if "reported" in kind:
+        write = KINDS[kind]
+        make = self._patch if write is not None and write.merges else self._document
+        if write is not None and write.section == "reported":
             return make, self._acked
         if kind in {"replace_desired", "patch_desired", "replace_desired_many"}:
             return make, self._expected

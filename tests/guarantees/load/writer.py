@@ -26,7 +26,7 @@ from sqlalchemy.orm.exc import StaleDataError
 
 from iot_models.engine import create_engine
 from tests.guarantees.load.calls import call
-from tests.guarantees.load.record import AUTOCOMMIT, WRITTEN, Operation, Outcome, Recorder, Told
+from tests.guarantees.load.record import AUTOCOMMIT, WRITTEN, Answer, Operation, Outcome, Recorder
 from tests.guarantees.load.workload import Workload
 
 if TYPE_CHECKING:
@@ -137,13 +137,13 @@ class Writer:
             unit.outcome, unit.committing = "acknowledged", False
 
     def _remember(self, unit: _Unit) -> None:
-        for operation, answer in zip(unit.operations, unit.answers, strict=False):
-            for entry, told in zip(operation.entries, answer, strict=True):
+        for operation, answers in zip(unit.operations, unit.answers, strict=False):
+            for entry, answer in zip(operation.entries, answers, strict=True):
                 key = operation.tenant, entry.device
                 desired, reported = self._workload.seen.get(key, (0, 0))
-                current = told.status == WRITTEN and unit.outcome == "acknowledged"
-                if current or told.status not in {WRITTEN, "InvalidDocument"}:
-                    seen = (told.desired_version or desired, told.reported_version or reported)
+                current = answer.status == WRITTEN and unit.outcome == "acknowledged"
+                if current or answer.status not in {WRITTEN, "InvalidDocument"}:
+                    seen = (answer.desired_version or desired, answer.reported_version or reported)
                     self._workload.seen[key] = seen
 
 
@@ -153,7 +153,7 @@ class _Unit:
     def __init__(self, engine: Engine, operations: tuple[Operation, ...]) -> None:
         self.engine = engine
         self.operations = operations
-        self.answers: list[tuple[Told, ...]] = []
+        self.answers: list[tuple[Answer, ...]] = []
         self.outcome: Outcome = "refused"
         self.error: str | None = None
         self.committing = False

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     # Which of the device's versions the one acknowledged is next to, and how far; None: no version.
     Acknowledgement: TypeAlias = tuple[str, int] | None
 
+PARKED = {"parked": r"device\_state\_shadow\_%"}  # what a downgrade leaves behind
 # So small that documents often pass them.
 MAX_BYTES, MAX_DEPTH = 200, 4
 
@@ -43,7 +44,10 @@ class BothSides(RuleBasedStateMachine):
         self.objects: list[DeviceState] = []  # the session holds them by weak references
         with self.engine.begin() as connection:
             connection.execute(text("DELETE FROM device_state"))
-            connection.execute(text("DROP TABLE IF EXISTS device_state_shadow_076"))
+            for (table,) in connection.execute(
+                text("SELECT tablename FROM pg_tables WHERE tablename LIKE :parked"), PARKED
+            ):
+                connection.execute(text(f"DROP TABLE {table}"))
 
     @initialize(autocommit=st.booleans(), expire_on_commit=st.booleans())
     def open_a_session(self, autocommit: bool, expire_on_commit: bool) -> None:  # noqa: FBT001 - drawn
