@@ -7,6 +7,7 @@
 # make soak    load with faults for half an hour (MINUTES=30), then proof that nothing was lost
 # make fuzz    hostile input for ten minutes (MINUTES=10)
 # make breaks  breaks the code in the ways that would break a promise; a test has to notice each
+# make revision   adds a revision and a column to a copy of the checkout; no test fails but what is about the history
 # make check   ruff, mypy, pyright, import-linter, and squawk on the migrations' SQL
 #
 # Which test is where, and how to add one: tests/README.md. Each makes .venv first where it is missing or older than its inputs. PYTHON=python3.12 names another interpreter.
@@ -20,7 +21,7 @@ CORE := iot_models/models.py,iot_models/service.py,iot_models/reports.py,iot_mod
 # Where an environment forbids it, each worker and each command that a test runs would compile all modules anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo quick test test-matrix check lint-sql bench bench-stall soak fuzz breaks format clean
+.PHONY: demo quick test test-matrix check lint-sql bench bench-stall soak fuzz breaks revision format clean
 
 demo: .venv/installed
 	@$(BIN)/python examples/demo.py
@@ -28,7 +29,7 @@ demo: .venv/installed
 quick: export COVERAGE_FILE := .coverage/quick
 quick: .venv/installed
 	@rm -f .coverage/quick*
-	$(BIN)/coverage run -m pytest --quiet --hypothesis-profile=quick tests/unit tests/service
+	$(BIN)/coverage run -m pytest --quiet --hypothesis-profile=quick -m 'not large' tests/unit tests/service
 	@$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --include='$(CORE)'
 
@@ -55,6 +56,9 @@ fuzz: .venv/installed
 
 breaks: .venv/installed
 	@$(BIN)/python .ci/breaks.py
+
+revision: .venv/installed
+	@$(BIN)/python .ci/new_revision.py
 
 check: .venv/installed lint-sql
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 from sqlalchemy import Connection, Engine, NullPool, create_engine, make_url, text
 from sqlalchemy.orm import Session
 
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
 
 # pytest's own tool for trying plugins; and our plugin, be the entry point installed or not.
 pytest_plugins = ["pytester", "pytest_iot_models"]
+
+# How long an example takes says something about the machine, and nothing about the product.
+settings.register_profile("full", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("quick", settings.get_profile("full"), max_examples=20)
+settings.load_profile("full")  # unless --hypothesis-profile names the other
 
 SERVER = pytest.StashKey[PostgresServer]()
 SERVER_OF_WORKERS = "server"

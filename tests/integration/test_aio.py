@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import subprocess
-import sys
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -109,16 +107,6 @@ def test_the_constructor_takes_the_same_arguments() -> None:
     assert list(ours.parameters) == list(theirs.parameters)
     for name in ("limits", "stale_after"):
         assert ours.parameters[name] == theirs.parameters[name]
-
-
-def test_importing_the_package_needs_no_greenlet() -> None:
-    program = (
-        "import sys; sys.modules['greenlet'] = None\n"
-        "import iot_models; iot_models.AsyncShadowService; print('sqlalchemy.ext.asyncio' in sys.modules)\n"
-    )
-
-    run = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    assert run.stdout.strip() == "False"
 
 
 # What it does

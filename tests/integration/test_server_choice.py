@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,6 +91,13 @@ def works(server: PostgresServer) -> bool:
         return bool(connection.scalar(text("SELECT true")))
 
 
+@pytest.fixture
+def throwaway_is_there(server: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The throwaway server is this run's server, whatever that is: which one is chosen is the question, not its start."""
+    started = throwaway.Server(server.url, Path("/nowhere"), "18.0")
+    monkeypatch.setattr(throwaway, "postgres", lambda: nullcontext(started))
+
+
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg"])
 def test_a_given_server_is_taken_before_any_other(
     scheme: str, server: PostgresServer, socket_path: str, monkeypatch: pytest.MonkeyPatch
@@ -133,6 +140,7 @@ def test_without_a_docker_engine_the_server_is_embedded() -> None:
         assert works(chosen)
 
 
+@pytest.mark.usefixtures("throwaway_is_there")
 def test_without_testcontainers_no_engine_is_asked(socket_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "testcontainers.core.docker_client", None)  # as an import finds it that fails
     with engine_at(socket_path, {}) as engine, postgres_server() as chosen:
@@ -141,6 +149,7 @@ def test_without_testcontainers_no_engine_is_asked(socket_path: str, monkeypatch
     assert engine.requests == []
 
 
+@pytest.mark.usefixtures("throwaway_is_there")
 def test_a_docker_engine_that_hangs_is_not_waited_for(socket_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(servers, "_PING_SECONDS", 0.2)
     with socket.socket(socket.AF_UNIX) as listener:
@@ -153,6 +162,7 @@ def test_a_docker_engine_that_hangs_is_not_waited_for(socket_path: str, monkeypa
             assert works(chosen)
 
 
+@pytest.mark.usefixtures("throwaway_is_there")
 def test_a_docker_engine_that_cannot_get_the_usual_image_is_passed_over(socket_path: str) -> None:
     with engine_at(socket_path, {}), postgres_server() as chosen:
         assert "throwaway" in chosen.description
@@ -241,7 +251,7 @@ def test_a_container_that_ends_is_not_waited_for_and_its_last_words_are_told(
         container_at["GET /containers/c0ffee/json"]["State"]["Status"] = "exited"
 
     with engine_at(socket_path, container_at) as engine:
-        threading.Timer(1, end).start()
+        threading.Timer(0.3, end).start()
         began = time.monotonic()
         with pytest.raises(NoServerError) as caught, postgres_server():
             pass

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from unittest import mock
 
 from alembic.config import CommandLine, Config
-from alembic_runs import CHECKOUT
 
 from iot_models._migrations import command_line
+from tests.databases.alembic_runs import CHECKOUT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -6,10 +6,11 @@ import re
 import subprocess
 from typing import Any
 
-from alembic_runs import CHECKOUT
-from client_tools import client_tool
-from schema_dump import dump
 from sqlalchemy import Connection, NullPool, create_engine, make_url, text
+
+from tests.databases.alembic_runs import CHECKOUT
+from tests.databases.client_tools import client_tool
+from tests.databases.schema_dump import dump
 
 DATA = CHECKOUT / "tests" / "data"
 # The table as a team made it by hand before there were shadows.

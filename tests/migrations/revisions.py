@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from alembic_runs import CHECKOUT
+from tests.databases.alembic_runs import CHECKOUT
 
 FILES = sorted((CHECKOUT / "alembic" / "versions").glob("*.py"))
 REVISIONS = [path.name.split("_", maxsplit=1)[0] for path in FILES]

@@ -6,17 +6,27 @@ from typing import TYPE_CHECKING
 
 import pytest
 from alembic.util import CommandError
-from alembic_runs import downgrade, run_alembic, upgrade
-from commands import alembic
-from raw_sql import ADD_SHADOW, FLEET, RAW_075, RAW_076, SHADOWS, revision_of, rows_of, run_sql, tables_of
-from revisions import TO_HEAD
-from schema_dump import dump
 from sqlalchemy import make_url
+
+from tests.databases.alembic_runs import downgrade, run_alembic, upgrade
+from tests.databases.schema_dump import dump
+from tests.migrations.commands import alembic
+from tests.migrations.raw_sql import (
+    ADD_SHADOW,
+    FLEET,
+    RAW_075,
+    RAW_076,
+    SHADOWS,
+    revision_of,
+    rows_of,
+    run_sql,
+    tables_of,
+)
+from tests.migrations.revisions import TO_HEAD
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-pytest_plugins = ["starting_points"]
 
 STARTS = {
     "075": RAW_075 + FLEET,
@@ -36,7 +46,7 @@ def url(empty: str) -> str:
 
 @pytest.fixture(scope="module")
 def head_dump(migrated_url: str) -> str:
-    """What every upgrade ends in."""
+    """The schema in which every upgrade ends."""
     return dump(migrated_url)
 
 
@@ -53,13 +63,13 @@ def test_from_every_start_the_upgrade_ends_in_one_schema_and_keeps_every_row(
     after = dump(url)
     assert len(before) == 10
     assert rows_of(url, columns=columns) == before
-    # The order in which columns were added is the one thing that a dump shows and a team may have chosen.
+    # Only the order of the columns may differ: a team may have added some of them before.
     assert sorted(after.replace(",\n", "\n").splitlines()) == sorted(head_dump.replace(",\n", "\n").splitlines())
     if start in {"075", "076"}:
         assert after == head_dump
 
 
-def test_the_real_command_adopts_a_raw_deployment_and_does_nothing_the_second_time(raw_fleet: str) -> None:
+def test_the_command_adopts_a_raw_deployment_and_changes_nothing_the_second_time(raw_fleet: str) -> None:
     first = run_alembic("upgrade", "head", DATABASE_URL=raw_fleet)
     second = alembic("upgrade", "head", DATABASE_URL=raw_fleet)
 
@@ -69,7 +79,7 @@ def test_the_real_command_adopts_a_raw_deployment_and_does_nothing_the_second_ti
     assert "Running" not in second.err
 
 
-def test_what_a_team_added_of_its_own_is_left_alone(make_empty: Callable[[], str]) -> None:
+def test_what_a_team_added_to_the_table_is_not_changed(make_empty: Callable[[], str]) -> None:
     own = """
         ALTER TABLE device_state ADD own_column text DEFAULT 'v1', ADD CONSTRAINT known CHECK (status <> 'BROKEN');
         CREATE INDEX own_index ON device_state (last_seen_at);
@@ -92,7 +102,7 @@ def test_what_a_team_added_of_its_own_is_left_alone(make_empty: Callable[[], str
     assert dump(url) == expected
 
 
-# What raw SQL may have made instead, and what the refusal says of it.
+# How a table made by raw SQL may differ, and what the refusal says.
 DIFFERENCES = {
     "ALTER TABLE device_state DROP state": "column state is missing: expected jsonb NOT NULL DEFAULT '{}'::jsonb",
     "ALTER TABLE device_state ALTER site_id TYPE varchar(40)": "column site_id is character varying(40) NOT NULL: expected text NOT NULL",
@@ -146,7 +156,7 @@ def test_every_difference_is_listed_at_once(url: str) -> None:
         assert f"  - column {column}" in said
 
 
-def test_once_the_table_fits_the_same_command_goes_through(url: str, head_dump: str) -> None:
+def test_once_the_differences_are_corrected_the_same_command_succeeds(url: str, head_dump: str) -> None:
     run_sql(url, RAW_075, "ALTER TABLE device_state ALTER status DROP DEFAULT")
     with pytest.raises(CommandError):
         upgrade(url)
@@ -157,7 +167,7 @@ def test_once_the_table_fits_the_same_command_goes_through(url: str, head_dump: 
     assert dump(url) == head_dump
 
 
-def test_a_stamped_database_with_a_strange_shadow_column_is_refused_too(url: str) -> None:
+def test_a_migrated_database_with_another_column_of_a_later_revision_is_refused_too(url: str) -> None:
     upgrade(url, "075")
     run_sql(url, "ALTER TABLE device_state ADD desired_state text")
     before = dump(url)
@@ -168,7 +178,7 @@ def test_a_stamped_database_with_a_strange_shadow_column_is_refused_too(url: str
     assert revision_of(url) == "075"
 
 
-def test_a_stamped_database_with_another_index_of_that_name_is_refused_and_mended_as_the_runbook_says(
+def test_a_migrated_database_with_another_index_of_a_later_revision_is_refused_until_it_is_renamed(
     url: str,
 ) -> None:
     upgrade(url, "076")
@@ -191,7 +201,7 @@ def test_a_stamped_database_with_another_index_of_that_name_is_refused_and_mende
 
 
 @pytest.mark.parametrize("set_at", ["076", "077"])
-def test_a_fillfactor_that_a_team_set_is_left_alone_both_ways(url: str, set_at: str) -> None:
+def test_upgrade_and_downgrade_keep_a_fillfactor_that_a_team_set(url: str, set_at: str) -> None:
     upgrade(url, set_at)
     run_sql(url, "ALTER TABLE device_state SET (fillfactor = 95, autovacuum_vacuum_scale_factor = 0.01)")
 
@@ -201,7 +211,7 @@ def test_a_fillfactor_that_a_team_set_is_left_alone_both_ways(url: str, set_at: 
     assert "fillfactor='95', autovacuum_vacuum_scale_factor='0.01'" in dump(url)
 
 
-def test_other_storage_settings_of_a_team_stay_when_the_fillfactor_comes_and_goes(url: str) -> None:
+def test_upgrade_and_downgrade_keep_other_storage_settings_of_a_team(url: str) -> None:
     upgrade(url, "076")
     run_sql(url, "ALTER TABLE device_state SET (autovacuum_vacuum_scale_factor = 0.01)")
     before = dump(url)

@@ -1,14 +1,13 @@
-"""`alembic ...` as it is typed: where its database URL comes from, and what it says when that is wrong."""
+"""The command `alembic`: where its database URL comes from, and its errors if the URL is wrong."""
 
 from __future__ import annotations
 
 import pytest
-from alembic_runs import run_alembic
-from commands import alembic
-from revisions import HEAD, TO_HEAD
 from sqlalchemy import make_url
 
-pytest_plugins = ["starting_points"]
+from tests.databases.alembic_runs import run_alembic
+from tests.migrations.commands import alembic
+from tests.migrations.revisions import HEAD, TO_HEAD
 
 NOWHERE = "postgresql://iot:hunter2@127.0.0.1:1/nowhere"
 
@@ -31,7 +30,7 @@ def test_our_variable_comes_before_the_general_one(url: str) -> None:
 
 
 def test_the_general_variable_is_enough(url: str) -> None:
-    """In a process of its own, as the others are not: that the command starts there is part of what is asserted."""
+    """Unlike the other tests in a process of its own, to assert that the command starts."""
     run = run_alembic("upgrade", "head", DATABASE_URL=url)
     assert run.returncode == 0, run.stderr
 
@@ -39,7 +38,7 @@ def test_the_general_variable_is_enough(url: str) -> None:
     assert current.out.strip() == f"{HEAD} (head)"
 
 
-def test_no_url_is_an_error_that_lists_the_ways_to_give_one() -> None:
+def test_without_a_url_the_error_lists_the_ways_to_give_one() -> None:
     run = run_alembic("upgrade", "head")
     assert run.returncode != 0
     assert "set IOT_MODELS_DATABASE_URL (or DATABASE_URL)" in run.stdout + run.stderr
@@ -47,7 +46,7 @@ def test_no_url_is_an_error_that_lists_the_ways_to_give_one() -> None:
     assert "Traceback" not in run.stderr
 
 
-def test_a_server_that_is_not_there_is_an_error_that_says_so_and_hides_the_password() -> None:
+def test_an_unreachable_server_is_an_error_that_hides_the_password() -> None:
     run = alembic("upgrade", "head", DATABASE_URL=NOWHERE)
     assert run.code != 0
     assert "cannot reach postgresql+psycopg://iot:***@127.0.0.1:1/nowhere" in run.out + run.err

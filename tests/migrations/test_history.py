@@ -1,30 +1,29 @@
-"""The history: what each revision makes, and what its downgrade takes away."""
+"""The history: what each revision adds, what its downgrade removes, and what every revision has to contain."""
 
 from __future__ import annotations
 
 import ast
 import shutil
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
 from alembic import command
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from alembic_runs import CHECKOUT, config, downgrade, upgrade
-from raw_sql import ADD_SHADOW, RAW_075, RAW_076, revision_of, run_sql, tables_of
-from revisions import FILES, HEAD, REVISIONS
-from schema_dump import dump
 from sqlalchemy import create_engine
 
 from iot_models import migrate
 from iot_models._migrations import runner
 from iot_models.models import Base
+from tests.databases.alembic_runs import CHECKOUT, config, downgrade, upgrade
+from tests.databases.schema_dump import dump
+from tests.migrations.raw_sql import ADD_SHADOW, RAW_075, RAW_076, revision_of, run_sql, tables_of
+from tests.migrations.revisions import FILES, HEAD, REVISIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
-
-pytest_plugins = ["starting_points"]
 
 
 @pytest.fixture
@@ -35,7 +34,7 @@ def raw_075(make_empty: Callable[[], str]) -> str:
     return url
 
 
-# What the revisions make.
+# The schemas.
 
 
 def test_revision_075_makes_the_deployment_that_raw_sql_made(empty: str, raw_075: str) -> None:
@@ -88,17 +87,16 @@ def test_an_upgrade_keeps_every_row_and_gives_it_an_empty_shadow(raw_075: str) -
 
 
 def test_each_downgrade_leaves_exactly_what_was_there_before(empty: str) -> None:
-    steps = ["base", *REVISIONS]
     dumps = {"base": dump(empty)}
     for revision in REVISIONS:
         upgrade(empty, revision)
         dumps[revision] = dump(empty)
 
-    # One revision at a time, without the last step: from 075 on there is a way to go up again.
-    for revision in REVISIONS[-2::-1]:
-        downgrade(empty, revision)
-        assert dump(empty) == dumps[revision], f"{steps[steps.index(revision) + 1]} -> {revision}"
-    # All at once, and back by one.
+    # One revision at a time, down to the first one.
+    for after, before in pairwise(REVISIONS[::-1]):
+        downgrade(empty, before)
+        assert dump(empty) == dumps[before], f"{after} -> {before}"
+    # Several at once, and up again.
     upgrade(empty, HEAD)
     downgrade(empty, "075")
     assert dump(empty) == dumps["075"]
@@ -110,7 +108,7 @@ def test_each_downgrade_leaves_exactly_what_was_there_before(empty: str) -> None
     assert dump(empty) == dumps[HEAD]
 
 
-# What the revisions declare.
+# ADDS.
 
 COLUMNS = """
     SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, pg_get_expr(d.adbin, d.adrelid)
@@ -125,7 +123,7 @@ INDEXES = """
 
 
 def columns_and_indexes(url: str) -> dict[tuple[str, str, str], object]:
-    """By table, kind and name, in the form in which a revision declares them."""
+    """The definitions by table, kind and name, as a revision declares them."""
     return {
         **{
             (table, "columns", name): tuple(definition)
@@ -141,7 +139,7 @@ def columns_and_indexes(url: str) -> dict[tuple[str, str, str], object]:
 
 
 def test_each_revision_declares_the_columns_and_indexes_that_it_adds(empty: str) -> None:
-    """An upgrade compares what the revisions declare with what is there; what is not declared would not be compared."""
+    """An upgrade compares with the database what the revisions declare, and nothing else."""
     scripts = ScriptDirectory.from_config(config(empty))
     before: dict[tuple[str, str, str], object] = {}
     for revision in REVISIONS:
@@ -189,7 +187,7 @@ def downgrade():
 
 @pytest.fixture
 def one_revision_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A copy of the history with one more revision, which stands for any that is still to come."""
+    """A copy of the history with one more revision, as an example of a future one."""
     folder = tmp_path / "alembic"
     shutil.copytree(CHECKOUT / "alembic", folder)
     revision = f"{int(HEAD) + 1:03}"
@@ -200,13 +198,13 @@ def one_revision_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def at_075(make_empty: Callable[[], str]) -> str:
-    """A database that an older history migrated."""
+    """A database that was migrated before the new revision existed."""
     url = make_empty()
     upgrade(url, "075")
     return url
 
 
-def test_a_new_revision_is_heeded_by_the_first_one_that_runs_without_a_change_to_it(
+def test_what_would_stop_a_new_revision_is_refused_by_the_first_one_that_runs(
     raw_fleet: str, at_075: str, one_revision_more: str
 ) -> None:
     strange = """
@@ -251,7 +249,7 @@ def test_the_alembic_folder_is_no_package_because_that_would_hide_the_library() 
     assert not (CHECKOUT / "alembic" / "__init__.py").exists()
 
 
-def test_the_history_is_one_line_in_the_order_of_its_file_names(migrated_url: str) -> None:
+def test_the_revisions_form_one_line_in_the_order_of_their_file_names(migrated_url: str) -> None:
     scripts = [*ScriptDirectory.from_config(config(migrated_url)).walk_revisions()][::-1]
 
     assert [script.revision for script in scripts] == REVISIONS
@@ -259,5 +257,5 @@ def test_the_history_is_one_line_in_the_order_of_its_file_names(migrated_url: st
     assert revision_of(migrated_url) == HEAD
 
 
-def test_no_revision_that_teams_may_have_run_is_gone() -> None:
+def test_no_revision_that_teams_may_have_run_was_removed() -> None:
     assert [path.name for path in FILES][:3] == ["075_baseline.py", "076_device_shadow.py", "077_pending_by_device.py"]

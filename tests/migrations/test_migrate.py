@@ -1,4 +1,4 @@
-"""`python -m iot_models.migrate` as on-call types it, and `iot_models.migrate` as a service or a test suite calls it."""
+"""`python -m iot_models.migrate` as an operator types it, and `iot_models.migrate` as a service or a test calls it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-import commands
 import pytest
 from alembic.util import CommandError
-from alembic_runs import CHECKOUT
-from raw_sql import ADVISORY_LOCK, FLEET, PARKED, RAW_076, SHADOWS, psql, rows_of, run_sql, tables_of
-from revisions import HEAD, REVISIONS, TO_HEAD
-from schema_dump import dump
 from sqlalchemy import Engine, NullPool, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -27,12 +22,16 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from iot_models import migrate
 from iot_models._migrations import comparison, operations, runner
 from iot_models._migrations.command_line import main
+from tests.databases.alembic_runs import CHECKOUT
+from tests.databases.schema_dump import dump
+from tests.migrations import commands
+from tests.migrations.raw_sql import ADVISORY_LOCK, FLEET, PARKED, RAW_076, SHADOWS, psql, rows_of, run_sql, tables_of
+from tests.migrations.revisions import HEAD, REVISIONS, TO_HEAD
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-pytest_plugins = ["starting_points"]
 
 NOWHERE = "postgresql://iot:hunter2@127.0.0.1:1/nowhere"
 SUBCOMMANDS = ("upgrade", "downgrade", "current", "history", "check", "sql")
@@ -68,10 +67,10 @@ def as_session(url: str, *settings: str) -> str:
     return make_url(url).update_query_dict({"options": options}).render_as_string(hide_password=False)
 
 
-# The command line, in processes of its own.
+# The command line, in a process of its own.
 
 
-def test_a_database_goes_up_is_checked_and_goes_down_by_the_command_alone(empty: str) -> None:
+def test_the_command_upgrades_checks_and_downgrades_a_database(empty: str) -> None:
     code, out, err = run("upgrade", "075", "--url", empty, DATABASE_URL=NOWHERE)
     assert (code, out) == (0, "")
     assert re.fullmatch(r"(INFO  \[alembic.*\n)*INFO  \[alembic.*Running upgrade  -> 075, .*\n", err)
@@ -95,7 +94,7 @@ def test_a_database_goes_up_is_checked_and_goes_down_by_the_command_alone(empty:
     assert tables_of(empty) == {"alembic_version"}
 
 
-def test_ctrl_c_ends_with_one_line_and_the_next_run_goes_on_from_there(empty: str) -> None:
+def test_ctrl_c_ends_with_one_line_and_the_next_run_continues(empty: str) -> None:
     engine = create_engine(empty, poolclass=NullPool)
     with engine.connect() as other_deployer:
         other_deployer.execute(text("SELECT pg_advisory_lock(:key)"), {"key": ADVISORY_LOCK})
@@ -168,7 +167,7 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str], capsys: pytest.Capture
         (["sql", "head:075", "--shadow=keep"], r"-x shadow=keep: expected discard: .*"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_done_is_one_message_and_exit_code_1(
+def test_an_error_is_one_message_and_exit_code_1(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 1
@@ -179,14 +178,14 @@ def test_what_cannot_be_done_is_one_message_and_exit_code_1(
     assert "hunter2" not in err
 
 
-def test_what_postgresql_refuses_is_its_own_sentence_and_exit_code_1(
+def test_an_error_of_postgresql_is_its_own_message_and_exit_code_1(
     empty: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["upgrade", "--url", as_session(empty, "role=pg_monitor")]) == 1
     assert "error: PostgreSQL says: permission denied for schema public\n" in capsys.readouterr().err
 
 
-def test_a_refused_downgrade_changes_nothing_until_it_is_told_what_to_throw_away(
+def test_a_downgrade_that_would_drop_rows_is_refused_until_an_option_allows_it(
     at_head: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_sql(at_head, FLEET, SHADOWS)
@@ -196,7 +195,7 @@ def test_a_refused_downgrade_changes_nothing_until_it_is_told_what_to_throw_away
     assert len(rows_of(at_head)) == 10
 
     assert main(["upgrade", "--url", at_head]) == 0
-    # As Alembic takes it, before the command.
+    # -x before the command, as with Alembic.
     assert main(["-x", "shadow=discard", "downgrade", f"-{len(REVISIONS) - 1}", "--url", at_head]) == 0
     assert tables_of(at_head) == {"alembic_version", "device_state"}
     assert main(["downgrade", "-x", f"url={at_head}", "base", "--device-state=drop"]) == 0
@@ -227,13 +226,13 @@ def test_the_flag_sql_prints_what_the_command_sql_prints(
 # check
 
 
-def test_check_finds_nothing_at_head_and_leaves_nothing_behind(at_head: str) -> None:
+def test_check_finds_nothing_at_head_and_changes_nothing(at_head: str) -> None:
     before = dump(at_head)
     assert migrate.check(at_head) == []
     assert dump(at_head) == before
 
 
-def test_comparing_leaves_nothing_in_the_callers_transaction(at_head: str) -> None:
+def test_the_comparison_changes_nothing_in_the_callers_transaction(at_head: str) -> None:
     run_sql(at_head, "DROP INDEX idx_device_state_site")
     engine = create_engine(at_head, poolclass=NullPool)
     with engine.connect() as connection:
@@ -329,7 +328,7 @@ def test_check_names_each_difference_from_the_models(
     assert f"{difference}\n" in capsys.readouterr().out
 
 
-def test_what_a_team_added_of_its_own_is_no_difference(at_head: str) -> None:
+def test_what_a_team_added_to_the_table_is_no_difference(at_head: str) -> None:
     run_sql(
         at_head,
         """
@@ -361,7 +360,7 @@ def test_check_compares_the_table_in_the_schema_that_the_search_path_names(empty
 
 @pytest.mark.parametrize(
     ("revision", "problems", "mode"),
-    # As while 076 comes, while it goes, and while the index of 077 is built; and where nobody migrates.
+    # The locks of an upgrade to 076, of its downgrade, of the index build of 077; and without a deployer.
     [
         ("075", 1, "ACCESS EXCLUSIVE"),
         ("076", 1, "SHARE ROW EXCLUSIVE"),
@@ -380,7 +379,7 @@ def test_check_does_not_wait_for_a_deployer_at_work(revision: str, problems: int
         assert migrate.current(empty) == revision
 
 
-def test_check_gives_up_soon_where_another_session_has_locked_the_table_altogether(at_head: str) -> None:
+def test_check_gives_up_soon_if_another_session_has_locked_the_table_against_reads(at_head: str) -> None:
     engine = create_engine(at_head, poolclass=NullPool)
     with engine.connect() as other:
         other.execute(text("LOCK TABLE device_state IN ACCESS EXCLUSIVE MODE"))
@@ -390,7 +389,7 @@ def test_check_gives_up_soon_where_another_session_has_locked_the_table_altogeth
         assert time.monotonic() - began < 3
 
 
-def test_what_else_is_refused_to_a_check_is_not_taken_for_a_missing_right(at_head: str) -> None:
+def test_another_error_during_a_check_is_not_reported_as_a_missing_privilege(at_head: str) -> None:
     run_sql(
         at_head,
         """
@@ -402,20 +401,22 @@ def test_what_else_is_refused_to_a_check_is_not_taken_for_a_missing_right(at_hea
         migrate.check(at_head)
 
 
-def test_a_revision_of_another_history_is_told_apart_from_an_old_one(at_head: str) -> None:
+def test_an_unknown_revision_is_reported_as_unknown_and_not_as_old(at_head: str) -> None:
     run_sql(at_head, "UPDATE alembic_version SET version_num = 'frob'")
     (problem,) = migrate.check(at_head)
     assert f"stands at frob, which is unknown here, where head is {HEAD}: a newer iot_models migrated it" in problem
 
 
-def test_an_interrupted_downgrade_is_told_with_the_way_to_stay(at_head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_downgrade_is_reported_with_the_statements_that_undo_it(
+    at_head: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(operations, "_FIRST_PAUSE", 0.001)
     run_sql(at_head, FLEET, SHADOWS)
     before = rows_of(at_head)
     migrate.downgrade(at_head, "076")
     engine = create_engine(at_head, poolclass=NullPool)
     with engine.connect() as reader:
-        reader.execute(text("SELECT FROM device_state"))  # lets everything pass but the last step
+        reader.execute(text("SELECT FROM device_state"))  # its lock conflicts only with the last step
         with pytest.raises(CommandError, match="no lock on device_state after 5 tries of 10ms"):
             migrate.downgrade(at_head, "075", lock_timeout="10ms")
 
@@ -430,7 +431,7 @@ def test_an_interrupted_downgrade_is_told_with_the_way_to_stay(at_head: str, mon
     assert rows_of(at_head, PARKED) == []
 
 
-def test_parked_shadows_are_noted_and_are_no_failure(at_head: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_parked_shadows_are_a_note_and_not_a_problem(at_head: str, capsys: pytest.CaptureFixture[str]) -> None:
     run_sql(at_head, FLEET, SHADOWS)
     migrate.downgrade(at_head, "075")
     assert main(["check", "--url", at_head]) == 1
@@ -452,7 +453,7 @@ def test_parked_shadows_are_noted_and_are_no_failure(at_head: str, capsys: pytes
     )
     migrate.upgrade(at_head)
 
-    # A role that may not read them checks all the same.
+    # A role without the privilege to read them can run the check, too.
     run_sql(at_head, "GRANT SELECT ON alembic_version TO pg_monitor")
     assert main(["check", "--url", as_session(at_head, "role=pg_monitor")]) == 0
     assert capsys.readouterr().err == ""
@@ -495,11 +496,11 @@ def test_an_engine_keeps_its_pool_and_its_settings(empty: str, caplog: pytest.Lo
     engine.dispose()
 
 
-def test_an_autocommit_engine_migrates_in_transactions_all_the_same(at_head: str) -> None:
+def test_an_autocommit_engine_migrates_in_transactions_too(at_head: str) -> None:
     migrate.downgrade(at_head, "076")
     run_sql(
         at_head,
-        # Fails the last step of the downgrade: what came before it in the transaction must not stay.
+        # With it the last step of the downgrade fails, and the steps before it in the transaction must be undone.
         "CREATE VIEW of_a_team AS SELECT shadow_updated_at FROM device_state",
     )
     engine = create_engine(at_head, isolation_level="AUTOCOMMIT", poolclass=NullPool)
@@ -526,7 +527,7 @@ def test_a_url_object_keeps_its_password_and_its_percent_signs(empty: str) -> No
     assert passwords == ["50%&= s"]
 
 
-def test_an_upgrade_waits_for_a_lock_as_long_as_it_is_told(empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_upgrade_waits_for_a_lock_as_long_as_lock_timeout_says(empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operations, "_FIRST_PAUSE", 0.001)
     migrate.upgrade(empty, "075")
     engine = create_engine(empty, poolclass=NullPool)
@@ -551,7 +552,7 @@ def test_without_a_url_the_environment_names_it(at_head: str, monkeypatch: pytes
     assert migrate.current() == HEAD
 
 
-def test_an_async_engine_is_refused_with_the_way_out(at_head: str) -> None:
+def test_an_async_engine_is_refused_and_the_message_says_what_to_pass(at_head: str) -> None:
     engine = create_async_engine(at_head)
     targets: list[Any] = [engine, engine.sync_engine]
     for target in targets:
@@ -565,7 +566,7 @@ def test_an_engine_of_another_database_is_refused() -> None:
         migrate.upgrade(create_engine("sqlite://"))
 
 
-def test_threads_migrate_each_its_own_database(make_empty: Callable[[], str]) -> None:
+def test_each_thread_migrates_its_own_database(make_empty: Callable[[], str]) -> None:
     urls = [make_empty() for _ in range(3)]
     with ThreadPoolExecutor() as pool:
         list(pool.map(migrate.upgrade, urls))
@@ -583,7 +584,7 @@ def test_the_sql_from_code_does_what_the_upgrade_and_the_downgrade_do(empty: str
     assert "device_state" not in tables_of(empty)
 
 
-def test_the_scripts_may_stand_in_a_folder_with_a_percent_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_revisions_may_be_in_a_folder_with_a_percent_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "100%(here)s"
     shutil.copytree(CHECKOUT / "alembic", folder)
     monkeypatch.setattr(runner, "FOLDER", folder)

@@ -1,21 +1,20 @@
-"""`--sql`: what it prints, psql runs with the same result."""
+"""`--sql`: psql runs what it prints, with the same result as the online migration."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import pytest
-import raw_sql
-from alembic_runs import downgrade, upgrade
-from commands import alembic
-from raw_sql import FLEET, PARKED, RAW_075, SHADOWS, rows_of, run_sql, state, tables_of
-from schema_dump import dump
+
+from tests.databases.alembic_runs import downgrade, upgrade
+from tests.databases.schema_dump import dump
+from tests.migrations import raw_sql
+from tests.migrations.commands import alembic
+from tests.migrations.raw_sql import FLEET, PARKED, RAW_075, SHADOWS, rows_of, run_sql, state, tables_of
 
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable
-
-pytest_plugins = ["starting_points"]
 
 
 def psql(url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -57,7 +56,7 @@ def test_the_printed_sql_ends_in_the_same_result_both_ways_shadows_included(two:
     assert PARKED not in tables_of(offline)
 
 
-def test_no_shadow_leaves_no_parked_table(two: tuple[str, str]) -> None:
+def test_without_shadows_the_printed_sql_leaves_no_parked_table(two: tuple[str, str]) -> None:
     before = state(two[1])
     psql(two[1], "upgrade", "075:head")
 
@@ -101,7 +100,7 @@ def test_an_invalid_index_that_a_cancelled_build_left_is_replaced(
     assert dump(url) == expected
 
 
-def test_077_alone_goes_up_and_down_with_the_shadows_where_they_are(two: tuple[str, str]) -> None:
+def test_revision_077_alone_is_applied_and_reverted_without_moving_shadows(two: tuple[str, str]) -> None:
     url = two[1]
     upgrade(url, "076")
     run_sql(url, SHADOWS)
@@ -115,7 +114,7 @@ def test_077_alone_goes_up_and_down_with_the_shadows_where_they_are(two: tuple[s
     assert state(url) == after
 
 
-def test_discarding_and_dropping_are_printed_on_request(two: tuple[str, str]) -> None:
+def test_the_printed_sql_discards_and_drops_only_with_the_options(two: tuple[str, str]) -> None:
     url = two[1]
     before = state(url)
     upgrade(url)
@@ -133,12 +132,12 @@ def test_discarding_and_dropping_are_printed_on_request(two: tuple[str, str]) ->
     assert "device_state" not in tables_of(url)
 
 
-def test_from_nothing_to_head(empty: str, migrated_url: str) -> None:
+def test_the_printed_sql_migrates_an_empty_database_to_head(empty: str, migrated_url: str) -> None:
     assert psql(empty, "upgrade", "head").returncode == 0
     assert dump(empty) == dump(migrated_url)
 
 
-def test_the_printed_sql_heeds_the_lock_timeout() -> None:
+def test_the_printed_sql_sets_the_lock_timeout() -> None:
     assert alembic("upgrade", "075:076", "--sql").out.startswith("SET lock_timeout = '4s';")
     printed = alembic("-x", "lock_timeout=500ms", "upgrade", "075:076", "--sql").out
     assert printed.startswith("SET lock_timeout = '500ms';")

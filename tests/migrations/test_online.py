@@ -1,4 +1,4 @@
-"""Migrations beside writers: short locks, a concurrent index, two deployers, and no harm from any interruption."""
+"""Migrations while writers go on: short locks, a concurrent index build, two deployers, and interruptions."""
 
 from __future__ import annotations
 
@@ -19,8 +19,13 @@ from alembic import command
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
 from alembic.util import CommandError
-from alembic_runs import CHECKOUT, config, downgrade, run_alembic, upgrade
-from raw_sql import (
+from sqlalchemy import Connection, Engine, NullPool, create_engine, event, text
+
+from iot_models._migrations import operations
+from iot_models.testing import throwaway
+from tests.databases.alembic_runs import CHECKOUT, config, downgrade, run_alembic, upgrade
+from tests.databases.schema_dump import dump
+from tests.migrations.raw_sql import (
     ADD_SHADOW,
     ADVISORY_LOCK,
     FLEET,
@@ -34,17 +39,11 @@ from raw_sql import (
     state,
     tables_of,
 )
-from revisions import HEAD, REVISIONS
-from schema_dump import dump
-from sqlalchemy import Connection, Engine, NullPool, create_engine, event, text
-
-from iot_models._migrations import operations
-from iot_models.testing import throwaway
+from tests.migrations.revisions import HEAD, REVISIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-pytest_plugins = ["starting_points"]
 
 PENDING = (
     "device_state",
@@ -68,7 +67,7 @@ def connected(url: str, **options: Any) -> Iterator[Connection]:
 
 
 @pytest.mark.parametrize(("start", "end"), [("075", "head"), ("head", "075"), ("076", "075")])
-def test_a_lock_that_is_not_had_in_time_is_an_error_that_changed_nothing_and_lets_writers_through(
+def test_a_lock_that_is_not_acquired_in_time_is_an_error_and_changes_nothing_while_writers_go_on(
     url: str, start: str, end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(operations, "_FIRST_PAUSE", 0.01)
@@ -79,11 +78,11 @@ def test_a_lock_that_is_not_had_in_time_is_an_error_that_changed_nothing_and_let
     impatient.cmd_opts.x.append("lock_timeout=100ms")  # type: ignore[union-attr]
 
     with ThreadPoolExecutor(1) as pool, connected(url) as holder:
-        holder.execute(text("SELECT * FROM device_state"))  # a report that somebody left open
+        holder.execute(text("SELECT * FROM device_state"))  # a long report
         pid = holder.scalar(text("SELECT pg_backend_pid()"))
         migrating = pool.submit(migrate, impatient, end)
         time.sleep(0.05)
-        run_sql(url, HEARTBEAT)  # goes through while the report is still open
+        run_sql(url, HEARTBEAT)  # succeeds while the report is still open
         with pytest.raises(CommandError) as caught:
             migrating.result(timeout=30)
 
@@ -91,7 +90,7 @@ def test_a_lock_that_is_not_had_in_time_is_an_error_that_changed_nothing_and_let
     assert "no lock on device_state after 5 tries of 100ms" in said
     assert f"pid {pid}" in said
     assert "-x lock_timeout=" in said
-    if start != "076":  # its downgrade may have begun the parked copy by then
+    if start != "076":  # its downgrade may have created the parked table by then
         assert dump(url) == before
     assert [row.split(",")[:4] for row in rows_of(url)] == [row.split(",")[:4] for row in rows]
 
@@ -99,7 +98,7 @@ def test_a_lock_that_is_not_had_in_time_is_an_error_that_changed_nothing_and_let
     assert revision_of(url) == (HEAD if end == "head" else end)
 
 
-def test_a_lock_that_is_had_at_a_later_try_is_enough(
+def test_a_lock_that_a_later_try_acquires_is_enough(
     url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(operations, "_FIRST_PAUSE", 0.2)
@@ -126,12 +125,12 @@ def test_another_error_than_the_lock_is_passed_on(url: str) -> None:
                 operations.lock_table("device_state", "ACCESS EXCLUSIVE")  # type: ignore[attr-defined]
 
 
-def test_a_lock_whose_holder_is_gone_by_then_says_so(url: str) -> None:
+def test_a_lock_that_is_no_longer_held_is_reported_as_such(url: str) -> None:
     with connected(url) as connection:
         assert operations._lock_holders(connection, "device_state") == "nobody now"  # noqa: SLF001
 
 
-def test_the_index_is_built_while_a_writer_has_an_open_transaction_and_others_go_on(
+def test_the_index_build_waits_for_an_open_transaction_while_other_writers_go_on(
     url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(operations, "_PROGRESS_EVERY", 0.05)
@@ -139,7 +138,7 @@ def test_the_index_is_built_while_a_writer_has_an_open_transaction_and_others_go
 
     def build() -> None:
         with connected(url, isolation_level="AUTOCOMMIT") as connection:
-            connection.execute(text("SET lock_timeout = '50ms'"))  # would cancel a build that heeds it
+            connection.execute(text("SET lock_timeout = '50ms'"))  # would cancel the build if it applied to it
             operations = Operations(MigrationContext.configure(connection))
             operations.ensure_index(*PENDING)  # type: ignore[attr-defined]
             assert connection.scalar(text("SHOW lock_timeout")) == "50ms"
@@ -199,7 +198,7 @@ def test_of_two_deployers_at_once_both_succeed_and_the_work_is_done_once(url: st
         assert sum(run.stderr.count(step) for run in runs) == 1
 
 
-def test_a_deployer_that_waits_says_so_and_a_command_that_only_looks_does_not_wait(
+def test_a_waiting_deployer_says_so_and_a_command_that_only_reads_does_not_wait(
     url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with connected(url, isolation_level="AUTOCOMMIT") as other, caplog.at_level(logging.INFO):
@@ -211,7 +210,7 @@ def test_a_deployer_that_waits_says_so_and_a_command_that_only_looks_does_not_wa
                 wait_until(lambda: "another deployer is migrating this database: waiting" in caplog.text)
                 assert not waiting.done()
                 assert "alembic_version" not in tables_of(url)
-            finally:  # else the pool would wait for ever
+            finally:  # otherwise the pool would wait forever
                 other.execute(text("SELECT pg_advisory_unlock_all()"))
             waiting.result(timeout=30)
     assert revision_of(url) == HEAD
@@ -220,7 +219,7 @@ def test_a_deployer_that_waits_says_so_and_a_command_that_only_looks_does_not_wa
 def test_the_downgrade_copies_what_writers_change_meanwhile_and_never_makes_them_fail(
     url: str, server_role: str
 ) -> None:
-    """The application's role has no right to the parked table. It writes before a page is copied, and after."""
+    """The application's role has no privilege on the parked table. It writes before and after a page is copied."""
     upgrade(url)
     run_sql(url, f"GRANT SELECT, INSERT, UPDATE, DELETE ON device_state TO {server_role}", SHADOWS)
     writes = [
@@ -244,13 +243,13 @@ def test_the_downgrade_copies_what_writers_change_meanwhile_and_never_makes_them
 
     assert not writes
     parked = {row.split(",")[1]: row for row in rows_of(url, PARKED)}
-    assert set(parked) == {"d1", "d2", "d3", "new", "renamed"}  # d1 and d3 have no device any more
+    assert set(parked) == {"d1", "d2", "d3", "new", "renamed"}  # d1 was deleted, d3 was renamed
     assert ",8,5," in parked["d1"]
     assert parked["d2"].endswith(",9,5,)")
     assert parked["renamed"].split(",", 2)[2] == parked["d3"].split(",", 2)[2]
 
 
-def test_rows_that_a_writer_holds_are_taken_in_a_later_round(url: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_that_a_writer_has_locked_are_moved_in_a_later_round(url: str, caplog: pytest.LogCaptureFixture) -> None:
     upgrade(url)
     run_sql(url, SHADOWS)
     before = rows_of(url, columns="device_id, desired_state, reported_state, desired_version")
@@ -277,16 +276,16 @@ def test_rows_that_a_writer_holds_are_taken_in_a_later_round(url: str, caplog: p
 
 
 def wait_until(holds: Callable[[], object]) -> None:
-    """Wait for what another thread does; 20 seconds are a failure, not a reason to wait for ever."""
+    """Wait until a condition holds that another thread brings about. It fails after 20 seconds."""
     deadline = time.monotonic() + 20
     while not holds():
-        assert time.monotonic() < deadline, "it did not come to pass"
+        assert time.monotonic() < deadline, "the condition does not hold after 20 seconds"
         time.sleep(0.01)
 
 
 @contextmanager
 def cut_after(statements: int) -> Iterator[list[str]]:
-    """Cut the connection to the server when that many statements have run, as if the client had been killed there."""
+    """Cut the connection to the server after that many statements, as if the client had been killed."""
     seen: list[str] = []
 
     def cut(connection: Connection, _cursor: object, statement: str, *_rest: object) -> None:
@@ -302,12 +301,12 @@ def cut_after(statements: int) -> Iterator[list[str]]:
 
 
 def raw_again(url: str) -> None:
-    """The deployment as raw SQL made it."""
+    """Restore the deployment that raw SQL made."""
     run_sql(url, "DROP TABLE device_state, alembic_version;" + RAW_075 + FLEET)
 
 
 class Way(NamedTuple):
-    """A migration, the way back to where it starts, and how many statements it takes at least."""
+    """A migration, the one that undoes it, and the least number of statements that it takes."""
 
     there: Callable[[str], None]
     back: Callable[[str], None]
@@ -352,7 +351,7 @@ KILLED = """
 import os, signal, sys
 sys.path[:0] = {path!r}
 from sqlalchemy import Engine, event
-from alembic_runs import downgrade, upgrade
+from tests.databases.alembic_runs import downgrade, upgrade
 
 seen = 0
 def kill(connection, cursor, statement, *rest):
@@ -381,7 +380,7 @@ event.listen(Engine, {moment!r}, kill)
         ("downgrade(sys.argv[1], '075')", "after_cursor_execute", "DROP COLUMN"),
     ],
 )
-def test_a_client_killed_outright_leaves_nothing_that_the_next_run_does_not_mend(
+def test_after_kill_9_of_the_client_the_next_run_completes_the_migration(
     url: str, migrated_url: str, call: str, moment: str, needle: str
 ) -> None:
     if call.startswith("downgrade"):
@@ -404,8 +403,8 @@ def test_a_client_killed_outright_leaves_nothing_that_the_next_run_does_not_mend
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the throwaway server needs POSIX")
 def test_a_server_that_crashes_in_the_middle_is_no_harm_either() -> None:
-    """SIGKILL to the very backend that migrates: the server throws everybody out and recovers from its log."""
-    # Durable, unlike what the throwaway server is otherwise: what was committed must survive.
+    """After SIGKILL to the backend that migrates, the server ends all connections and recovers from its WAL."""
+    # Unlike the throwaway server's default, so that what was committed survives.
     with throwaway.postgres(settings={"synchronous_commit": "on"}) as server:
         run_sql(server.url, RAW_075 + FLEET)
         for needle, migrate in (

@@ -1,4 +1,4 @@
-"""`alembic downgrade`: no shadow is lost, unless that was asked for."""
+"""`alembic downgrade`: no shadow is lost unless an option says so."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 from alembic.util import CommandError
-from alembic_runs import downgrade, upgrade
-from commands import alembic
-from raw_sql import PARKED, RAW_075, SHADOW_COLUMNS, as_role, revision_of, rows_of, run_sql, tables_of
-from schema_dump import dump
 from sqlalchemy.exc import DBAPIError
 
 from iot_models.testing import database
+from tests.databases.alembic_runs import downgrade, upgrade
+from tests.databases.schema_dump import dump
+from tests.migrations.commands import alembic
+from tests.migrations.raw_sql import PARKED, RAW_075, SHADOW_COLUMNS, as_role, revision_of, rows_of, run_sql, tables_of
 
 if TYPE_CHECKING:
     from iot_models.testing import PostgresServer
 
-pytest_plugins = ["starting_points"]
 
 KEYED = f"tenant_id, device_id, {SHADOW_COLUMNS}"
 
@@ -49,7 +48,9 @@ def shadows(url: str) -> list[str]:
     return rows_of(url, columns=KEYED)
 
 
-def test_where_no_shadow_was_ever_written_exactly_the_075_schema_is_left(raw_fleet: str, raw_075: str) -> None:
+def test_if_no_shadow_was_ever_written_a_downgrade_leaves_exactly_the_schema_of_075(
+    raw_fleet: str, raw_075: str
+) -> None:
     before = rows_of(raw_fleet)
     upgrade(raw_fleet)
 
@@ -74,7 +75,7 @@ def test_shadows_come_back_bit_by_bit_and_the_parked_table_is_gone(url: str, raw
     assert dump(url) == dump(migrated_url)
 
 
-def test_writes_and_deletions_in_between_are_kept(url: str) -> None:
+def test_writes_and_deletions_between_downgrade_and_upgrade_are_kept(url: str) -> None:
     before = set(shadows(url))
     downgrade(url, "075")
     run_sql(url, """
@@ -90,7 +91,7 @@ def test_writes_and_deletions_in_between_are_kept(url: str) -> None:
     now = set(shadows(url))
     assert {row.split(",")[1] for row in before - now} == {"d2", "d9"}
     assert {row.split(",")[1] for row in now - before} == {"new"}
-    # d2 is gone: its shadow stays parked, and that is said.
+    # d2 was deleted: its shadow stays parked, and the log says so.
     assert "1 parked shadows stay in device_state_shadow_076" in run.err
     assert [row.split(",")[1] for row in rows_of(url, PARKED)] == ["d2"]
 
@@ -109,7 +110,7 @@ def test_a_device_that_comes_back_gets_its_shadow_at_the_next_upgrade(url: str) 
     assert PARKED not in tables_of(url)
 
 
-def test_a_shadow_that_was_written_since_is_not_overwritten_by_a_parked_one(url: str) -> None:
+def test_a_parked_shadow_does_not_overwrite_a_newer_one(url: str) -> None:
     downgrade(url, "075")
     run_sql(
         url,
@@ -127,7 +128,7 @@ def test_a_shadow_that_was_written_since_is_not_overwritten_by_a_parked_one(url:
     assert any("newer" in row for row in before)
 
 
-def test_shadows_are_thrown_away_on_request_only(url: str, raw_075: str) -> None:
+def test_shadows_are_discarded_only_with_the_option(url: str, raw_075: str) -> None:
     run = alembic("-x", "shadow=discard", "downgrade", "075", DATABASE_URL=url)
 
     assert run.code == 0, run.err
@@ -147,19 +148,19 @@ def test_an_option_that_is_misspelt_is_refused_and_not_ignored(url: str, option:
     assert rows_of(url) == before
 
 
-def test_going_to_base_refuses_rows_and_drops_them_on_request_only(url: str) -> None:
+def test_a_downgrade_to_base_refuses_to_drop_rows_unless_an_option_says_so(url: str) -> None:
     before = len(rows_of(url))
     with pytest.raises(CommandError, match=r"device_state holds 10 rows.*-x device_state=drop"):
         downgrade(url, "base")
     assert len(rows_of(url)) == before
-    assert revision_of(url) == "075"  # the shadows are parked, an upgrade puts them back
+    assert revision_of(url) == "075"  # the shadows are parked; an upgrade puts them back
 
     run = alembic("-x", "device_state=drop", "downgrade", "base", DATABASE_URL=url)
     assert run.code == 0, run.err
     assert tables_of(url) == {"alembic_version"}
 
 
-def test_going_to_base_refuses_parked_shadows_too(url: str) -> None:
+def test_a_downgrade_to_base_refuses_to_drop_parked_shadows_too(url: str) -> None:
     downgrade(url, "075")
     run_sql(url, "DELETE FROM device_state")
 
@@ -168,13 +169,13 @@ def test_going_to_base_refuses_parked_shadows_too(url: str) -> None:
     assert len(rows_of(url, PARKED)) == 4
 
 
-def test_an_empty_table_is_dropped_on_the_way_to_base(at_head: str) -> None:
+def test_a_downgrade_to_base_drops_an_empty_table(at_head: str) -> None:
     downgrade(at_head, "base")
 
     assert tables_of(at_head) == {"alembic_version"}
 
 
-def test_a_table_of_that_name_that_is_not_the_parked_one_stops_both_ways(url: str) -> None:
+def test_another_table_with_the_name_of_the_parked_one_stops_the_downgrade(url: str) -> None:
     downgrade(url, "076")
     run_sql(url, f"CREATE TABLE {PARKED} (note text)")
     before = rows_of(url)
@@ -185,9 +186,7 @@ def test_a_table_of_that_name_that_is_not_the_parked_one_stops_both_ways(url: st
     assert rows_of(url) == before
 
 
-def test_where_a_policy_would_hide_rows_from_the_migration_it_fails_instead_of_losing_them(
-    url: str, server_role: str
-) -> None:
+def test_a_downgrade_fails_if_a_policy_hides_rows_from_it(url: str, server_role: str) -> None:
     downgrade(url, "076")
     before = rows_of(url)
     run_sql(url, f"""
@@ -203,7 +202,7 @@ def test_where_a_policy_would_hide_rows_from_the_migration_it_fails_instead_of_l
     assert rows_of(url) == before
 
 
-def test_a_trigger_that_suppresses_updates_does_not_eat_parked_shadows(url: str) -> None:
+def test_a_trigger_that_suppresses_updates_does_not_lose_parked_shadows(url: str) -> None:
     downgrade(url, "075")
     parked = rows_of(url, PARKED)
     run_sql(url, """

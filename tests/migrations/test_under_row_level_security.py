@@ -1,28 +1,26 @@
-"""Migrations of a table whose tenants PostgreSQL keeps apart: they see every row, and leave isolation as it is."""
+"""Migrations of a table with row level security: they see every row, and do not change the policies."""
 
 from __future__ import annotations
 
 import pytest
-from alembic_runs import downgrade, upgrade
-from raw_sql import FLEET, PARKED, RAW_075, as_role, rows_of, run_sql, tables_of
-from schema_dump import dump
 from sqlalchemy import NullPool, create_engine, make_url
-from tenants import isolate
 
 from iot_models import migrate, tenancy
-
-pytest_plugins = ["starting_points"]
+from tests.databases.alembic_runs import downgrade, upgrade
+from tests.databases.schema_dump import dump
+from tests.databases.tenants import isolate
+from tests.migrations.raw_sql import FLEET, PARKED, RAW_075, as_role, rows_of, run_sql, tables_of
 
 
 @pytest.fixture
 def url(shadow_fleet_at_head: str, server_role: str) -> str:
-    """A fleet of two tenants with shadows, isolated."""
+    """A fleet of two tenants with shadows, with row level security enabled."""
     isolate(create_engine(shadow_fleet_at_head, poolclass=NullPool), server_role)
     return shadow_fleet_at_head
 
 
 def tenants(url: str, role: str, tenant: str | None = None) -> set[str]:
-    """The tenants that the role sees, bound to one or to none."""
+    """The tenants whose rows the role sees, bound to a tenant or not bound."""
     bind = f"SET LOCAL app.tenant_id = '{tenant}';" if tenant else ""
     return {row[0] for row in run_sql(as_role(url, role), bind + "SELECT tenant_id FROM device_state")}
 
@@ -62,11 +60,11 @@ def test_default_privileges_show_nobody_what_a_rollback_parked(url: str, server_
     assert rows_of(url) == before
 
 
-def test_the_gate_of_a_deployment_takes_an_isolated_table_for_what_it_is(url: str) -> None:
+def test_check_finds_nothing_wrong_with_an_isolated_table(url: str) -> None:
     assert migrate.check(url) == []
 
 
-def test_no_migration_switches_isolation_on(raw_fleet: str) -> None:
+def test_no_migration_enables_row_level_security(raw_fleet: str) -> None:
     upgrade(raw_fleet)
 
     schema = dump(raw_fleet)

@@ -98,7 +98,7 @@ def test_an_installed_wheel_migrates_without_a_checkout_and_writes_to_no_folder(
 
     assert where.stdout == f"{installed / 'iot_models' / 'alembic'}\n"
     assert upgraded.returncode == 0, upgraded.stderr
-    head = runner.resolve("head")
+    head = runner.revisions()[-1]
     assert f" -> {head}, " in upgraded.stderr
     assert (checked.returncode, checked.stderr) == (0, "")
     assert f"stands at head ({head}) and equals the models" in checked.stdout

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import text
 from sqlalchemy.orm import Session
@@ -16,14 +16,13 @@ from iot_models import DeviceState, ShadowService, SyncStatus, sync_status
 from tests.databases.devices import TENANT, add_device
 from tests.databases.statements import counted_statements
 from tests.generated.documents import document_pairs
+from tests.generated.examples import with_a_database
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
 NOW = datetime(2026, 11, 1, 12, 0, tzinfo=UTC)
-on_generated_data = settings(
-    deadline=None, max_examples=75, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+on_generated_data = with_a_database(share=0.75)
 
 
 @pytest.fixture

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from sqlalchemy import create_engine, func, inspect, select, text
-from sqlalchemy.exc import OperationalError, ProgrammingError
+from sqlalchemy import create_engine, func, inspect, make_url, select, text
+from sqlalchemy.exc import DataError, OperationalError, ProgrammingError
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from iot_models import (
+    AsyncShadowService,
     Base,
     DeviceNotFound,
     DeviceState,
@@ -19,6 +21,8 @@ from iot_models import (
     ShadowService,
     VersionConflict,
 )
+from tests.databases.async_engines import async_engine, in_event_loop
+from tests.databases.backends import backend_pid, end_backend
 from tests.databases.devices import DEVICE, TENANT, add_device
 
 if TYPE_CHECKING:
@@ -153,6 +157,18 @@ def test_an_object_that_is_loaded_inside_a_savepoint_is_read_anew_after_its_roll
     assert (device.desired_state, device.reported_state) == ({"mode": "eco"}, {})
 
 
+def test_after_a_rollback_of_the_whole_transaction_a_loaded_object_shows_what_its_row_says(own_engine: Engine) -> None:
+    with Session(own_engine) as session, session.begin():
+        add_device(session, desired_state={"mode": "eco"}, desired_version=7)
+    with Session(own_engine) as session:
+        device = load(session)
+        with session.begin_nested():
+            ShadowService(session, TENANT).patch_desired(DEVICE, {"never": "happened"})
+        session.rollback()
+
+        assert (device.desired_state, device.desired_version) == ({"mode": "eco"}, 7)
+
+
 def test_a_write_that_a_savepoint_took_back_does_not_hide_somebody_elses(own_engine: Engine) -> None:
     with Session(own_engine) as session, session.begin():
         add_device(session, desired_state={"mode": "eco"}, desired_version=7)
@@ -260,3 +276,33 @@ def test_any_other_database_error_is_passed_on_as_it_is(session: Session, servic
     with pytest.raises(OperationalError, match="statement timeout") as caught:
         service.replace_desired(DEVICE, {})
     assert "alembic" not in str(caught.value)
+
+
+def test_a_lost_connection_is_an_error_that_says_what_to_do(own_engine: Engine) -> None:
+    with Session(own_engine) as session:
+        end_backend(own_engine, backend_pid(session.connection()))
+
+        with pytest.raises(OperationalError, match=r"The connection is lost, .* roll back, and run all of it again"):
+            ShadowService(session, TENANT).get(DEVICE)
+
+
+def test_a_version_that_no_integer_holds_is_the_databases_error_as_it_is(session: Session) -> None:
+    add_device(session, desired_version=2**31 - 1)
+
+    with pytest.raises(DataError, match="integer out of range"):
+        ShadowService(session, TENANT).replace_desired(DEVICE, {})
+
+
+@in_event_loop
+async def test_an_async_driver_without_a_server_is_an_error_with_a_note_that_says_so() -> None:
+    url = make_url("postgresql+asyncpg://nobody@127.0.0.1:1/nothing")
+    async with async_engine(url) as engine, AsyncSession(engine) as session:
+        with pytest.raises(OSError, match="Connect call failed") as caught:
+            await AsyncShadowService(session, TENANT).get(DEVICE)
+    assert caught.value.__notes__ == ["PostgreSQL cannot be reached: start it, or correct the engine's URL."]
+
+
+def test_a_service_binds_the_transaction_to_its_tenant_where_it_is_told_to(session: Session) -> None:
+    ShadowService(session, TENANT, bind_tenant=True).count_pending()
+
+    assert session.scalar(text("SELECT current_setting('app.tenant_id')")) == TENANT

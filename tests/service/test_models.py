@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import create_engine, delete, func, insert, select, text, update
 from sqlalchemy.exc import IntegrityError
@@ -17,6 +17,7 @@ from iot_models.twin import compute_delta
 from tests.databases.devices import DEVICE, TENANT, add_device
 from tests.databases.schema_dump import dump
 from tests.generated.documents import document_pairs
+from tests.generated.examples import with_a_database
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,7 +68,7 @@ def test_a_device_shows_its_ids(session: Session) -> None:
 _fleets = st.lists(st.tuples(document_pairs, st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=25)
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@with_a_database(share=0.6)
 @given(fleet=_fleets)
 def test_the_hybrids_are_the_same_in_python_and_in_sql(
     session: Session, fleet: list[tuple[tuple[dict[str, Any], dict[str, Any]], int, int]]

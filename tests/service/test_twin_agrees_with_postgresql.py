@@ -12,13 +12,14 @@ from datetime import UTC, datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import Connection, NullPool, create_engine
 
 from iot_models._core.equality import json_equal
 from iot_models.twin import compare, compute_delta, compute_nested_delta, merge_patch, sync_status
 from tests.generated.documents import document_pairs, value_pairs
+from tests.generated.examples import with_a_database
 from tests.reference import json_values, shadows
 from tests.reference.sql import FUNCTIONS
 
@@ -27,12 +28,7 @@ if TYPE_CHECKING:
 
     from iot_models.testing import PostgresServer
 
-# The fixture only makes functions, which no example changes; and how long an answer takes is not the point.
-on_generated_documents = settings(
-    deadline=None,
-    max_examples=settings().max_examples * 3 // 2,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+on_generated_documents = with_a_database(share=1.5)
 
 
 @pytest.fixture

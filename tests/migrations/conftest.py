@@ -1,6 +1,6 @@
 """Fixtures: the databases that a migration starts from.
 
-A test module takes them by `pytest_plugins = ["starting_points"]`.
+
 
 Making and dropping a database takes longer than most migrations. So a database is emptied after a test and given to
 another one, unless the test changed more than its schema `public`.
@@ -12,12 +12,12 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import pytest
-from alembic_runs import upgrade
-from raw_sql import FLEET, RAW_075, SHADOWS, run_sql
 from sqlalchemy import NullPool, create_engine, text
 from sqlalchemy.exc import DBAPIError
 
 from iot_models.testing import PostgresServer, database
+from tests.databases.alembic_runs import upgrade
+from tests.migrations.raw_sql import FLEET, RAW_075, SHADOWS, run_sql
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
