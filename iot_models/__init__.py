@@ -11,9 +11,11 @@ from iot_models.errors import (
     DeviceNotFound,
     DocumentTooLarge,
     InvalidDocument,
+    InvalidVersion,
     IotModelsError,
     LateReport,
     UnknownVersion,
+    UnreadableShadow,
     VersionConflict,
 )
 from iot_models.models import Base, DeviceState
@@ -41,6 +43,7 @@ __all__ = [  # noqa: RUF022 - the order of sorted()
     "DocumentLimits",
     "DocumentTooLarge",
     "InvalidDocument",
+    "InvalidVersion",
     "IotModelsError",
     "LateReport",
     "Report",
@@ -51,6 +54,7 @@ __all__ = [  # noqa: RUF022 - the order of sorted()
     "ShadowService",
     "SyncStatus",
     "UnknownVersion",
+    "UnreadableShadow",
     "VersionConflict",
     "compare",
     "compute_delta",

@@ -10,6 +10,7 @@ from functools import wraps
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
+from iot_models._core import validation
 from iot_models._core.documents import DocumentLimits
 from iot_models.service import ShadowService
 from iot_models.shadow import STALE_AFTER
@@ -76,6 +77,7 @@ class AsyncShadowService:
         stale_after: timedelta = STALE_AFTER,
         bind_tenant: bool = False,
     ) -> None:
+        validation.require_session(session, "AsyncSession")
         self._session = session
         self._service = ShadowService(
             session.sync_session, tenant_id, limits=limits, stale_after=stale_after, bind_tenant=bind_tenant

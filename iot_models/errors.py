@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import reprlib
 from itertools import islice
-from types import MappingProxyType
+from types import MappingProxyType, NoneType
 from typing import TYPE_CHECKING, ClassVar, Final
 
 if TYPE_CHECKING:
@@ -79,6 +79,46 @@ class DeviceNotFound(IotModelsError, LookupError):
             f"tenant {self.tenant_id!r} has no device {self.device_id!r}: "
             "check both ids, or insert its device_state row first"
         )
+
+
+class UnreadableShadow(IotModelsError):
+    """The device's row holds what is no shadow: SQL by hand put it there. Nothing was written.
+
+    `replace_desired` and `replace_reported` of the service mend the section that they replace.
+    """
+
+    http_status = 500
+
+    def __init__(self, tenant_id: str, device_id: str, reason: str) -> None:
+        super().__init__(tenant_id, device_id, reason)
+        self.tenant_id = tenant_id
+        self.device_id = device_id
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return (
+            f"the row of device {self.device_id!r} of tenant {self.tenant_id!r} is no shadow: {self.reason}; "
+            "replace that document (replace_desired, replace_reported)"
+        )
+
+
+class InvalidVersion(IotModelsError, ValueError):
+    """A version that none can be: negative, too large, or no integer. Nothing was sent.
+
+    `name` is the argument that it was given as, `value` the value; where it is no number or text, its text for a log.
+    """
+
+    http_status = 400
+
+    def __init__(self, name: str, value: object) -> None:
+        # Anything may come off the wire, and an error has to pickle.
+        plain = value if isinstance(value, (int, float, str, NoneType)) else shown(value)
+        super().__init__(name, plain)
+        self.name = name
+        self.value = plain
+
+    def __str__(self) -> str:
+        return f"{self.name} must be an integer from 0 to 2**63 - 1, got {shown(self.value)}"
 
 
 class VersionConflict(IotModelsError):

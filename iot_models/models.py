@@ -13,13 +13,13 @@ import typing
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import DDL, TIMESTAMP, ColumnElement, Index, Integer, MetaData, Table, Text, event, func, text
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy import DDL, ColumnElement, Index, Integer, MetaData, Table, Text, event, func, text
 from sqlalchemy.ext.hybrid import hybrid_property
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from iot_models import twin
 from iot_models._core import conditions
+from iot_models._core.column_types import Document, UTCTime
 
 
 class Base(DeclarativeBase):
@@ -40,9 +40,8 @@ class Base(DeclarativeBase):
     type_annotation_map = {  # noqa: RUF012 - DeclarativeBase's own declaration, read once
         str: Text,
         int: Integer,
-        datetime: TIMESTAMP(timezone=True),
-        # none_as_null: None is an absent document and breaks NOT NULL loudly, instead of being stored as JSON null.
-        dict[str, Any]: JSONB(none_as_null=True),
+        datetime: UTCTime(),
+        dict[str, Any]: Document(),
     }
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import scoped_session
 
 from iot_models import tenancy, twin
 from iot_models._core import batches, loaded_objects, report_rules, statements, validation
@@ -13,12 +15,13 @@ from iot_models._core.database_errors import add_hint
 from iot_models._core.documents import DocumentLimits, check_document, decode_document, encode_document
 from iot_models._core.report_rules import Versions
 from iot_models._core.retries import device_not_written, until_written
-from iot_models.errors import DeviceNotFound, VersionConflict
+from iot_models._core.stored_json import why_no_document
+from iot_models.errors import DeviceNotFound, UnreadableShadow, VersionConflict
 from iot_models.models import DeviceState
 from iot_models.shadow import STALE_AFTER, Shadow
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from datetime import timedelta
     from typing import TypeAlias
 
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 
     _Row: TypeAlias = Row[*tuple[Any, ...]]
 
+log = logging.getLogger(__name__)
+
 
 class ShadowService:
     """Reads and writes the shadows of one tenant's devices, inside the caller's session and transaction.
@@ -38,7 +43,8 @@ class ShadowService:
     that are not flushed yet are kept.
 
     Args:
-        session: The caller's session, in a transaction or in AUTOCOMMIT mode.
+        session: The caller's session, in a transaction or in AUTOCOMMIT mode; or a `scoped_session`, whose session of
+            the current scope is used by each call.
         tenant_id: The only tenant whose devices exist here.
         limits: What a document may weigh.
         stale_after: The silence after which a shadow's `sync_status` is `stale`.
@@ -46,7 +52,7 @@ class ShadowService:
             `iot_models.tenancy`.
 
     Raises:
-        TypeError: If `tenant_id` is no string.
+        TypeError: If `session` is neither, or `tenant_id` is no string.
         ValueError: If `tenant_id` is empty or cannot be stored as text.
 
     Example:
@@ -58,16 +64,17 @@ class ShadowService:
 
     def __init__(
         self,
-        session: Session,
+        session: Session | scoped_session[Any],
         tenant_id: str,
         *,
         limits: DocumentLimits = DocumentLimits(),  # noqa: B008 - frozen
         stale_after: timedelta = STALE_AFTER,
         bind_tenant: bool = False,
     ) -> None:
+        validation.require_session(session, "Session", "scoped_session")
         validation.require_tenant(tenant_id)
         self.tenant_id = tenant_id
-        self._session = session
+        self._session_or_registry = session
         self._limits = limits
         self._stale_after = stale_after
         self._bind_tenant = bind_tenant
@@ -77,11 +84,14 @@ class ShadowService:
 
         Raises:
             DeviceNotFound: If this tenant has no such device.
+            UnreadableShadow: If its row holds what is no shadow.
         """
         return self._shadow(self._one(statements.one_shadow(), device_id))
 
     def get_many(self, device_ids: Iterable[str]) -> dict[str, Shadow]:
         """Read several shadows in one statement, in the order asked for; devices that do not exist are left out.
+
+        So is a device whose row holds what is no shadow; the log names it.
 
         Raises:
             TypeError: If `device_ids` is one string or no iterable, or holds anything but strings.
@@ -89,7 +99,7 @@ class ShadowService:
         wanted = validation.device_id_list(device_ids)
         binds = {"tenant": self.tenant_id, "devices": validation.findable(wanted)}
         rows = self._execute(statements.many_shadows(), binds)
-        found = {shadow.device_id: shadow for shadow in map(self._shadow, rows)}
+        found = {shadow.device_id: shadow for shadow in self._readable(rows)}
         return {device_id: found[device_id] for device_id in wanted if device_id in found}
 
     def replace_desired(
@@ -103,7 +113,7 @@ class ShadowService:
             DeviceNotFound: If this tenant has no such device.
             VersionConflict: If `expected_version` is not the current `desired_version`; nothing is written.
             InvalidDocument: If `desired` cannot be stored (`DocumentTooLarge`: is too large); nothing is sent.
-            TypeError, ValueError: If `expected_version` is no int, or negative.
+            InvalidVersion: If `expected_version` is no version.
         """
         expected = validation.version("expected_version", expected_version)
         binds = self._device(device_id) | {"document": encode_document(desired, self._limits), "expected": expected}
@@ -129,8 +139,9 @@ class ShadowService:
         Raises:
             DeviceNotFound: If this tenant has no such device.
             VersionConflict: If `expected_version` is not the current `desired_version`; nothing is written.
+            UnreadableShadow: If the stored document is no JSON object; nothing is written.
             InvalidDocument: If the patch, or the document after it, cannot be stored; nothing is written.
-            TypeError, ValueError: If `expected_version` is no int, or negative.
+            InvalidVersion: If `expected_version` is no version.
         """
         expected = validation.version("expected_version", expected_version)
         device = self._device(device_id)
@@ -139,7 +150,8 @@ class ShadowService:
         def attempt() -> _Row | None:
             seen, versions = self._locked("desired_state", device_id)
             _require_version(device_id, expected, versions.desired)
-            document = encode_document(twin.merge_patch(decode_document(seen), patch), self._limits)
+            stored = decode_document(seen, self.tenant_id, device_id)
+            document = encode_document(twin.merge_patch(stored, patch), self._limits)
             binds = device | {"document": document, "expected": versions.desired}
             # No row only in AUTOCOMMIT mode, where the lock ended with its statement and another transaction wrote
             # since: the next attempt merges with what that wrote.
@@ -160,7 +172,7 @@ class ShadowService:
             LateReport: If a newer version was acknowledged already; nothing is written.
             UnknownVersion: If `acked_version` is above `desired_version`; nothing is written.
             InvalidDocument: If `reported` cannot be stored (`DocumentTooLarge`: is too large); nothing is sent.
-            TypeError, ValueError: If `acked_version` is no int, or negative.
+            InvalidVersion: If `acked_version` is no version.
         """
         acked = validation.version("acked_version", acked_version)
         binds = self._device(device_id) | {"document": encode_document(reported, self._limits), "acked": acked}
@@ -186,8 +198,9 @@ class ShadowService:
             DeviceNotFound: If this tenant has no such device.
             LateReport: If a newer version was acknowledged already; nothing is written.
             UnknownVersion: If `acked_version` is above `desired_version`; nothing is written.
+            UnreadableShadow: If the stored document is no JSON object; nothing is written.
             InvalidDocument: If the patch, or the document after it, cannot be stored; nothing is written.
-            TypeError, ValueError: If `acked_version` is no int, or negative.
+            InvalidVersion: If `acked_version` is no version.
         """
         acked = validation.version("acked_version", acked_version)
         device = self._device(device_id)
@@ -197,7 +210,8 @@ class ShadowService:
         def attempt() -> _Row | None:
             seen, versions = self._locked("reported_state", device_id)
             report_rules.require_accepted(device_id, acked, versions)
-            document = encode_document(twin.merge_patch(decode_document(seen), patch), self._limits)
+            stored = decode_document(seen, self.tenant_id, device_id)
+            document = encode_document(twin.merge_patch(stored, patch), self._limits)
             # No row only in AUTOCOMMIT mode, as in patch_desired.
             return self._execute(statement, device | {"document": document, "acked": acked, "seen": seen}).one_or_none()
 
@@ -225,8 +239,9 @@ class ShadowService:
             BatchRejected: With the error of every device that is missing (`DeviceNotFound`), not at its expected
                 version (`VersionConflict`) or whose document cannot be stored (`InvalidDocument`,
                 `DocumentTooLarge`); nothing is written, the transaction stays usable.
-            TypeError: If `documents` or `expected_versions` is no mapping, a device_id no string, or a version no int.
-            ValueError: If a version is negative, or of a device that is not in `documents`.
+            TypeError: If `documents` or `expected_versions` is no mapping, or a device_id no string.
+            InvalidVersion: If an expected version is no version.
+            ValueError: If a version is of a device that is not in `documents`.
         """
         validation.require_mapping("documents", documents, to="documents")
         for device_id in documents:
@@ -248,9 +263,9 @@ class ShadowService:
             The new shadows, in the order asked for.
 
         Raises:
-            BatchRejected: With the error of every device that is missing (`DeviceNotFound`), or whose document cannot
-                be stored once it is merged (`InvalidDocument`, `DocumentTooLarge`); nothing is written, the
-                transaction stays usable.
+            BatchRejected: With the error of every device that is missing (`DeviceNotFound`), whose stored document is
+                no JSON object (`UnreadableShadow`), or whose document cannot be stored once it is merged
+                (`InvalidDocument`, `DocumentTooLarge`); nothing is written, the transaction stays usable.
             InvalidDocument: If the patch itself cannot be stored; nothing is sent.
             TypeError: If `device_ids` is one string or no iterable, or holds anything but strings.
         """
@@ -302,7 +317,7 @@ class ShadowService:
             TypeError: If `limit` is no int, or `after` no string.
             ValueError: If `limit` is negative, or `after` is text that PostgreSQL cannot store.
         """
-        return self._page(statements.pending_page(after=after is not None), limit, after)
+        return self._page(statements.pending_page, limit, after)
 
     def iter_pending(self, *, batch_size: int = 1000) -> Iterator[Shadow]:
         """All devices that have yet to acknowledge the newest version, by `device_id`, in pages under the hood.
@@ -337,7 +352,7 @@ class ShadowService:
             TypeError: If `limit` is no int, or `after` no string.
             ValueError: If `limit` is negative, or `after` is text that PostgreSQL cannot store.
         """
-        return self._page(statements.drifted_page(after=after is not None), limit, after)
+        return self._page(statements.drifted_page, limit, after)
 
     def status_counts(self, *, now: datetime | None = None) -> dict[twin.SyncStatus, int]:
         """How many devices are synced, pending and stale, as `twin.sync_status` says; all three, in one statement.
@@ -374,14 +389,24 @@ class ShadowService:
             raise DeviceNotFound(self.tenant_id, device_id)
         return row
 
-    def _page(self, statement: Executable, limit: int, after: str | None) -> list[Shadow]:
-        binds: dict[str, object] = {"tenant": self.tenant_id, "limit": validation.whole("limit", limit)}
+    def _page(self, page: Callable[..., Executable], limit: int, after: str | None) -> list[Shadow]:
+        """A page of the statement that `page` makes, without rows that hold no shadow: others take their places."""
+        validation.whole("limit", limit)
         if after is not None:
             validation.require_text("after", after)
             if not validation.storable_text(after):
                 raise ValueError(f"after must be a device_id of a page before, got {after!a}")
-            binds["after"] = after
-        return [self._shadow(row) for row in self._execute(statement, binds)]
+        shadows: list[Shadow] = []
+        while True:
+            wanted = limit - len(shadows)
+            binds: dict[str, object] = {"tenant": self.tenant_id, "limit": wanted}
+            if after is not None:
+                binds["after"] = after
+            rows = self._execute(page(after=after is not None), binds).all()
+            shadows += self._readable(rows)
+            if len(rows) < wanted or len(shadows) == limit:
+                return shadows
+            after = rows[-1].device_id
 
     def _pages_of_pending(self, size: int) -> Iterator[Shadow]:
         after: str | None = None
@@ -390,6 +415,12 @@ class ShadowService:
             if len(page) < size:
                 return
             after = page[-1].device_id
+
+    @property
+    def _session(self) -> Session:
+        """The session to use now: of a `scoped_session`, the one of the current scope."""
+        given = self._session_or_registry
+        return given() if isinstance(given, scoped_session) else given
 
     def _execute(self, statement: Executable, binds: Mapping[str, object]) -> Result[*tuple[Any, ...]]:
         session = self._session
@@ -405,11 +436,32 @@ class ShadowService:
             raise
 
     def _shadow(self, row: _Row) -> Shadow:
+        """The shadow of a row.
+
+        Raises:
+            UnreadableShadow: If the row holds none.
+        """
+        for name in ("desired_state", "reported_state"):
+            if reason := why_no_document(getattr(row, name)):
+                raise UnreadableShadow(row.tenant_id, row.device_id, f"{name} {reason}")
+        return self._shadow_of(row, row.desired_state, row.reported_state)
+
+    def _readable(self, rows: Iterable[_Row]) -> list[Shadow]:
+        """The shadows of those rows that hold one; the log names the others."""
+        shadows = []
+        for row in rows:
+            try:
+                shadows.append(self._shadow(row))
+            except UnreadableShadow as error:
+                log.warning("left out: %s", error)
+        return shadows
+
+    def _shadow_of(self, row: _Row, desired: dict[str, Any], reported: dict[str, Any]) -> Shadow:
         return Shadow(
             tenant_id=row.tenant_id,
             device_id=row.device_id,
-            desired=row.desired_state,
-            reported=row.reported_state,
+            desired=desired,
+            reported=reported,
             desired_version=row.desired_version,
             reported_version=row.reported_version,
             shadow_updated_at=row.shadow_updated_at,
@@ -418,10 +470,19 @@ class ShadowService:
         )
 
     def _written(self, row: _Row) -> Shadow:
-        """The shadow that a write returned; the loaded object, if there is one, shows it too."""
+        """The shadow that a write returned; the loaded object, if there is one, shows it too.
+
+        The write took effect, and so this is no place for an error: a section that is no document is shown as empty.
+        """
         loaded_objects.remember(self._session, row.tenant_id, [row.device_id])
         loaded_objects.show(self._session, row)
-        return self._shadow(row)
+        try:
+            return self._shadow(row)
+        except UnreadableShadow as error:
+            log.warning("written, and shown without the other section: %s", error)
+            sections = (row.desired_state, row.reported_state)
+            desired, reported = ({} if why_no_document(section) else section for section in sections)
+            return self._shadow_of(row, desired, reported)
 
     def _written_in_order(self, device_ids: Iterable[str], rows: Iterable[_Row]) -> dict[str, Shadow]:
         shadows = {row.device_id: self._written(row) for row in rows}

@@ -44,6 +44,10 @@ class Shadow:
     last_seen_at: datetime | None
     stale_after: timedelta = field(default=STALE_AFTER, repr=False, compare=False, kw_only=True)
 
+    def __hash__(self) -> int:
+        """Equal shadows have equal hashes. The documents take no part: they are dicts."""
+        return hash((self.tenant_id, self.device_id, self.desired_version, self.reported_version))
+
     @property
     def delta(self) -> dict[str, Any]:
         """The top-level keys of desired that reported lacks or has with another value; see `twin.compute_delta`."""

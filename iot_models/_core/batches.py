@@ -84,7 +84,8 @@ def patch_desired(
         def merge(device_id: str) -> str:
             if device_id not in seen:
                 raise DeviceNotFound(tenant_id, device_id)
-            return encode_document(twin.merge_patch(decode_document(seen[device_id].document), patch), limits)
+            stored = decode_document(seen[device_id].document, tenant_id, device_id)
+            return encode_document(twin.merge_patch(stored, patch), limits)
 
         texts, errors = _each(device_ids, merge)
         if errors:

@@ -17,15 +17,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import Text, and_, case, cast, column, exists, func, literal, literal_column, select
+from sqlalchemy import Text, and_, case, column, exists, false, func, literal_column, null, select
 from sqlalchemy.dialects.postgresql import JSONB
+
+from iot_models._core.column_types import readable_time
 
 if TYPE_CHECKING:
     from datetime import datetime, timedelta
 
     from sqlalchemy import ColumnElement, SQLColumnExpression, TableValuedAlias
 
-_EMPTY: Final = cast(literal("{}", Text), JSONB)
+_OBJECT: Final = literal_column("'object'", Text)
+# Written out: two bound values would be two expressions to GROUP BY.
+_EMPTY: Final = literal_column("'{}'::jsonb", JSONB)
+
+
+def readable(device: Any) -> ColumnElement[bool]:
+    """Both sections are JSON objects. SQL by hand can store others; `stored_json.why_no_document` is Python's rule."""
+    desired, reported = func.jsonb_typeof(device.desired_state), func.jsonb_typeof(device.reported_state)
+    return (desired == _OBJECT) & (reported == _OBJECT)
 
 
 def pending(device: Any) -> ColumnElement[bool]:
@@ -35,7 +45,10 @@ def pending(device: Any) -> ColumnElement[bool]:
 
 
 def delta(device: Any) -> ColumnElement[dict[str, Any]]:
-    """The top-level keys of desired that reported lacks or holds with another value, with the desired value."""
+    """The top-level keys of desired that reported lacks or holds with another value, with the desired value.
+
+    NULL where a section is no JSON object.
+    """
     wanted, lacking = _lacking(device)
     missing = (
         select(func.coalesce(func.jsonb_object_agg(wanted.c.key, wanted.c.value), _EMPTY))
@@ -43,26 +56,33 @@ def delta(device: Any) -> ColumnElement[dict[str, Any]]:
         .correlate_except(wanted)
         .scalar_subquery()
     )
-    # Equal documents are spared the subquery: most of a fleet. The comparison also tells a SELECT of the delta alone
+    # Equal documents are spared the subquery: most of a fleet. The conditions also tell a SELECT of the delta alone
     # which table it is from; the subquery's own names do not count for that.
-    return case((device.desired_state == device.reported_state, _EMPTY), else_=missing)
+    return case(
+        (~readable(device), null()),
+        (device.desired_state == device.reported_state, _EMPTY),
+        else_=missing,
+    )
 
 
 def drifted(device: Any) -> ColumnElement[bool]:
-    """The device acknowledged the newest version, and its delta is not empty."""
+    """The device acknowledged the newest version, and its delta is not empty. One that is not `readable` is not."""
     wanted, lacking = _lacking(device)
+    lacks = exists(select(literal_column("1")).select_from(wanted).where(lacking).correlate_except(wanted))
     return and_(
         device.desired_version == device.reported_version,
         device.desired_state != device.reported_state,  # equal documents are spared the look at each key
-        exists(select(literal_column("1")).select_from(wanted).where(lacking).correlate_except(wanted)),
+        case((readable(device), lacks), else_=false()),  # CASE, because AND does not say what is evaluated first
     )
 
 
 def sync_status(
     device: Any, now: SQLColumnExpression[datetime], stale_after: SQLColumnExpression[timedelta]
 ) -> ColumnElement[str]:
-    """`stale`, `synced` or `pending`, as text."""
-    stale = device.last_seen_at.is_(None) | (now - device.last_seen_at > stale_after)
+    """`stale`, `synced` or `pending`, as text. A time that Python cannot hold counts as none, as it is read."""
+    # CASE: before PostgreSQL 17, `now - infinity` is an error.
+    silence = case((readable_time(device.last_seen_at), now - device.last_seen_at))
+    stale = silence.is_(None) | (silence > stale_after)
     return case(
         (stale, literal_column("'stale'", Text)),
         (device.desired_version == device.reported_version, literal_column("'synced'", Text)),

@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
+from iot_models._core.stored_json import read_json, why_no_document
 from iot_models._core.validation import storable_text
-from iot_models.errors import DocumentTooLarge, InvalidDocument, shown
+from iot_models.errors import DocumentTooLarge, InvalidDocument, UnreadableShadow, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -24,8 +27,10 @@ if TYPE_CHECKING:
 # The upper bound of max_depth. json's encoder needs one recursion per level; Python's default limit is 1,000.
 _DEEPEST: Final = 200
 
-# Python converts integers of at most 4,300 digits to and from text (CVE-2020-10735): a longer one cannot be read back.
-_INTEGER_BOUND: Final = 10**4300
+# Python converts integers of at most 4,300 digits to and from text (CVE-2020-10735), or of fewer where a process says
+# so: a longer one cannot be read back. 640 is the lowest bound that a process can set: 2,126 bits.
+_MOST_DIGITS: Final = 4300
+_FEW_BITS: Final = 2126
 
 # A number with a decimal point and at most this many characters has at most 15 digits, which a float does not round.
 # jsonb writes no exponents.
@@ -38,7 +43,7 @@ class _StoredNumber(Decimal):
 
 def _mark(number: _StoredNumber) -> str:
     """Return a string that stands for the number in the encoded text. No document contains it: NUL is refused."""
-    return f"\0{number}"
+    return f"\0{number:f}"
 
 
 _MARKED: Final = re.compile(r'"\\u0000([^"]*)"')
@@ -54,7 +59,8 @@ class DocumentLimits:
     The default numbers are those of Azure device twins for a section.
 
     Attributes:
-        max_bytes: The size as compact UTF-8 JSON.
+        max_bytes: The size as compact UTF-8 JSON, in which a number takes what PostgreSQL stores of it. PostgreSQL
+            writes exponents out: `1e308` takes 309 bytes.
         max_depth: The number of levels of objects and arrays. The document itself is the first level. At most 200.
 
     Raises:
@@ -86,9 +92,7 @@ def check_document(document: object, limits: DocumentLimits) -> None:
         InvalidDocument: With the JSON Pointer to the first place that cannot be stored.
         DocumentTooLarge: If it is certainly larger than twice `limits.max_bytes`.
     """
-    if not isinstance(document, dict):
-        raise InvalidDocument("", f"a document is a JSON object (a dict), not {_name(document)}")
-    _check(document, (), limits, 2 * limits.max_bytes)
+    _weigh(_object(document), limits)
 
 
 def encode_document(document: object, limits: DocumentLimits) -> str:
@@ -98,26 +102,44 @@ def encode_document(document: object, limits: DocumentLimits) -> str:
         InvalidDocument: See `check_document`.
         DocumentTooLarge: If the text takes more than `limits.max_bytes` bytes in UTF-8.
     """
-    check_document(document, limits)
-    text = _encode(document)
+    content = _object(document)
+    written_out = _weigh(content, limits)
+    text = _encode(content)
     if "\\u0000" in text:
         text = _MARKED.sub(r"\1", text)
-    size = len(text) if text.isascii() else len(text.encode())
+    size = (len(text) if text.isascii() else len(text.encode())) + written_out
     if size > limits.max_bytes:
         raise _too_large(f"{size:,}", limits)
     return text
 
 
-def decode_document(text: str) -> dict[str, Any]:
-    """Return a stored document in a form that can be changed and written back without rounding a number.
+def decode_document(text: str, tenant_id: str, device_id: str) -> dict[str, Any]:
+    """Return a device's stored document in a form that can be changed and written back without rounding a number.
 
     Numbers that a float would round have a type of their own, which only `encode_document` can write.
 
     Raises:
-        ValueError: If the text holds an integer of more than 4,300 digits.
+        UnreadableShadow: If the text is no JSON object, or holds what Python cannot.
     """
-    document: dict[str, Any] = json.loads(text, parse_float=_number)
-    return document
+    document = read_json(text, parse_float=_number)
+    if reason := why_no_document(document):
+        raise UnreadableShadow(tenant_id, device_id, f"a section {reason}")
+    return cast("dict[str, Any]", document)
+
+
+def _object(document: object) -> dict[Any, Any]:
+    if isinstance(document, dict):
+        return document
+    if isinstance(document, Mapping):
+        return dict(document)
+    raise InvalidDocument("", f"a document is a JSON object (a dict), not {_name(document)}")
+
+
+def _weigh(document: dict[Any, Any], limits: DocumentLimits) -> int:
+    """Check a document; return how many bytes its numbers take in PostgreSQL beyond what JSON text takes."""
+    written_out: list[int] = []
+    _check(document, (), limits, 2 * limits.max_bytes, written_out)
+    return sum(written_out)
 
 
 def _number(literal: str) -> float | _StoredNumber:
@@ -128,11 +150,16 @@ def _number(literal: str) -> float | _StoredNumber:
 
 
 def _check(  # noqa: C901, PLR0912 - one branch per JSON type
-    container: dict[object, object] | list[object], place: Place, limits: DocumentLimits, left: int
+    container: dict[Any, Any] | list[object],
+    place: Place,
+    limits: DocumentLimits,
+    left: int,
+    written_out: list[int],
 ) -> int:
     """Check the content of a container, for which `left` bytes are left; return how many are left after it.
 
-    No value is counted larger than it is, so the result is an upper bound.
+    No value is counted larger than it is, so the result is an upper bound. `written_out` collects by how many bytes
+    each number grows that PostgreSQL writes without its exponent.
     """
     if len(place) == limits.max_depth:
         raise InvalidDocument(_pointer(place), "nested too deep: flatten it, or raise DocumentLimits.max_depth")
@@ -152,18 +179,28 @@ def _check(  # noqa: C901, PLR0912 - one branch per JSON type
         elif value is None or value is True or value is False:
             pass
         elif isinstance(value, int):
-            if not -_INTEGER_BOUND < value < _INTEGER_BOUND:
-                raise InvalidDocument(_pointer((*place, key)), "an integer of more than 4,300 digits")
+            if value.bit_length() > _FEW_BITS:
+                if abs(value) >= 10 ** (most := _most_digits()):
+                    raise InvalidDocument(_pointer((*place, key)), f"an integer of more than {most:,} digits")
+                left -= value.bit_length() * 3 // 10  # a digit is 3.3 bits
         elif isinstance(value, float):
             if not math.isfinite(value):
                 raise InvalidDocument(_pointer((*place, key)), f"{value} is not a JSON number: send null, or omit it")
+            if "e" in (text := float.__repr__(value)):
+                written_out.append(len(f"{Decimal(text):f}") - len(text))
+                left -= written_out[-1]
         elif isinstance(value, (dict, list)):
-            left = _check(value, (*place, key), limits, left)
+            left = _check(value, (*place, key), limits, left, written_out)
         elif not isinstance(value, _StoredNumber):
             raise InvalidDocument(_pointer((*place, key)), f"{_name(value)} is not a JSON type: convert it first")
         if left < 0:
             raise _too_large(f"more than {2 * limits.max_bytes:,}", limits)
     return left
+
+
+def _most_digits() -> int:
+    set_for_process = sys.get_int_max_str_digits()  # 0: no bound
+    return min(set_for_process, _MOST_DIGITS) if set_for_process else _MOST_DIGITS
 
 
 def _check_key(key: object, place: Place) -> None:

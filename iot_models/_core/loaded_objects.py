@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from sqlalchemy import event, inspect
 
-from iot_models._core.tracked_documents import set_committed_value
+from iot_models._core.tracked_documents import notice, set_committed_value
 from iot_models.models import DeviceState
 
 if TYPE_CHECKING:
@@ -23,29 +23,45 @@ if TYPE_CHECKING:
 
     _Keys: TypeAlias = set[tuple[Any, ...]]
 
+# In `InstanceState.info`: the version that the object's desired_state was read at, which guards the next write of it.
+# `version_guard` keeps it for all that SQLAlchemy loads, `show` for what the service shows.
+READ_AT: Final = "iot_models.desired_read_at"
 _WRITTEN: Final = "iot_models.written_in_savepoints"
 
 
-def loaded(session: Session, tenant_id: str, device_ids: Iterable[str]) -> dict[str, DeviceState]:
-    """Those of the devices that the session has loaded."""
-    found: dict[str, DeviceState] = {}
+def loaded(session: Session, tenant_id: str, device_ids: Iterable[str]) -> dict[str, list[DeviceState]]:
+    """The objects of those devices that the session has loaded.
+
+    There may be several of one device: classes that extend `DeviceState` have an identity of their own.
+    """
+    found: dict[str, list[DeviceState]] = {}
     for device_id in device_ids:
-        device: DeviceState | None = session.identity_map.get(_key(tenant_id, device_id))
-        if device is not None:
-            found[device_id] = device
+        for key in _keys(tenant_id, device_id):
+            device: DeviceState | None = session.identity_map.get(key)
+            if device is not None:
+                found.setdefault(device_id, []).append(device)
     return found
 
 
-def show(session: Session, row: Row[*tuple[Any, ...]]) -> None:
-    """Show what a write returned on the loaded object of that device, if there is one.
+def show(session: Session, row: Row[*tuple[Any, ...]], *, besides: DeviceState | None = None) -> None:
+    """Show what a write returned on the loaded objects of that device.
 
-    Changes of the caller that are not flushed yet are kept.
+    Changes of the caller that are not flushed yet are kept, and so is the version that guards them.
+
+    Args:
+        session: Where the objects are.
+        row: What the write returned.
+        besides: An object that shows it already.
     """
-    for device in loaded(session, row.tenant_id, [row.device_id]).values():
-        state = inspect(device)
-        for name, value in row._mapping.items():  # noqa: SLF001 - Row's public name for it
-            if not state.attrs[name].history.has_changes():
-                set_committed_value(device, name, deepcopy(value))
+    for device in loaded(session, row.tenant_id, [row.device_id]).get(row.device_id, ()):
+        if device is not besides:
+            state = inspect(device)
+            notice(state)
+            for name, value in row._mapping.items():  # noqa: SLF001 - Row's public name for it
+                if not state.attrs[name].history.has_changes():
+                    set_committed_value(device, name, deepcopy(value))
+                    if name == "desired_state":
+                        state.info[READ_AT] = row.desired_version
 
 
 def remember(session: Session, tenant_id: str, device_ids: Iterable[str]) -> None:
@@ -57,11 +73,12 @@ def remember(session: Session, tenant_id: str, device_ids: Iterable[str]) -> Non
         event.listen(session, "after_soft_rollback", _expire)
         event.listen(session, "after_transaction_end", _forget)
     written: _Keys = session.info[_WRITTEN]
-    written.update(_key(tenant_id, device_id) for device_id in device_ids)
+    written.update(key for device_id in device_ids for key in _keys(tenant_id, device_id))
 
 
-def _key(tenant_id: str, device_id: str) -> tuple[Any, ...]:
-    return DeviceState.__mapper__.identity_key_from_primary_key((tenant_id, device_id))
+def _keys(tenant_id: str, device_id: str) -> _Keys:
+    mappers = DeviceState.__mapper__.self_and_descendants
+    return {mapper.identity_key_from_primary_key((tenant_id, device_id)) for mapper in mappers}
 
 
 def _expire(session: Session, ended: SessionTransaction) -> None:

@@ -23,6 +23,7 @@ from sqlalchemy import (
     cast,
     column,
     func,
+    literal_column,
     select,
     update,
 )
@@ -93,17 +94,35 @@ _DOCUMENT: Final = cast(bindparam("document", type_=Text), JSONB)
 
 
 def _desired_write(document: ColumnElement[Any]) -> dict[str, Any]:
-    """What a desired write does to a row, whichever way it comes: single, batch, or a flush of the ORM."""
+    """What a desired write does to a row, whichever way it comes: single, batch, or a flush of the ORM.
+
+    A `reported_version` ahead of the desired one, which others may have stored, is brought back to it: the device is
+    an ordinary pending one from then on.
+    """
     return {
         "desired_state": document,
         "desired_version": _C.desired_version + 1,
-        "shadow_updated_at": func.now(),
+        "reported_version": func.least(_C.reported_version, _C.desired_version),
+        "shadow_updated_at": _not_before(_C.shadow_updated_at),
     }
 
 
 def _reported_write(document: ColumnElement[Any]) -> dict[str, Any]:
     """What every report does to a row, besides the version that it may acknowledge."""
-    return {"reported_state": document, "last_seen_at": func.now()}
+    return {"reported_state": document, "last_seen_at": _not_before(_C.last_seen_at)}
+
+
+def _not_before(time: ColumnElement[Any]) -> ColumnElement[Any]:
+    """The time of a write: its transaction's, and never before the time that the row has when it is locked.
+
+    Of two writes of a row, the transaction that began first may be the one that writes last. A time of the row that is
+    more than a minute ahead (SQL by hand, a clock that was wrong) counts as one minute ahead, so that no time from the
+    far future stays.
+    """
+    # coalesce without a function of time in it, and no CASE: Citus takes these in an UPDATE, and no others.
+    known = func.coalesce(time, literal_column("TIMESTAMPTZ '-infinity'", TIMESTAMP(timezone=True)))
+    now = func.now()
+    return func.greatest(func.least(known, now + literal_column("INTERVAL '1 minute'", Interval)), now)
 
 
 @cache

@@ -14,12 +14,18 @@ How it works: the dicts and lists of a document are instances of subclasses of d
 that it is in (`parent`), and the outermost one, a `Document`, knows its object and attribute (`owner`). A change calls
 `changed()`, which goes up to the `Document` and marks the attribute.
 
+`heapq` changes a list without its methods, because it is written in C. So each list knows its items as they were when
+it was made (`seen`), and the session compares before it flushes and before it commits. Only sessions that have loaded
+documents with lists pay for that.
+
 SQLAlchemy's own `sqlalchemy.ext.mutable` notices changes at the top level only, and does not raise where this does.
 """
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from weakref import WeakSet
 
 from sqlalchemy import event, inspect
 from sqlalchemy.exc import InvalidRequestError
@@ -33,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Self, SupportsIndex
 
-    from sqlalchemy.orm import InstanceState, InstrumentedAttribute
+    from sqlalchemy.orm import InstanceState, InstrumentedAttribute, Session
 
     Owner: TypeAlias = tuple[InstanceState[Any], str]
 
@@ -43,6 +49,8 @@ STORABLE: Final = DocumentLimits(max_bytes=2**28, max_depth=200)
 
 # The key of our documents in the pickled state of an object.
 _PICKLED: Final = "iot_models._core.documents"
+# In `Session.info`: the objects whose documents have lists.
+_WATCHED: Final = "iot_models.objects_with_lists"
 
 
 class _Tracked:
@@ -130,9 +138,10 @@ class _Object(_Tracked, dict[str, Any]):
 
 
 class _Array(_Tracked, list[Any]):
-    __slots__ = ("parent",)
+    __slots__ = ("parent", "seen")
 
     parent: _Tracked | None
+    seen: tuple[object, ...]
 
     def __init__(self, values: list[Any], parent: _Tracked) -> None:
         self.parent = parent
@@ -140,6 +149,12 @@ class _Array(_Tracked, list[Any]):
         for index, value in enumerate(values):
             if isinstance(value, (dict, list)):
                 super().__setitem__(index, self._take(value))
+        self.seen = tuple(self)
+        root: _Tracked = self
+        while root.parent is not None:
+            root = root.parent
+        if isinstance(root, Document):
+            root.has_arrays = True
 
     def held(self) -> Iterable[object]:
         return self
@@ -195,12 +210,14 @@ class _Array(_Tracked, list[Any]):
 class Document(_Object):
     """The outermost dict of a document. A copy has no owner: changes to it are changes to nothing else."""
 
-    __slots__ = ("owner",)
+    __slots__ = ("has_arrays", "owner")
 
     owner: Owner | None
+    has_arrays: bool
 
     def __init__(self, values: dict[str, Any], owner: Owner | None = None) -> None:
         self.owner = owner
+        self.has_arrays = False
         super().__init__(values, None)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -267,6 +284,7 @@ class _Listeners:
         # A refresh of other columns calls this, too. Then the document is ours already, and it stays.
         if isinstance(document, dict) and not (isinstance(document, Document) and document.owner == owner):
             state.dict[self._name] = Document(document, owner)
+            _watch(state, state.dict[self._name])
 
     def assigned(self, state: InstanceState[Any], value: Any, old: object, _initiator: object) -> Any:
         if value is not None and value is not old:
@@ -306,6 +324,8 @@ def check_changes(mapped_object: object, *names: str) -> None:
     for name in names:
         attribute = state.attrs[name]
         if attribute.history.has_changes() and attribute.value is not None:
+            _settle(attribute.value)
+            _watch(state, attribute.value)
             try:
                 check_document(attribute.value, STORABLE)
             except InvalidDocument as error:
@@ -319,8 +339,53 @@ def set_committed_value(mapped_object: object, name: str, value: object) -> None
     It works for each attribute, as SQLAlchemy's function of the same name does, which does not track documents.
     """
     if isinstance(value, dict):
-        value = Document(value, (inspect(mapped_object), name))
+        state = inspect(mapped_object)
+        value = Document(value, (state, name))
+        _watch(state, value)
     attributes.set_committed_value(mapped_object, name, value)
+
+
+def notice(state: InstanceState[Any]) -> None:
+    """Mark the documents of an object as modified whose lists were changed without their methods."""
+    for name, value in list(state.dict.items()):
+        if isinstance(value, Document) and name not in state.committed_state and _differs(value):
+            value.changed()
+
+
+def _watch(state: InstanceState[Any], document: object) -> None:
+    """Have the session look for changes that lists cannot report, if the document has lists."""
+    session = state.session
+    if session is None or not isinstance(document, Document) or not document.has_arrays:
+        return
+    if _WATCHED not in session.info:
+        session.info[_WATCHED] = WeakSet()
+        event.listen(session, "before_flush", _notice_all)
+        event.listen(session, "before_commit", _notice_all)
+    session.info[_WATCHED].add(state)
+
+
+def _notice_all(session: Session, *_: object) -> None:
+    for state in list(session.info[_WATCHED]):
+        if state.session is session:
+            notice(state)
+
+
+def _differs(container: object) -> bool:
+    """Return whether a list in the document has other items than when it was made, or last settled."""
+    if isinstance(container, _Array) and not (
+        len(container) == len(container.seen) and all(map(operator.is_, container, container.seen))
+    ):
+        return True
+    return isinstance(container, _Tracked) and any(map(_differs, container.held()))
+
+
+def _settle(container: object) -> None:
+    """Take the items of all lists in a document for seen: they are about to be written."""
+    if isinstance(container, _Array):
+        container.seen = tuple(container)
+    if isinstance(container, _Tracked):
+        for value in container.held():
+            _settle(value)
 
 
 def _plain(value: object) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Final
 
-from iot_models.errors import DeviceNotFound, shown
+from iot_models.errors import DeviceNotFound, InvalidVersion, shown
 
 # Bound as bigint; the columns are integer, so that no larger number is ever current.
 _WHOLE_BOUND: Final = 2**63
@@ -39,6 +39,34 @@ def require_findable(tenant_id: str, device_id: str) -> None:
     require_text("device_id", device_id)
     if not storable_text(device_id):
         raise DeviceNotFound(tenant_id, device_id)
+
+
+_SESSIONS: Final = {
+    "AsyncSession": "use AsyncShadowService for it",
+    "async_scoped_session": "call it, and give the AsyncSession to AsyncShadowService",
+    "Session": "use ShadowService for it",
+    "scoped_session": "use ShadowService for it",
+    "Connection": "pass Session(connection)",
+    "AsyncConnection": "pass AsyncSession(connection)",
+    "Engine": "pass Session(engine)",
+    "AsyncEngine": "pass AsyncSession(engine)",
+    "sessionmaker": "call it, and pass what it returns",
+    "async_sessionmaker": "call it, and pass what it returns",
+}
+
+
+def require_session(session: object, *kinds: str) -> None:
+    """Refuse anything but a session of these kinds, by the names of SQLAlchemy's classes.
+
+    By name, because importing SQLAlchemy's async classes needs greenlet, which `import iot_models` does not.
+
+    Raises:
+        TypeError: With what to pass instead.
+    """
+    names = [cls.__name__ for cls in type(session).__mro__]
+    if not set(kinds) & set(names):
+        way = next((_SESSIONS[name] for name in names if name in _SESSIONS), f"pass SQLAlchemy's {kinds[0]}")
+        raise TypeError(f"session must be a {' or a '.join(kinds)}, got {shown(session)}: {way}")
 
 
 def require_text(name: str, value: object) -> None:
@@ -122,9 +150,16 @@ def version(name: str, value: object) -> int | None:
     """A version, or None where the caller gave none.
 
     Raises:
-        TypeError, ValueError: See `whole`.
+        InvalidVersion: If it is no int (a bool is none), negative, or too large for PostgreSQL's bigint.
     """
-    return None if value is None else whole(name, value)
+    return None if value is None else _version(name, value)
+
+
+def _version(name: str, value: object) -> int:
+    try:
+        return whole(name, value)
+    except (TypeError, ValueError):
+        raise InvalidVersion(name, value) from None
 
 
 def versions(name: str, values: Mapping[str, int] | None, *, of: Mapping[str, object]) -> dict[str, int]:
@@ -136,15 +171,16 @@ def versions(name: str, values: Mapping[str, int] | None, *, of: Mapping[str, ob
         of: The devices of the batch.
 
     Raises:
-        TypeError: If it is no mapping, or one is no int.
-        ValueError: If one is negative, or of a device that is not in the batch: it would guard nothing.
+        TypeError: If it is no mapping.
+        InvalidVersion: If one is no version.
+        ValueError: If one is of a device that is not in the batch: it would guard nothing.
     """
     if values is None:
         return {}
     require_mapping(name, values, to="versions")
     if strangers := [device_id for device_id in values if device_id not in of]:
         raise ValueError(f"{name} holds devices that the batch does not: {shown(strangers)[1:-1]}")
-    return {device_id: whole(f"{name}[{shown(device_id)}]", value) for device_id, value in values.items()}
+    return {device_id: _version(f"{name}[{shown(device_id)}]", value) for device_id, value in values.items()}
 
 
 def require_aware(name: str, value: object) -> None:

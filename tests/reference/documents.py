@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Final
 
 from iot_models import DocumentTooLarge, InvalidDocument
@@ -43,8 +44,14 @@ def storable_text(text: str) -> bool:
 
 
 def size(document: object) -> int:
-    """In bytes, as compact UTF-8."""
-    return len(json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode())
+    """In bytes, as compact UTF-8 with every number as PostgreSQL writes it: without an exponent."""
+    if isinstance(document, dict):
+        return 1 + max(1, sum(size(key) + size(value) + 2 for key, value in document.items()))
+    if isinstance(document, list):
+        return 1 + max(1, sum(size(value) + 1 for value in document))
+    if isinstance(document, float):
+        return len(format(Decimal(float.__repr__(document)), "f"))
+    return len(json.dumps(document, ensure_ascii=False).encode())
 
 
 def storable(

@@ -18,6 +18,7 @@ from iot_models import (
     DocumentLimits,
     DocumentTooLarge,
     InvalidDocument,
+    InvalidVersion,
     Report,
     Shadow,
     ShadowService,
@@ -337,16 +338,13 @@ def test_expected_versions_guard_those_that_they_name(service: ShadowService) ->
 # Arguments
 
 
-@pytest.mark.parametrize(
-    ("version", "error"),
-    [("7", TypeError), (7.0, TypeError), (True, TypeError), (None, TypeError), (-1, ValueError), (2**63, ValueError)],
-)
+@pytest.mark.parametrize("version", ["7", 7.0, True, None, -1, 2**63])
 def test_an_expected_version_that_is_no_version_is_refused_by_name(
-    session: Session, service: ShadowService, version: Any, error: type[Exception]
+    session: Session, service: ShadowService, version: Any
 ) -> None:
     with (
         counted_statements(session.connection()) as seen,
-        pytest.raises(error, match=r"expected_versions\['b'\] must be ") as caught,
+        pytest.raises(InvalidVersion, match=r"expected_versions\['b'\] must be ") as caught,
     ):
         service.replace_desired_many({"a": {}, "b": {}}, expected_versions={"a": 0, "b": version})
     assert repr(version) in str(caught.value)

@@ -6,8 +6,12 @@ import datetime as dt
 import decimal
 import enum
 import json
+import sys
 import time
-from typing import Any
+from collections import ChainMap
+from decimal import Decimal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
@@ -17,6 +21,10 @@ from iot_models import DocumentLimits, DocumentTooLarge, InvalidDocument
 from iot_models._core.documents import check_document, decode_document, encode_document
 from iot_models.errors import shown
 from tests.generated.documents import documents
+from tests.reference.documents import size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 LIMITS = DocumentLimits()
 
@@ -37,14 +45,14 @@ def test_a_document_that_json_has_is_encoded_as_the_same_document(document: dict
 
 @given(documents)
 def test_a_stored_document_is_read_as_json_reads_it_where_floats_hold_its_numbers(document: dict[str, Any]) -> None:
-    assert decode_document(json.dumps(document)) == document
+    assert decode_document(json.dumps(document), "acme", "t") == document
 
 
 @pytest.mark.parametrize(
     "number", ["0.1000000000000000000001", "-52.12345678901234567", "1" + "0" * 400 + ".5", "0.12345678901234567"]
 )
 def test_a_stored_number_that_no_float_holds_is_written_back_as_it_was(number: str) -> None:
-    assert encode_document(decode_document(f'{{"a":[{number}]}}'), LIMITS) == f'{{"a":[{number}]}}'
+    assert encode_document(decode_document(f'{{"a":[{number}]}}', "acme", "t"), LIMITS) == f'{{"a":[{number}]}}'
 
 
 def test_the_text_is_compact_utf8() -> None:
@@ -227,11 +235,14 @@ def test_a_patch_may_be_twice_as_large_as_a_document_for_what_it_removes() -> No
 
 @given(documents, st.integers(1, 200))
 def test_whatever_fits_is_never_taken_for_too_large(document: dict[str, Any], room: int) -> None:
-    size = len(json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode())
+    weight = size(document)
 
-    if size <= room:
+    if weight <= room:
         encode_document(document, DocumentLimits(max_bytes=room, max_depth=200))
-    if size <= 2 * room:
+    else:
+        with pytest.raises(DocumentTooLarge):
+            encode_document(document, DocumentLimits(max_bytes=room, max_depth=200))
+    if weight <= 2 * room:
         check_document(document, DocumentLimits(max_bytes=room, max_depth=200))
 
 
@@ -241,3 +252,58 @@ def test_whatever_fits_is_never_taken_for_too_large(document: dict[str, Any], ro
 def test_a_limit_that_makes_no_sense_is_refused(name: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{name} must be .* got {shown(value)}"):
         DocumentLimits(**{name: value})
+
+
+# Numbers weigh what PostgreSQL stores of them.
+
+
+@pytest.mark.parametrize(
+    ("number", "weight"), [(1e308, 309), (5e-324, 326), (-2.5e-7, 11), (1e16, 17), (0.0001, 6), (1e22, 23), (1.5, 3)]
+)
+def test_a_number_weighs_what_postgresql_stores_of_it(number: float, weight: int) -> None:
+    document = {"a": number}
+    encode_document(document, DocumentLimits(max_bytes=6 + weight))
+    with pytest.raises(DocumentTooLarge, match=f"{6 + weight} bytes"):
+        encode_document(document, DocumentLimits(max_bytes=5 + weight))
+
+
+@pytest.mark.parametrize(
+    "number", ["1e308", "5e-324", "0.00000012345678901234567890", "123456789012345678901234567890.5"]
+)
+def test_a_number_weighs_the_same_once_it_was_stored(number: str) -> None:
+    stored = format(Decimal(number), "f")
+    text = encode_document(decode_document(f'{{"a": {stored}}}', "acme", "t"), LIMITS)
+    assert Decimal(json.loads(text, parse_float=str, parse_int=str)["a"]) == Decimal(number)
+    document = decode_document(f'{{"a": {stored}}}', "acme", "t")
+    encode_document(document, DocumentLimits(max_bytes=len(stored) + 6))
+    with pytest.raises(DocumentTooLarge):
+        encode_document(document, DocumentLimits(max_bytes=len(stored) + 5))
+
+
+@pytest.mark.parametrize("number", [5e-324, 10**4299])
+def test_few_bytes_of_memory_that_are_a_huge_document_are_refused_after_few_of_them(number: float) -> None:
+    class Counted(list[float]):
+        looked_at = 0
+
+        def __iter__(self) -> Iterator[float]:
+            for value in super().__iter__():
+                Counted.looked_at += 1
+                yield value
+
+    with pytest.raises(DocumentTooLarge, match="more than 65,536 bytes"):
+        encode_document({"a": Counted([number] * 60_000)}, LIMITS)
+    assert Counted.looked_at < 300
+
+
+def test_the_bound_of_digits_is_the_processs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "get_int_max_str_digits", lambda: 640)
+    encode_document({"a": 10**639}, LIMITS)
+    with pytest.raises(InvalidDocument, match="an integer of more than 640 digits"):
+        encode_document({"a": 10**640}, LIMITS)
+    monkeypatch.setattr(sys, "get_int_max_str_digits", lambda: 0)
+    encode_document({"a": 10**4299}, LIMITS)
+
+
+def test_any_mapping_is_a_document() -> None:
+    assert encode_document(MappingProxyType({"a": 1}), LIMITS) == '{"a":1}'
+    check_document(ChainMap({"a": 1}), LIMITS)

@@ -13,9 +13,11 @@ from iot_models import (
     DeviceNotFound,
     DocumentTooLarge,
     InvalidDocument,
+    InvalidVersion,
     IotModelsError,
     LateReport,
     UnknownVersion,
+    UnreadableShadow,
     VersionConflict,
 )
 
@@ -24,6 +26,8 @@ ERRORS: dict[type[IotModelsError], tuple[IotModelsError, int, dict[str, object],
     VersionConflict: (VersionConflict("d1", 7, 8), 409, {"device_id": "d1", "expected": 7, "actual": 8}, "read the shadow again"),
     LateReport: (LateReport("d1", 3, 5), 409, {"device_id": "d1", "acked": 3, "current": 5}, "drop it"),
     UnknownVersion: (UnknownVersion("d1", 9, 5), 400, {"device_id": "d1", "acked": 9, "desired": 5}, "fetch its shadow again"),
+    UnreadableShadow: (UnreadableShadow("acme", "d1", "is null"), 500, {"tenant_id": "acme", "device_id": "d1", "reason": "is null"}, "replace that document"),
+    InvalidVersion: (InvalidVersion("acked_version", -1), 400, {"name": "acked_version", "value": -1}, "an integer from 0"),
     InvalidDocument: (InvalidDocument("/a", "nope"), 400, {"path": "/a", "reason": "nope"}, "nope"),
     DocumentTooLarge: (DocumentTooLarge("", "too much"), 413, {"path": "", "reason": "too much"}, "at its root"),
 }  # fmt: skip
@@ -64,6 +68,7 @@ def test_every_exported_error_is_covered_here_and_stands_under_the_one_base() ->
     [
         (DeviceNotFound, LookupError),
         (UnknownVersion, ValueError),
+        (InvalidVersion, ValueError),
         (InvalidDocument, ValueError),
         (DocumentTooLarge, InvalidDocument),
     ],

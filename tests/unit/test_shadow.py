@@ -149,3 +149,8 @@ def test_to_dict_is_what_an_http_api_returns() -> None:
 )  # fmt: skip
 def test_explain_says_in_one_sentence_how_the_device_stands(changes: dict[str, Any], sentence: str) -> None:
     assert shadow(**changes).explain(NOW) == sentence
+
+
+def test_equal_shadows_have_equal_hashes() -> None:
+    assert hash(shadow(desired={"a": [1]})) == hash(shadow(desired={"a": [1.0]}))
+    assert len({shadow(desired_version=8), shadow(desired_version=8), shadow(desired_version=9)}) == 2

@@ -1,0 +1,28 @@
+"""What is read from a `jsonb` column, and when that is no document. SQL by hand can store what no shadow holds."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from iot_models.errors import shown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def read_json(text: str, parse_float: Callable[[str], Any] | None = None) -> Any:
+    """The value that a JSON text stands for; the text itself where Python cannot hold the value."""
+    try:
+        return json.loads(text, parse_float=parse_float)
+    except (ValueError, RecursionError):
+        return text
+
+
+def why_no_document(value: object) -> str | None:
+    """Why a value that `Document` read cannot be shown as a document; None if it can."""
+    if isinstance(value, dict):
+        return None
+    if isinstance(value, str) and value.startswith(("{", "[")):
+        return "Python cannot hold a number in it (more than 4,300 digits), or it is nested too deep"
+    return f"is no JSON object but {'null' if value is None else shown(value)}"
