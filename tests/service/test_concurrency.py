@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from iot_models import LateReport, Shadow, ShadowService, VersionConflict
+from iot_models import LateReport, Report, Shadow, ShadowService, VersionConflict
 from tests.databases.devices import DEVICE, TENANT, add_device
 from tests.databases.statements import counted_statements
 
@@ -191,3 +191,36 @@ def test_a_patch_waits_for_a_transaction_that_wrote_and_then_merges_in_two_state
         assert waiting.result(timeout=10).desired == {"first": 1, "second": 2}
     first.close()
     assert len(statements) == 2
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda service: service.replace_desired(DEVICE, {}),
+        lambda service: service.patch_desired(DEVICE, {}),
+        lambda service: service.replace_reported(DEVICE, {}),
+        lambda service: service.patch_reported(DEVICE, {}),
+        lambda service: service.replace_desired_many({DEVICE: {}}),
+        lambda service: service.patch_desired_many([DEVICE], {}),
+        lambda service: service.replace_reported_many([Report(DEVICE, {})]),
+        lambda service: service.replace_reported_many([Report(DEVICE, {}), Report(DEVICE, {})]),
+    ],
+)
+def test_a_row_that_refers_to_a_device_is_inserted_beside_an_open_write_of_it(
+    fleet: Engine, write: Callable[[ShadowService], object]
+) -> None:
+    refer = text("INSERT INTO machine VALUES (:tenant, :device)")
+    with fleet.begin() as connection:
+        connection.execute(
+            text("""CREATE TABLE IF NOT EXISTS machine (
+                      tenant_id text, device_id text,
+                      FOREIGN KEY (tenant_id, device_id) REFERENCES device_state (tenant_id, device_id))""")
+        )
+    with Session(fleet) as writing, fleet.connect() as other:
+        write(ShadowService(writing, TENANT))
+        other.execute(text("SET LOCAL lock_timeout = '1s'"))
+        other.execute(refer, {"tenant": TENANT, "device": DEVICE})
+        other.rollback()
+        writing.rollback()
+    with fleet.begin() as connection:
+        connection.execute(text("DROP TABLE machine"))
