@@ -77,7 +77,7 @@ class DeviceState(Base):
     last_seen_at: Mapped[datetime | None]
     last_state_change_at: Mapped[datetime] = mapped_column(server_default=func.now())
     state: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
-    # Active history: on an expired object, setting either loads the row first, and so the version that guards it.
+    # Active history: setting either on an expired object loads the row first, and with it the version that guards it.
     desired_state: Mapped[dict[str, Any]] = mapped_column(
         server_default=text("'{}'"),
         active_history=True,

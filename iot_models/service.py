@@ -46,8 +46,8 @@ class ShadowService:
         session: The caller's session, in a transaction or in AUTOCOMMIT mode; or a `scoped_session`, whose session of
             the current scope is used by each call.
         tenant_id: The only tenant whose devices exist here.
-        limits: What a document may weigh.
-        stale_after: The silence after which a shadow's `sync_status` is `stale`.
+        limits: How large and how deep a document may be.
+        stale_after: A device that was not heard from for longer has the `sync_status` `stale`.
         bind_tenant: Whether to bind each transaction to the tenant first, for row level security: see
             `iot_models.tenancy`.
 
@@ -320,10 +320,10 @@ class ShadowService:
         return self._page(statements.pending_page, limit, after)
 
     def iter_pending(self, *, batch_size: int = 1000) -> Iterator[Shadow]:
-        """All devices that have yet to acknowledge the newest version, by `device_id`, in pages under the hood.
+        """All devices that have yet to acknowledge the newest version, by `device_id`, read page by page.
 
-        No cursor stays open: write and commit while you iterate, as you like. No more than a page is in memory. Each
-        page is as fresh as its statement; a device that becomes pending behind the place reached is not met.
+        No cursor stays open, so you may write and commit while you iterate. One page is in memory at a time. Each page
+        is read when it is reached; a device that becomes pending with a lower `device_id` than the last one is left out.
 
         Args:
             batch_size: How many are read by one statement.
@@ -342,7 +342,7 @@ class ShadowService:
     def drifted(self, *, limit: int = 100, after: str | None = None) -> list[Shadow]:
         """A page of the devices that acknowledged the newest version and yet run something else, by `device_id`.
 
-        Those whose `Shadow.is_drifted` is true. No index knows them: a page reads on until it is full.
+        Those whose `Shadow.is_drifted` is true. No index holds them: a page reads rows until it is full.
 
         Args:
             limit: How many at most; 0 gives none.

@@ -1,8 +1,8 @@
 """What the service writes is shown by the objects that the session has loaded, and taken back with a savepoint.
 
-SQLAlchemy does both for what it flushed itself. The service writes beside the flush: an object that kept the values of
-before would be out of date, and one that kept the values of a write that a savepoint took back would carry a version
-that never was. The version guard would then let it overwrite the next write of that version.
+SQLAlchemy does both for what it flushed itself, but the service writes without a flush. An object that kept its old
+values would be out of date. An object that kept the values of a write that a savepoint took back would have a version
+that its row never had, and the version guard would let it overwrite the next write with that version.
 """
 
 from __future__ import annotations

@@ -64,10 +64,10 @@ _OF_DEVICE: Final = _C.device_id == bindparam("device", type_=Text)
 
 
 class _ArrayAsText(TypeDecorator[Iterable[object]]):
-    """An array in PostgreSQL's own writing.
+    """An array as PostgreSQL's array literal.
 
-    psycopg writes a list element by element in Python: of a thousand documents that takes longer than all the rest of
-    the batch.
+    psycopg dumps a list element by element in Python, which for a thousand documents takes longer than the rest of the
+    batch.
     """
 
     impl = Text
@@ -147,8 +147,8 @@ def versions() -> Select[int, int]:
 def locked_document(section: Section) -> Select[str, int, int]:
     """One section as JSON text and both versions, the row locked until the transaction ends. Binds `tenant`, `device`.
 
-    As text, because the engine's own JSON deserializer may round numbers, and what is read here is written back. The
-    lock is the one that an UPDATE takes: foreign keys to the row are not held up.
+    As text, so that no number is rounded: what is read here is written back. The lock is the one that an UPDATE takes,
+    `FOR NO KEY UPDATE`: inserting a row with a foreign key to this one does not wait.
     """
     return (
         select(cast(_C[section], Text).label("document"), _C.desired_version, _C.reported_version)
@@ -161,7 +161,7 @@ def locked_document(section: Section) -> Select[str, int, int]:
 def write_desired(*, guarded: bool) -> ShadowUpdate:
     """Set the desired document and raise its version by one. Binds `tenant`, `device`, `document`.
 
-    Guarded, it writes only where `desired_version` is still the bound `expected`.
+    If guarded, it writes only a row whose `desired_version` is the bound `expected`.
     """
     guard = [_C.desired_version == bindparam("expected", type_=BigInteger)] if guarded else []
     return update(TABLE).where(_OF_TENANT, _OF_DEVICE, *guard).values(_desired_write(_DOCUMENT)).returning(*_SHADOW)
@@ -171,15 +171,16 @@ def write_desired(*, guarded: bool) -> ShadowUpdate:
 def write_reported(*, acked: bool, unchanged: bool) -> ShadowUpdate:
     """Set the reported document and `last_seen_at`. Binds `tenant`, `device`, `document`.
 
-    Acked, it also sets `reported_version` to the bound `acked`, and writes only where that is neither older than what
-    is stored nor newer than what was asked. Unchanged, it writes only where the document is still the bound `seen`
-    (JSON text): reported documents have no version of their own.
+    If acked, it also sets `reported_version` to the bound `acked`, and writes only a row for which that version is
+    neither late nor unknown. If unchanged, it writes only a row whose reported document is still the bound `seen` (JSON
+    text), because reported documents have no version of their own.
     """
     values = _reported_write(_DOCUMENT)
     guard: list[ColumnElement[bool]] = []
     if acked:
         version = bindparam("acked", type_=BigInteger)
-        # The guard makes this :acked. Alone, it would be cast to integer while planning, and fail before any guard.
+        # Where the guard holds, this is :acked. Alone, PostgreSQL would cast :acked to integer while it plans the
+        # statement, and a number that is too large would fail before the guard could refuse it.
         values["reported_version"] = func.least(version, _C.desired_version)
         guard.append(conditions.accepted(version, _C))
     if unchanged:
@@ -197,8 +198,8 @@ def versions_of_many() -> Select[str, int]:
 def locked_versions() -> Select[str, int, int]:
     """`device_id` and both versions of several devices, their rows locked. Binds `tenant`, `devices` (an array).
 
-    Rows are locked as `locked_document` does, in the order of `device_id`: the database's, whatever Python's is. All
-    batches lock in that order, so that two of them wait for each other and never deadlock.
+    Rows are locked as `locked_document` does, in the order that the database gives `device_id`. All batches lock in that
+    order, so two batches wait for each other and never deadlock.
     """
     return (
         select(_C.device_id, _C.desired_version, _C.reported_version)
@@ -226,8 +227,8 @@ def locked_desired_documents() -> Select[str, str, int]:
 def write_desired_many() -> ShadowUpdate:
     """Set the desired documents of several devices and raise their versions, all or none; binds `tenant` and arrays.
 
-    The arrays are `devices` (each once), `documents` and `expected` (NULL: any version). First the rows that are there
-    at the expected version are locked, in order. Only if these are all of them anything is written.
+    The arrays are `devices` (each once), `documents` and `expected` (NULL: any version). First the rows at their
+    expected version are locked, in order. The statement writes only if these are all the devices of the batch.
     """
     wanted = _rows_of("wanted", expected=BigInteger())
     new = _rows_of("new", documents=Text())
@@ -245,15 +246,17 @@ def write_desired_many() -> ShadowUpdate:
 def write_reported_many(*, decided: bool) -> ReturningUpdate[str, int, int]:
     """Set the reported documents of several devices, `reported_version` and `last_seen_at`; binds `tenant` and arrays.
 
-    The arrays are `devices` (each once), `documents` and `acked` (NULL: as it is). A row is written under the guard of
-    `write_reported`. Decided, the arrays `desired` and `reported` say for which versions that was settled before: a row
-    whose versions are others is left alone. Returns who was written, and both versions.
+    The arrays are `devices` (each once), `documents` and `acked` (NULL: leave `reported_version` as it is). A row is
+    written under the guard of `write_reported`. If decided, the reports were judged before the statement, and the arrays
+    `desired` and `reported` are the versions that they were judged by: only a row at these versions is written. Returns
+    the devices written, and both versions.
 
-    All rows are locked, in order, before the first is written, also those that the guard then refuses: whoever asks
-    afterwards why does not lock out of order, and finds what the guard saw.
+    All rows are locked, in order, before the first one is written, including those that the guard then refuses. So a
+    statement that reads them afterwards does not lock out of order, and finds the versions that the guard found.
 
-    The documents go through the sort of that, where a second table of them would have to be joined to who is locked: a
-    generic plan (psycopg prepares what it has run five times) takes both for ten rows and compares each with each.
+    The documents pass through the CTE that locks. A join of the locked rows with a second table of documents would be
+    slow: in a generic plan (psycopg prepares a statement at its fifth run) PostgreSQL expects ten rows of each and
+    compares every row with every other one.
     """
     arrays = {"desired": BigInteger(), "reported": BigInteger()} if decided else {}
     new = _rows_of("new", documents=Text(), acked=BigInteger(), **arrays)
@@ -286,9 +289,9 @@ def _rows_of(name: str, **arrays: TypeEngine[Any]) -> TableValuedAlias:
 
 
 def _locked(of: TableValuedAlias, *guard: ColumnElement[bool], carrying: Sequence[ColumnElement[Any]] = ()) -> CTE:
-    """Who of these devices passes the guard, locked in the order of `device_id`.
+    """The rows of these devices for which the guard holds, locked in the order of `device_id`.
 
-    The guard sees a row as it is once it is locked.
+    The guard is evaluated on a row as it is when it is locked.
     """
     return (
         select(_LOCKED.c.device_id, *carrying)
@@ -305,11 +308,11 @@ def _locked(of: TableValuedAlias, *guard: ColumnElement[bool], carrying: Sequenc
 def pending_page(*, after: bool) -> ShadowSelect:
     """A page of the devices that have not acknowledged the newest version, by `device_id`. Binds `tenant`, `limit`.
 
-    With `after`, those that come behind the bound `after`: a keyset, so that a deep page costs what the first does.
+    With `after`, the page begins behind the bound `after` (keyset pagination): a late page costs as much as the first.
 
-    Read in the order of the index that revision 077 made. The subquery hides the limit from the planner: where it takes
-    a backlog to be no longer than that (a table that was never analysed, a tenant that was just loaded), it would sort
-    the whole of it for each page. Not knowing, it goes for the first rows of an order that is there.
+    The rows are read in the order of the index of revision 077. The subquery hides the limit from the planner. If the
+    planner knew it, and expected no more pending devices than that (a table without statistics, a tenant whose rows
+    were just loaded), it would sort all of them for each page. Without it, it reads the index in order.
     """
     behind = [_C.device_id > bindparam("after", type_=Text)] if after else []
     limit = select(bindparam("limit", type_=BigInteger)).scalar_subquery()
