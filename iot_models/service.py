@@ -323,7 +323,7 @@ class ShadowService:
         """All devices that have yet to acknowledge the newest version, by `device_id`, read page by page.
 
         No cursor stays open, so you may write and commit while you iterate. One page is in memory at a time. Each page
-        is read when it is reached; a device that becomes pending with a lower `device_id` than the last one is left out.
+        is read when it is reached; a device that becomes pending before the place that was reached is left out.
 
         Args:
             batch_size: How many are read by one statement.

@@ -198,8 +198,8 @@ def versions_of_many() -> Select[str, int]:
 def locked_versions() -> Select[str, int, int]:
     """`device_id` and both versions of several devices, their rows locked. Binds `tenant`, `devices` (an array).
 
-    Rows are locked as `locked_document` does, in the order that the database gives `device_id`. All batches lock in that
-    order, so two batches wait for each other and never deadlock.
+    Rows are locked as `locked_document` does, in the order that the database gives `device_id`. All batches lock in
+    that order, so two batches wait for each other and never deadlock.
     """
     return (
         select(_C.device_id, _C.desired_version, _C.reported_version)
@@ -247,9 +247,9 @@ def write_reported_many(*, decided: bool) -> ReturningUpdate[str, int, int]:
     """Set the reported documents of several devices, `reported_version` and `last_seen_at`; binds `tenant` and arrays.
 
     The arrays are `devices` (each once), `documents` and `acked` (NULL: leave `reported_version` as it is). A row is
-    written under the guard of `write_reported`. If decided, the reports were judged before the statement, and the arrays
-    `desired` and `reported` are the versions that they were judged by: only a row at these versions is written. Returns
-    the devices written, and both versions.
+    written under the guard of `write_reported`. If decided, the reports were judged before the statement, and the
+    arrays `desired` and `reported` are the versions that they were judged by: only a row at these versions is written.
+    Returns the devices written, and both versions.
 
     All rows are locked, in order, before the first one is written, including those that the guard then refuses. So a
     statement that reads them afterwards does not lock out of order, and finds the versions that the guard found.
