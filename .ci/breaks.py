@@ -36,15 +36,15 @@ class Break:
     tests: tuple[str, ...]
 
 
-DESIRED = "tests/integration/test_service_desired.py"
-REPORTED = "tests/integration/test_service_reported.py"
-BATCHES = "tests/integration/test_service_batches.py"
-REPORTS = "tests/integration/test_service_batch_reports.py"
-READS = "tests/integration/test_service_reads.py"
-FLEET = "tests/integration/test_service_fleet.py"
-CONCURRENCY = "tests/integration/test_service_concurrency.py"
-SESSION = "tests/integration/test_service_in_a_session.py"
-ORM = "tests/integration/test_orm_guard.py"
+DESIRED = "tests/service/test_desired.py"
+REPORTED = "tests/service/test_reported.py"
+BATCHES = "tests/service/test_batches.py"
+REPORTS = "tests/service/test_batch_reports.py"
+READS = "tests/service/test_reads.py"
+FLEET = "tests/service/test_fleet.py"
+CONCURRENCY = "tests/service/test_concurrency.py"
+SESSION = "tests/service/test_in_a_session.py"
+ORM = "tests/service/test_orm_guard.py"
 ROLLBACK = "tests/migrations/test_rollback.py"
 TWIN = "tests/unit/test_twin.py"
 

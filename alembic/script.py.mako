@@ -12,8 +12,13 @@ down_revision = ${repr(down_revision)}
 branch_labels = ${repr(branch_labels)}
 depends_on = ${repr(depends_on)}
 
+# What this revision adds to which table, as PostgreSQL prints it: {name: (type, whether NOT NULL, default)} for columns,
+# {name: definition from USING on} for indexes. The first revision that an upgrade runs compares it with the database.
+ADDS = {"device_state": {"columns": {}, "indexes": {}}}
+
 
 def upgrade() -> None:
+    op.expect_table("device_state", added_since=revision)
     ${upgrades if upgrades else "pass"}
 
 

@@ -1,4 +1,4 @@
-"""Engines with the settings that a service relies on, and database URLs: where they come from, what they mean."""
+"""Engines with the settings that a service needs, and database URLs: where they come from and what they mean."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ _APPLICATION_NAME: Final = "iot_models"
 _STATEMENT_TIMEOUT: Final = timedelta(seconds=30)
 _IDLE_IN_TRANSACTION_TIMEOUT: Final = timedelta(seconds=60)
 
-# Compact UTF-8, as documents are measured. NaN is no JSON: refused here with ValueError, not by the server.
+# Compact UTF-8: the form in which documents are measured. NaN is not JSON: it is refused here, with ValueError, and not
+# by the server.
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
@@ -42,36 +43,38 @@ def create_engine(
 ) -> Engine:
     """SQLAlchemy's `create_engine` with the URL rules of `database_url` and the settings that a service needs.
 
-    Set here: `pool_pre_ping`, so that a restarted server costs nobody an error; an application name; the two timeouts;
-    a JSON serializer that writes compact UTF-8 and refuses NaN. All give way to what is passed, in `options` or in the
-    URL (`?application_name=...`, `?options=-c statement_timeout=5s`), and the rest of what is passed is kept.
+    The settings are: `pool_pre_ping`, so that no call fails because the server was restarted; an application name; the
+    two timeouts; a JSON serializer that writes compact UTF-8 and refuses NaN. What the caller passes comes first, in
+    `options` or in the URL (`?application_name=...`, `?options=-c statement_timeout=5s`); the other settings stay.
 
-    The unit of work decides the transaction mode:
+    Choose the transaction mode by what belongs together:
 
-    * Several statements that stand or fall together: the default, `with Session(engine) as session, session.begin()`.
+    * Several statements that succeed or fail together: the default, `with Session(engine) as session, session.begin()`.
     * One service call and nothing else (a device's report, a read): `isolation_level="AUTOCOMMIT"` saves `BEGIN` and
-      `COMMIT`, two round trips of four (the ping and the statement remain): half of the time where the network counts,
-      a sixth on the server's own host. Each call is then final at once, and a rollback undoes nothing. Where a service
-      does both, `engine.execution_options(isolation_level="AUTOCOMMIT")` shares one pool.
+      `COMMIT`, two round trips of four (the ping and the statement remain). That is half of the time over a network,
+      and a sixth on the server's own host. Each call is then committed at once, and a rollback undoes nothing. A
+      service that does both shares one pool by `engine.execution_options(isolation_level="AUTOCOMMIT")`.
 
-    Behind PgBouncer in transaction mode: it refuses the timeouts at connect unless `ignore_startup_parameters` names
-    them; pass None for both here and set them by `ALTER ROLE`. psycopg prepares what it has run five times: pass
+    PgBouncer in transaction mode refuses the timeouts at connect unless its `ignore_startup_parameters` names them:
+    pass None for both here, and set them by `ALTER ROLE`. psycopg prepares a statement that it has run five times: pass
     `connect_args={"prepare_threshold": None}` unless PgBouncer tracks prepared statements
     (`max_prepared_statements`, 1.22 or newer, with libpq 17 or newer).
 
     Args:
-        url: A PostgreSQL URL; None takes the environment's, see `database_url`.
-        application_name: What `pg_stat_activity` and the server's log call these connections, where neither the URL
-            nor PGAPPNAME names them.
-        statement_timeout: After this (30 s) the server cancels a statement; None leaves it to the server, zero switches
-            it off.
-        idle_in_transaction_session_timeout: After this (60 s) the server ends a connection whose open transaction does
-            nothing: its locks hold up others, and vacuum. None and zero as above.
-        options: SQLAlchemy's own: `pool_size`, `isolation_level`, `connect_args`, `echo` and so on.
+        url: A PostgreSQL URL. None: the environment's, see `database_url`.
+        application_name: The name of these connections in `pg_stat_activity` and in the server's log, if neither the
+            URL nor PGAPPNAME sets one.
+        statement_timeout: The server cancels a statement that takes longer (30 s). None leaves this to the server, zero
+            switches it off.
+        idle_in_transaction_session_timeout: The server ends a connection whose open transaction does nothing for longer
+            (60 s): its locks would block other transactions, and it would keep vacuum from cleaning up. None and zero
+            as above.
+        options: Options of SQLAlchemy's `create_engine`: `pool_size`, `isolation_level`, `connect_args`, `echo` and so
+            on.
 
     Raises:
-        ImportError: If the driver that the URL names is not installed; the message says what to do.
-        ValueError: If there is no URL, it is not PostgreSQL's, or its driver is unknown or an async one.
+        ImportError: If the driver that the URL names is not installed. The message says what to do.
+        ValueError: If there is no URL, if it is not PostgreSQL's, or if its driver is unknown or async.
 
     Example:
         >>> engine = create_engine(pool_size=10, statement_timeout=timedelta(seconds=5))
@@ -93,14 +96,15 @@ def create_async_engine(
     idle_in_transaction_session_timeout: timedelta | None = _IDLE_IN_TRANSACTION_TIMEOUT,
     **options: Any,
 ) -> AsyncEngine:
-    """The same for asyncio: psycopg's async mode, or asyncpg where the URL names it (`postgresql+asyncpg://`).
+    """The same for asyncio: psycopg's async mode, or asyncpg if the URL names it (`postgresql+asyncpg://`).
 
-    Everything said at `create_engine` holds. asyncpg takes server settings from `connect_args` only
-    (`{"server_settings": {...}}`), not from the URL; behind PgBouncer it needs what SQLAlchemy's page on asyncpg says.
+    All that `create_engine` says holds here too. asyncpg takes server settings from `connect_args` only
+    (`{"server_settings": {...}}`), not from the URL. Behind PgBouncer, asyncpg needs what SQLAlchemy's page about it
+    describes.
 
     Raises:
-        ImportError: If greenlet or asyncpg is missing; the message says what to install.
-        ValueError: If there is no URL, it is not PostgreSQL's, or its driver is unknown or has no async mode.
+        ImportError: If greenlet or asyncpg is missing. The message says what to install.
+        ValueError: If there is no URL, if it is not PostgreSQL's, or if its driver is unknown or has no async mode.
 
     Example:
         >>> engine = create_async_engine(pool_size=10)
@@ -113,7 +117,7 @@ def create_async_engine(
         raise ValueError(f"{target.drivername} has no async mode: use postgresql+psycopg, or postgresql+asyncpg")
     if target.get_driver_name() == "asyncpg":
         _require("asyncpg", "asyncpg")
-    from sqlalchemy.ext import asyncio  # noqa: PLC0415 - needs greenlet, which a synchronous installation has not
+    from sqlalchemy.ext import asyncio  # noqa: PLC0415 - needs greenlet, which synchronous use does not
 
     timeouts = _settings(statement_timeout, idle_in_transaction_session_timeout)
     return asyncio.create_async_engine(target, **_with_defaults(target, application_name, timeouts, options))
@@ -130,7 +134,7 @@ def import_driver(url: URL) -> None:
     """Load the driver that a URL names.
 
     Raises:
-        ImportError: If it is not installed, or (psycopg) finds no libpq; the message says what to do.
+        ImportError: If it is not installed, or if it is psycopg and there is no libpq. The message says what to do.
     """
     try:
         url.get_dialect().import_dbapi()
@@ -144,7 +148,7 @@ def import_driver(url: URL) -> None:
 
 
 def _settings(statement: timedelta | None, idle: timedelta | None) -> dict[str, str]:
-    """The timeouts that were asked for, in milliseconds, rounded up: 0 would switch one off."""
+    """The timeouts that the caller wants, in milliseconds. Rounded up, because 0 would switch a timeout off."""
     timeouts = {"statement_timeout": statement, "idle_in_transaction_session_timeout": idle}
     return {
         name: str(math.ceil(value / timedelta(milliseconds=1))) for name, value in timeouts.items() if value is not None
@@ -159,9 +163,9 @@ def _with_defaults(
         settings = {"application_name": application_name} | timeouts | given.get("server_settings", {})
         connect_args = given | {"server_settings": settings}
     else:
-        # libpq's own kind of default: gives way to application_name wherever that is set, and to PGAPPNAME.
+        # libpq takes it only if nothing else sets application_name, PGAPPNAME included.
         connect_args = {"fallback_application_name": application_name} | given
-        # Of what is said twice, the server takes the last. libpq reads PGOPTIONS only where nothing else is given.
+        # The server takes the last value of a setting. libpq reads PGOPTIONS only if there are no options.
         ours = [f"-c {name}={value}" for name, value in timeouts.items()]
         theirs = [*url.normalized_query.get("options", ()), *filter(None, [given.get("options")])]
         merged = " ".join([*ours, *(theirs or filter(None, [os.environ.get("PGOPTIONS")]))])
@@ -171,7 +175,7 @@ def _with_defaults(
 
 
 def normalize_url(url: str | URL) -> URL:
-    """The URL with psycopg 3 as its driver where it names none (`postgres://`, `postgresql://`).
+    """The URL with psycopg 3 as its driver if it names none (`postgres://`, `postgresql://`).
 
     A URL that names a driver keeps it.
 
@@ -180,16 +184,16 @@ def normalize_url(url: str | URL) -> URL:
         'postgresql+psycopg://iot@db/iotcloud'
 
     Raises:
-        ValueError: If it is no URL, of another database than PostgreSQL, or names a driver that SQLAlchemy does not
-            know. The message hides the password.
+        ValueError: If it is not a URL, if it is for another database than PostgreSQL, or if it names a driver that
+            SQLAlchemy does not know. The message hides the password.
     """
     try:
         parsed = make_url(url)
-    except (ArgumentError, ValueError) as error:  # ValueError: a port that is no number
-        # Not the URL itself: what cannot be parsed cannot be masked, and it may hold a password.
+    except (ArgumentError, ValueError) as error:  # ValueError: the port is not a number
+        # Without the URL: it cannot be parsed, so a password in it cannot be masked.
         raise ValueError(f"not a database URL: {_WRITE_IT_AS}") from error
     if not all(map(storable_text, _texts(parsed))):
-        raise ValueError(f"not a database URL, for it holds NUL or a lone surrogate: {_WRITE_IT_AS}")
+        raise ValueError(f"not a database URL, because it contains NUL or a lone surrogate: {_WRITE_IT_AS}")
     if parsed.drivername in {"postgres", "postgresql"}:
         return parsed.set(drivername="postgresql+psycopg")
     if parsed.get_backend_name() != "postgresql":
@@ -204,12 +208,12 @@ def normalize_url(url: str | URL) -> URL:
 
 
 def masked(url: URL) -> str:
-    """The URL for people to read: no password in it, also none of those that libpq takes as options."""
+    """The URL as people may see it: without its password, and without those that libpq takes as options."""
     return url.difference_update_query(["password", "sslpassword"]).render_as_string()
 
 
 def _texts(url: URL) -> Iterator[str]:
-    """All that a URL holds, unescaped."""
+    """Every text in a URL, unescaped."""
     yield from (str(part) for part in url[:-1])
     for name, values in url.normalized_query.items():
         yield from (name, *values)
@@ -218,10 +222,10 @@ def _texts(url: URL) -> Iterator[str]:
 def database_url(explicit: str | URL | None = None, *, fallback: str | None = None) -> URL:
     """The URL to use: `explicit`, else `IOT_MODELS_DATABASE_URL`, else `DATABASE_URL`, else `fallback`.
 
-    Empty values count as absent.
+    An empty value counts as absent.
 
     Raises:
-        ValueError: If there is none (the message lists the ways to give one), or it is refused by `normalize_url`.
+        ValueError: If there is none (the message lists the ways to give one), or if `normalize_url` refuses it.
     """
     candidates = (explicit, *(os.environ.get(name) for name in URL_VARIABLES), fallback)
     for candidate in candidates:

@@ -1,12 +1,12 @@
 """Tenants kept apart by PostgreSQL itself, for teams that want it: row level security on `device_state`.
 
-It is off until a team calls `enable`, once for each role that its application logs in as; no migration switches it on
-or off. From then on that role sees and writes the rows of one tenant: the one that the transaction was bound to by
-`bind_tenant`, or by a `ShadowService` made with `bind_tenant=True`. In a transaction that was bound to none there are
-no rows. The owner of the table, who migrates it, sees them all.
+It is off until a team calls `enable`, once for each role that its application logs in as. No migration switches it on
+or off. From then on that role reads and writes the rows of one tenant: the tenant to which the transaction is bound, by
+`bind_tenant` or by a `ShadowService` made with `bind_tenant=True`. In a transaction that is not bound to a tenant there
+are no rows. The owner of the table, which is the role that migrates it, sees all rows.
 
-Forgotten conditions are what it protects from, in the ORM, in a report, in raw SQL. Not from code that binds another
-tenant: whoever may run any SQL as that role may do so.
+It protects from a forgotten condition in the ORM, in a report or in raw SQL. It does not protect from code that binds
+another tenant: code that can run any SQL as that role can do that, too.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
 from iot_models._core import validation
+from iot_models._core.database_errors import LOCK_NOT_AVAILABLE, sqlstate
 from iot_models.models import DeviceState
 
 if TYPE_CHECKING:
@@ -34,11 +35,10 @@ POLICY: Final = "iot_models_tenant"
 SETTING: Final = "app.tenant_id"
 
 _TABLE: Final = DeviceState.__tablename__
-# Spelled as PostgreSQL spells it back, to be compared. Never '': that is what a setting falls back to when its
-# transaction ends, on a connection that goes on.
+# Written as PostgreSQL writes it back, because the two are compared. Never '': a setting that was set in a transaction
+# is '' after it, for as long as the connection lives.
 _RULE: Final = f"((tenant_id = current_setting('{SETTING}'::text, true)) AND (tenant_id <> ''::text))"
 _BINDS: Final = {"table": _TABLE, "policy": POLICY, "rule": _RULE}
-_LOCK_NOT_AVAILABLE: Final = "55P03"
 _BOUND: Final = "iot_models.tenancy.bound"
 
 _POLICY_NOW: Final = text("""
@@ -49,27 +49,27 @@ _POLICY_NOW: Final = text("""
      WHERE c.oid = to_regclass(:table) AND p.polname = :policy
 """)
 
-# What a role is, and what it can become by SET ROLE, counts alike.
+# A role counts as all that it can become by SET ROLE.
 _WAYS_AROUND: Final = text("""
     WITH role AS (
       SELECT r.oid, r.rolsuper, r.rolbypassrls, r.rolname,
-             CASE WHEN r.oid = me.oid THEN 'it' ELSE quote_ident(r.rolname) END AS who
+             CASE WHEN r.oid = me.oid THEN 'it' ELSE quote_ident(r.rolname) END AS subject
         FROM pg_roles me JOIN pg_roles r
           ON r.oid = me.oid OR NOT me.rolsuper AND pg_has_role(me.oid, r.oid, 'MEMBER')
        WHERE me.rolname = :role),
     target AS (SELECT oid, relowner, relacl FROM pg_class WHERE oid = to_regclass(:table))
-    SELECT who || CASE WHEN rolsuper THEN ' is a superuser' ELSE ' has BYPASSRLS' END AS way
+    SELECT subject || CASE WHEN rolsuper THEN ' is a superuser' ELSE ' has BYPASSRLS' END AS way
       FROM role WHERE rolsuper OR rolbypassrls
     UNION ALL
-    SELECT who || ' owns the table' FROM role JOIN target ON relowner = role.oid
+    SELECT subject || ' owns the table' FROM role JOIN target ON relowner = role.oid
     UNION ALL
-    SELECT format('%s may use what no policy limits (REVOKE %s ON %s FROM %s)', coalesce(who, 'everybody'),
+    SELECT format('%s may use what no policy limits (REVOKE %s ON %s FROM %s)', coalesce(subject, 'everybody'),
                   string_agg(privilege_type, ', ' ORDER BY privilege_type), target.oid::regclass,
                   coalesce(quote_ident(rolname), 'PUBLIC'))
       FROM target CROSS JOIN aclexplode(relacl) LEFT JOIN role ON role.oid = grantee
      WHERE privilege_type IN ('REFERENCES', 'TRIGGER', 'TRUNCATE') AND grantee <> relowner
        AND (grantee = 0 OR role.oid IS NOT NULL)
-     GROUP BY who, rolname, target.oid
+     GROUP BY subject, rolname, target.oid
     UNION ALL
     SELECT concat('the policy ', quote_ident(polname), ' shows it rows too')
       FROM target JOIN pg_policy ON polrelid = target.oid
@@ -90,25 +90,26 @@ _SHUT_OUT: Final = text("""
 
 
 def enable(connection: Connection, role: str) -> None:
-    """From the end of this transaction on, `role` sees and writes the rows of the tenant that it is bound to.
+    """From the end of this transaction on, `role` reads and writes the rows of the tenant to which it is bound.
 
-    Call it as the table's owner, once for each role that the application logs in as; a second time changes nothing.
-    The policy is one for all of them, `iot_models_tenant`.
+    Call it as the table's owner, once for each role that the application logs in as. A second call changes nothing.
+    All these roles share one policy, `iot_models_tenant`.
 
-    Row level security belongs to the table: every other role that is neither its owner nor has BYPASSRLS, and that no
-    policy names, sees no row any more. A warning in the log names them. Call `enable` for them too, or give those that
-    are to see all tenants a policy beforehand: `CREATE POLICY reports ON device_state TO reports USING (true)`.
+    Row level security applies to the table as a whole: a role that does not own the table, has no BYPASSRLS and is
+    named by no policy sees no rows any more. A warning in the log names these roles. Call `enable` for them too. For a
+    role that has to see all tenants, create a policy first:
+    `CREATE POLICY reports ON device_state TO reports USING (true)`.
 
-    Takes an ACCESS EXCLUSIVE lock for the rest of the transaction, so end it at once. Where no `lock_timeout` is set,
-    it is 4 s for the rest of the transaction.
+    It takes an ACCESS EXCLUSIVE lock until the transaction ends, so end it at once. If no `lock_timeout` is set, it is
+    4 s for the rest of the transaction.
 
     Raises:
         LookupError: If there is no such role.
-        ValueError: If isolation would not hold for the role, with all the reasons: it is a superuser, has BYPASSRLS,
-            owns the table, may use TRUNCATE, REFERENCES or TRIGGER on it, or another policy shows it rows; or it is a
-            member of a role of which that is true. Nothing is changed.
+        ValueError: If the role would not be limited to one tenant, with all the reasons: it is a superuser, has
+            BYPASSRLS, owns the table, may use TRUNCATE, REFERENCES or TRIGGER on it, or another policy shows it rows;
+            or it is a member of such a role. Nothing is changed.
         RuntimeError: If the connection is in AUTOCOMMIT mode.
-        TypeError: If `role` is no string.
+        TypeError: If `role` is not a string.
 
     Example:
         >>> with create_engine("postgresql://owner@db/iot").begin() as connection:
@@ -131,17 +132,18 @@ def enable(connection: Connection, role: str) -> None:
 
 
 def disable(connection: Connection, role: str) -> None:
-    """Take back `enable` for this role; where it was not enabled, nothing is changed.
+    """Undo `enable` for this role. If it was not enabled, nothing is changed.
 
-    With the last policy of the table, row level security is switched off, and its privileges alone say again what a
-    role sees. While it stays on for others, `role` sees no rows; a warning in the log says so.
+    When the table has no policy any more, row level security is switched off, and what a role sees depends on its
+    privileges alone again. While it stays on for other roles, `role` sees no rows; a warning in the log says so.
 
-    Locks as `enable` does. Of an `AsyncConnection`, both: `await connection.run_sync(tenancy.disable, "app")`.
+    It takes the same lock as `enable`. With an `AsyncConnection`, call either by
+    `await connection.run_sync(tenancy.disable, "app")`.
 
     Raises:
         LookupError: If there is no such role.
         RuntimeError: If the connection is in AUTOCOMMIT mode.
-        TypeError: If `role` is no string.
+        TypeError: If `role` is not a string.
     """
     _require_transaction(connection)
     _require_role(connection, role)
@@ -155,18 +157,18 @@ def disable(connection: Connection, role: str) -> None:
 
 
 def bind_tenant(session: Session, tenant_id: str) -> None:
-    """Bind the session to a tenant until its transaction ends, by commit or rollback; the next one is bound to none.
+    """Bind the session's transaction to a tenant until it ends. The next transaction is not bound.
 
-    One `SET LOCAL`, which reaches the workers of a Citus cluster too where `citus.propagate_set_commands` is `local`.
-    The same tenant again is no statement, unless the savepoint in which it was bound has ended. A `ShadowService` with
-    `bind_tenant=True` calls this itself, in each transaction.
+    This is one `SET LOCAL`. It also reaches the workers of a Citus cluster if `citus.propagate_set_commands` is
+    `local`. Binding the same tenant again runs no statement, unless the savepoint in which it was bound has ended. A
+    `ShadowService` with `bind_tenant=True` calls this itself, in each transaction.
 
-    Of an `AsyncSession`: `await session.run_sync(bind_tenant, "acme")`.
+    With an `AsyncSession`: `await session.run_sync(bind_tenant, "acme")`.
 
     Raises:
-        RuntimeError: If the transaction was bound to another tenant already, also where that was rolled back to a
-            savepoint since; or if the session is in AUTOCOMMIT mode, in which no statement would find the tenant set.
-        TypeError: If `tenant_id` is no string.
+        RuntimeError: If the transaction was bound to another tenant before, even if that was rolled back to a savepoint
+            since; or if the session is in AUTOCOMMIT mode, in which no statement would see the tenant.
+        TypeError: If `tenant_id` is not a string.
         ValueError: If `tenant_id` is empty or cannot be stored as text.
 
     Example:
@@ -195,10 +197,11 @@ def bind_tenant(session: Session, tenant_id: str) -> None:
 
 
 class _Bound(NamedTuple):
-    """What a connection was bound to: by which transaction of a session, and in which savepoint, if any."""
+    """The tenant to which a connection was bound, the session's transaction that did it, and the savepoint, if any."""
 
     tenant_id: str
-    # Weak: the pool keeps this for as long as the connection, which nobody may hold back from returning to it.
+    # Weak references: the pool keeps this object as long as the connection, and a transaction that it kept alive would
+    # keep the connection from returning to the pool.
     transaction: ref[SessionTransaction]
     innermost: ref[Transaction]
 
@@ -207,7 +210,7 @@ class _Bound(NamedTuple):
         return transaction is not None and transaction.is_active
 
     def is_set(self) -> bool:
-        """Whether it surely is: a savepoint that ended may have been rolled back, and the setting with it."""
+        """Whether the tenant is certainly set: the setting is gone if its savepoint was rolled back."""
         innermost = self.innermost()
         return innermost is not None and innermost.is_active
 
@@ -230,7 +233,7 @@ def _write_policy(connection: Connection, roles: Collection[str]) -> None:
 
 
 def _require_transaction(connection: Connection) -> None:
-    if connection.connection.autocommit:  # the driver's own: asking for the isolation level would be a statement
+    if connection.connection.autocommit:  # the driver's attribute: asking for the isolation level would be a statement
         raise RuntimeError(
             "this connection is in AUTOCOMMIT mode, where each statement is a transaction of its own: tenants are "
             "isolated by transaction, so use an engine without isolation_level='AUTOCOMMIT'"
@@ -239,7 +242,7 @@ def _require_transaction(connection: Connection) -> None:
 
 def _require_role(connection: Connection, role: str) -> None:
     validation.require_text("role", role)
-    # CAST: as a name it would be cut down to 63 bytes, and so to another role's.
+    # CAST: the type name would cut it to 63 bytes, and so to the name of another role.
     found = text("SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = CAST(:role AS text))")
     if not connection.scalar(found, {"role": role}):
         raise LookupError(f"there is no role {role!a} on this server: check the name, or CREATE ROLE first")
@@ -252,7 +255,7 @@ def _lock(connection: Connection) -> None:
     try:
         _run(connection, f"LOCK TABLE {_TABLE} IN ACCESS EXCLUSIVE MODE")
     except OperationalError as error:
-        if getattr(error.orig, "sqlstate", None) == _LOCK_NOT_AVAILABLE:
+        if sqlstate(error) == LOCK_NOT_AVAILABLE:
             error.add_detail(
                 f"Other transactions use {_TABLE}: nothing was changed. End them (pg_stat_activity), or try again at a "
                 "quieter moment."
@@ -272,5 +275,5 @@ def _warn(connection: Connection) -> None:
 
 
 def _run(connection: Connection, statement: str) -> None:
-    """Run a statement as it stands: what it quotes may hold a colon or a percent sign."""
+    """Run a statement unchanged: the quoted parts may contain a colon or a percent sign."""
     connection.exec_driver_sql(statement, execution_options={"no_parameters": True})

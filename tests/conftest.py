@@ -1,18 +1,27 @@
-"""One server for the whole run, and databases on it."""
+"""One server for the whole run, started when the first test asks for it, and databases on it.
+
+A test of pure functions asks for none of these fixtures, and a run of such tests starts no server. What a test needs,
+from the cheapest on: `connection` (PostgreSQL computes something), `session` (a transaction on a migrated database that
+is rolled back), `own_engine` (a migrated database in which to commit), `new_database` (an empty one).
+
+In a parallel run (`-n`, pytest-xdist) the workers share the server, and each has databases of its own.
+"""
 
 from __future__ import annotations
 
 import logging
 import secrets
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from alembic_runs import upgrade
+from hypothesis import HealthCheck, settings
 from sqlalchemy import Connection, Engine, NullPool, create_engine, make_url, text
 from sqlalchemy.orm import Session
 
 from iot_models.testing import NoServerError, PostgresServer, database, postgres_server
+from tests.databases.alembic_runs import upgrade
+from tests.databases.reuse import ReusedDatabase
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -20,22 +29,47 @@ if TYPE_CHECKING:
 # pytest's own tool for trying plugins; and our plugin, be the entry point installed or not.
 pytest_plugins = ["pytester", "pytest_iot_models"]
 
+# How long an example takes says something about the machine, and nothing about the product.
+settings.register_profile("full", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("quick", settings.get_profile("full"), max_examples=20)
+settings.load_profile("full")  # unless --hypothesis-profile names the other
+
 SERVER = pytest.StashKey[PostgresServer]()
+SERVER_OF_WORKERS = "server"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_sessionstart(session: pytest.Session) -> None:
-    """Start the server before anything else and name it in the first line, with -q too."""
-    config = session.config
-    if config.option.collectonly:
-        return
-    stack = ExitStack()
-    config.add_cleanup(stack.close)
-    try:
-        config.stash[SERVER] = stack.enter_context(postgres_server())
-    except NoServerError as error:
-        raise pytest.UsageError(str(error)) from error
-    config.get_terminal_writer().line(config.stash[SERVER].description)
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Start the server before the first worker of a parallel run, and tell each worker where it is."""
+    config: pytest.Config = node.config
+    if SERVER not in config.stash:
+        stack = ExitStack()
+        config.add_cleanup(stack.close)
+        try:
+            config.stash[SERVER] = stack.enter_context(postgres_server())
+        except NoServerError as error:
+            raise pytest.UsageError(str(error)) from error
+    server = config.stash[SERVER]
+    node.workerinput[SERVER_OF_WORKERS] = (server.url, server.description)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Name the server that the run used, if it used one; with -q too."""
+    if SERVER in config.stash:
+        terminalreporter.write_line(f"server: {config.stash[SERVER].description}")
+
+
+@pytest.fixture(scope="session")
+def server(pytestconfig: pytest.Config) -> Iterator[PostgresServer]:
+    """The server of this run."""
+    shared = getattr(pytestconfig, "workerinput", {}).get(SERVER_OF_WORKERS)
+    with ExitStack() as stack:
+        try:
+            server = PostgresServer(*shared) if shared else stack.enter_context(postgres_server())
+        except NoServerError as error:  # no test that follows would find one
+            pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
+        pytestconfig.stash[SERVER] = server
+        yield server
 
 
 @pytest.fixture(autouse=True)
@@ -45,12 +79,6 @@ def _alembic_logs_as_before() -> Iterator[None]:
     level = logger.level
     yield
     logger.setLevel(level)
-
-
-@pytest.fixture(scope="session")
-def server(pytestconfig: pytest.Config) -> PostgresServer:
-    """The server of this run."""
-    return pytestconfig.stash[SERVER]
 
 
 @pytest.fixture
@@ -80,13 +108,25 @@ def migrated_url(server: PostgresServer) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def engine(server: PostgresServer, migrated_url: str) -> Iterator[Engine]:
     """An engine on a migrated database that the tests share and leave empty."""
-    yield from _engine(server, migrated_url)
+    with database(server, migrated_url) as url:
+        engine = create_engine(url, pool_size=20)
+        yield engine
+        engine.dispose()
+
+
+@pytest.fixture(scope="session")
+def _reused_database(server: PostgresServer, migrated_url: str) -> Iterator[ReusedDatabase]:
+    with ReusedDatabase(server, migrated_url) as reused:
+        yield reused
 
 
 @pytest.fixture
-def own_engine(server: PostgresServer, migrated_url: str) -> Iterator[Engine]:
-    """An engine on a migrated database of this test's own, for data that has to be committed."""
-    yield from _engine(server, migrated_url)
+def own_engine(_reused_database: ReusedDatabase) -> Iterator[Engine]:
+    """An engine on a migrated, empty database that only this test uses, for data that has to be committed."""
+    with _reused_database.clean() as url:
+        engine = create_engine(url, pool_size=20)
+        yield engine
+        engine.dispose()
 
 
 @pytest.fixture
@@ -98,13 +138,6 @@ def session(engine: Engine) -> Iterator[Session]:
         transaction.rollback()
 
 
-def _engine(server: PostgresServer, migrated_url: str) -> Iterator[Engine]:
-    with database(server, migrated_url) as url:
-        engine = create_engine(url, pool_size=20)
-        yield engine
-        engine.dispose()
-
-
 @pytest.fixture
 def server_role(server: PostgresServer) -> Iterator[str]:
     """A role that may log in and is no superuser, so that row level security applies to it."""
@@ -113,8 +146,13 @@ def server_role(server: PostgresServer) -> Iterator[str]:
     with engine.connect() as connection:
         connection.execute(text(f"CREATE ROLE {role} LOGIN PASSWORD '{role}'"))
         yield role
-        for (name,) in connection.execute(
-            text("SELECT datname FROM pg_database WHERE datname LIKE 'iot_models_test%'")
+        # Only where it owns or was granted something: other databases are other tests' at this very moment.
+        for name in connection.scalars(
+            text("""
+                SELECT datname FROM pg_database WHERE oid IN (
+                    SELECT dbid FROM pg_shdepend
+                     WHERE refclassid = 'pg_authid'::regclass AND refobjid = CAST(:role AS regrole))"""),
+            {"role": role},
         ):
             own = create_engine(make_url(server.url).set(database=name), poolclass=NullPool)
             with own.begin() as inside:

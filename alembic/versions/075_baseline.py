@@ -1,6 +1,6 @@
-"""The deployment that revision 076 was written for: `device_state` without a shadow.
+"""The table `device_state` without shadows, as deployments had it before revision 076.
 
-Where raw SQL has made it already, by 075 or by 076, it is adopted: compared, and left as it is.
+If raw SQL has created the table already, up to 075 or up to 076, it is adopted: compared, and left as it is.
 
 Revision ID: 075
 Revises:
@@ -31,20 +31,8 @@ INDEXES = {
     # A tenant's devices by liveness.
     "idx_device_state_status": "btree (tenant_id, status)",
 }
-# What later revisions add, and raw SQL may have made: compared here too, so that a refusal comes before any change.
-LATER_COLUMNS = {
-    "desired_state": ("jsonb", True, "'{}'::jsonb"),
-    "reported_state": ("jsonb", True, "'{}'::jsonb"),
-    "desired_version": ("integer", True, "0"),
-    "reported_version": ("integer", True, "0"),
-    "shadow_updated_at": ("timestamp with time zone", False, None),
-}
-LATER_INDEXES = {
-    "idx_device_state_shadow_pending": "btree (tenant_id) WHERE (desired_version > reported_version)",
-    "idx_device_state_shadow_pending_device": (
-        "btree (tenant_id, device_id) WHERE (desired_version > reported_version)"
-    ),
-}
+ADDS = {"device_state": {"columns": COLUMNS, "indexes": INDEXES}}
+
 PARKED = "device_state_shadow_076"
 
 
@@ -71,13 +59,7 @@ def upgrade() -> None:
 
 
 def _adopt() -> None:
-    op.expect_table(
-        "device_state",
-        required=COLUMNS,
-        optional=LATER_COLUMNS,
-        primary_key=["tenant_id", "device_id"],
-        indexes=INDEXES | LATER_INDEXES,
-    )
+    op.expect_table("device_state", required=COLUMNS, primary_key=["tenant_id", "device_id"], added_since=revision)
     with op.get_context().autocommit_block():
         for name, definition in INDEXES.items():
             op.ensure_index("device_state", name, definition)

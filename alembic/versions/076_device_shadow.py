@@ -1,9 +1,9 @@
 """Device shadow: desired and reported state, their versions, and the index of pending devices.
 
-Both ways run beside writers. Nothing here holds one up for longer than one try for a lock (`lock_timeout`) or a page of
-rows, and each step can be interrupted: running the same command again goes on from there.
+Upgrade and downgrade run while writers go on. A writer waits at most for one try for a lock (`lock_timeout`) or for a
+page of rows. Each step can be interrupted: the same command, run again, continues from there.
 
-The way down parks the shadows in `device_state_shadow_076`; the way up puts them back.
+The downgrade parks the shadows in `device_state_shadow_076`; the upgrade puts them back.
 
 Revision ID: 076
 Revises: 075
@@ -38,8 +38,9 @@ COMMENTS = {
     "reported_version": "The desired_version the device last acknowledged.",
     "shadow_updated_at": "Timestamp of the most recent desired_state update.",
 }
-# Devices that have not acknowledged the newest desired version: a tenant's backlog, without reading the rest.
+# The devices of a tenant that have not acknowledged the newest desired version.
 PENDING = ("idx_device_state_shadow_pending", "btree (tenant_id) WHERE (desired_version > reported_version)")
+ADDS = {"device_state": {"columns": COLUMNS, "indexes": dict([PENDING])}}
 
 PARKED = "device_state_shadow_076"
 TRIGGER = "device_state_shadow_076_park"
@@ -50,16 +51,17 @@ PARKED_COLUMNS = dict.fromkeys(KEY, ("text", True, None)) | {
 NAMES = ", ".join(COLUMNS)
 OVERWRITE = ", ".join(f"{name} = EXCLUDED.{name}" for name in COLUMNS)
 
-# Rows locked at a time: a writer of one of them waits for that many, a few milliseconds.
+# How many rows are locked at a time: a writer of one of them waits a few milliseconds, until all of them are written.
 PAGE = 200
-# How often rows that somebody else holds are tried again, and the pause before the first time, doubled after each.
+# How many rounds there are for rows that other transactions have locked, and the pause after the first one, doubled
+# after each.
 ROUNDS = 8
 FIRST_PAUSE = 0.1
 PROGRESS_EVERY = 2.0
 
 
 def upgrade() -> None:
-    op.expect_table("device_state", optional=COLUMNS, indexes=dict([PENDING]))
+    op.expect_table("device_state", added_since=revision)
     parked = op.table_exists(PARKED)
     if parked:
         op.expect_table(PARKED, required=PARKED_COLUMNS, primary_key=KEY)
@@ -98,8 +100,8 @@ def downgrade() -> None:
         with op.get_context().autocommit_block():
             _move(op.get_bind(), PARK, "parked")
 
-    # From here on it is one transaction, Alembic's: before it every shadow is in its columns, after it in the parked
-    # table, and until it ends in both.
+    # The rest is one transaction, Alembic's. Before it every shadow is in the columns, after it in the parked table,
+    # while it runs in both.
     op.lock_table("device_state", "ACCESS EXCLUSIVE")
     if discard:
         op.execute(f"DROP TABLE IF EXISTS {PARKED}")
@@ -136,15 +138,16 @@ def _create_parked() -> None:
     op.execute(
         f"COMMENT ON TABLE {PARKED} IS 'Shadows that the downgrade from 076 parked. The next upgrade puts them back.'"
     )
-    # It holds all tenants, and default privileges may let the application read new tables: nobody but the owner.
+    # It has the shadows of all tenants, and default privileges may let the application read new tables. Without a
+    # policy, only the owner sees rows.
     op.execute(f"ALTER TABLE {PARKED} ENABLE ROW LEVEL SECURITY")
 
 
 def _mirror_new_writes() -> None:
-    """From now on every write of a shadow goes to the parked copy as well.
+    """From now on every write of a shadow also goes to the parked copy.
 
-    By a trigger, since copying must not lock writers out, and the last transaction must not have to read the table. It
-    runs as its owner: the application's role has no right to the parked table.
+    By a trigger, because the copying must not block writers and the last transaction must not have to read the table.
+    The trigger runs as its owner, because the application's role has no privilege on the parked table.
     """
     _create_parked()
     op.lock_table("device_state", "SHARE ROW EXCLUSIVE")
@@ -178,10 +181,10 @@ def _mirror_new_writes() -> None:
     op.execute(f"ALTER TABLE device_state ENABLE ALWAYS TRIGGER {TRIGGER}")
 
 
-# Both ways move a page of shadows in one statement. The rows are locked first; those that a writer holds are skipped
-# and taken in a later round: so it never waits while it holds a lock, and can be part of no deadlock.
-# A page walks one table by its primary key and joins the other to its keys alone (MATERIALIZED): columns this new have
-# no statistics, and a join of both tables would be planned as if one row came out of it.
+# PARK and PUT_BACK move a page of shadows in one statement. They lock the rows first and skip those that a writer has
+# locked, which a later round takes. So they never wait while they hold a lock, and cannot be part of a deadlock.
+# A page reads one table by its primary key and joins the other table to these keys only (MATERIALIZED). New columns
+# have no statistics, so the planner would expect a join of both tables to return one row.
 
 EQUAL = " AND ".join(f"p.{name} IS NOT DISTINCT FROM d.{name}" for name in COLUMNS)
 
@@ -205,8 +208,8 @@ PARK = f"""
     SELECT tenant_id, device_id, (SELECT count(*) FROM found) AS found, (SELECT count(*) FROM moved) AS moved
       FROM page ORDER BY tenant_id DESC, device_id DESC LIMIT 1
 """
-# A device whose shadow was written since keeps it. The division undoes the page if a trigger of the team's own kept the
-# UPDATE from a row whose parked copy is gone by then.
+# A shadow that was written since the downgrade is kept. The division fails, and so undoes the page, if a trigger of the
+# team suppressed the UPDATE of a row whose parked copy this statement deletes.
 PUT_BACK = f"""
     WITH page AS MATERIALIZED (
       SELECT tenant_id, device_id FROM {PARKED}
@@ -233,7 +236,7 @@ PUT_BACK = f"""
 
 
 def _move(connection, statement: str, done: str) -> None:  # noqa: ANN001 - a Connection
-    """Run a page's statement until nothing is left for it, and say every two seconds how far it is."""
+    """Run the statement of a page until nothing is left to move, and log the progress every two seconds."""
     first = text(statement.replace("<behind>", "TRUE"))
     further = text(statement.replace("<behind>", "(tenant_id, device_id) > (:tenant, :device)"))
     total = 0
@@ -278,7 +281,7 @@ def _report_what_stays(connection) -> None:  # noqa: ANN001 - a Connection
         return
     log.warning(
         "%s parked shadows stay in %s: their devices are gone, or have a newer shadow. "
-        "Drop the table when you need them no more.",
+        "Drop the table when you no longer need them.",
         f"{left:,}",
         PARKED,
     )

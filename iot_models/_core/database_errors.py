@@ -9,6 +9,10 @@ from sqlalchemy.exc import DBAPIError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+LOCK_NOT_AVAILABLE: Final = "55P03"
+READ_ONLY_SQL_TRANSACTION: Final = "25006"
+INSUFFICIENT_PRIVILEGE: Final = "42501"
+
 _UNMIGRATED: Final = "The database is not migrated: run `alembic upgrade head` against it."
 _RUN_AGAIN: Final = (
     "Another transaction stood in the way, and nothing of this one is written: roll back, and run all of it again."
@@ -37,6 +41,12 @@ _BY_SQLSTATE: Final[Mapping[str | None, str]] = {
     "40P01": _RUN_AGAIN,  # deadlock_detected
     "40001": _RUN_AGAIN,  # serialization_failure
 }
+
+
+def sqlstate(error: DBAPIError) -> str | None:
+    """The SQLSTATE of a database error; None where the server sent none, as for a lost connection."""
+    state: str | None = getattr(error.orig, "sqlstate", None)
+    return state
 
 
 def add_hint(error: DBAPIError | OSError) -> None:

@@ -1,1 +1,1 @@
-"""Private: Alembic operations, the runner, and the comparison of a database with the models."""
+"""Private: how migrations run. Alembic operations, options and targets, the runner, the command line, and `check`."""

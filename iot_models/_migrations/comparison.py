@@ -1,4 +1,4 @@
-"""Whether the table in a database is the one that the models describe, and what a rollback left beside it."""
+"""How the table in a database differs from the one that the models describe."""
 
 from __future__ import annotations
 
@@ -8,9 +8,17 @@ from alembic.util import CommandError
 from sqlalchemy import MetaData, text
 from sqlalchemy.exc import DBAPIError
 
+from iot_models._core.database_errors import (
+    INSUFFICIENT_PRIVILEGE,
+    LOCK_NOT_AVAILABLE,
+    READ_ONLY_SQL_TRANSACTION,
+    sqlstate,
+)
 from iot_models.models import Base, DeviceState
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from sqlalchemy import Connection
 
 TABLE: Final = DeviceState.__tablename__
@@ -18,19 +26,18 @@ _MODELS: Final = Base.metadata
 _TEMPORARY: Final = _MODELS.tables[TABLE].to_metadata(
     MetaData(naming_convention=_MODELS.naming_convention), schema="pg_temp"
 )
-# Names that revision 076 gave them.
-PARKED: Final = "device_state_shadow_076"
-TRIGGER: Final = "device_state_shadow_076_park"
 
 _NEEDS_TEMP: Final = "comparing needs temporary tables: ask the primary, as a role that has TEMP on the database"
-_REFUSALS: Final = {
-    "25006": _NEEDS_TEMP,  # read_only_sql_transaction: a standby
-    "42501": _NEEDS_TEMP,  # insufficient_privilege
-    "55P03": f"{TABLE} is locked by another session, a deployer at its last step or VACUUM FULL: ask again in a moment",
+_REFUSALS: Final[Mapping[str | None, str]] = {
+    READ_ONLY_SQL_TRANSACTION: _NEEDS_TEMP,  # on a standby
+    INSUFFICIENT_PRIVILEGE: _NEEDS_TEMP,
+    LOCK_NOT_AVAILABLE: (
+        f"{TABLE} is locked by another session, a deployer at its last step or VACUUM FULL: ask again in a moment"
+    ),
 }
 
-# A primary key counts by its columns, everything else by its name too. NOT NULL stands with its column: PostgreSQL 18
-# lists it among the constraints as well.
+# A primary key is compared by its columns, everything else by its name, too. NOT NULL is compared with its column:
+# PostgreSQL 18 also lists it as a constraint, which is left out here.
 _ITEMS: Final = text("""
     SELECT 'column ' || a.attname AS item,
            concat(format_type(a.atttypid, a.atttypmod), CASE WHEN a.attnotnull THEN ' NOT NULL' END,
@@ -56,24 +63,25 @@ _ITEMS: Final = text("""
 
 
 def differences(connection: Connection) -> list[str]:
-    """What the models define and `device_state` lacks or has otherwise, a sentence each; empty if there is nothing.
+    """How `device_state` differs from the models, a sentence for each difference; empty if it does not.
 
-    Columns with type, NOT NULL and default, comments, the primary key, indexes. What the table has besides is a team's
-    own and no difference.
+    Compared are the columns with type, NOT NULL and default, the comments, the primary key, and the indexes. What the
+    table has besides was added by a team and is not a difference.
 
-    Alembic's comparison does not see all of these. So the models' table is made beside it, as a temporary one in a
-    savepoint that is rolled back, and PostgreSQL describes both. No writer can have to wait for that.
+    Alembic's comparison does not see all of these. So the models' table is created as a temporary table, in a savepoint
+    that is rolled back, and PostgreSQL describes both tables. No writer waits for this.
 
     Raises:
-        CommandError: If temporary tables cannot be made, since the role lacks TEMP on the database or this is a
-            standby; or if the table is locked in ACCESS EXCLUSIVE mode for longer than a second.
+        CommandError: If temporary tables cannot be created, because the role lacks TEMP on the database or because this
+            is a standby; or if the table is locked in ACCESS EXCLUSIVE mode for longer than a second.
     """
     found = connection.scalar(text("SELECT CAST(to_regclass(:table) AS oid)"), {"table": TABLE})
     if found is None:
         return [f"table {TABLE} is missing"]
     try:
         with connection.begin_nested() as savepoint:
-            # To write out an index's predicate, PostgreSQL looks at the table: behind an ALTER TABLE that waits.
+            # To print the predicate of an index, PostgreSQL locks the table, and so waits behind an ALTER TABLE that
+            # waits itself.
             connection.execute(text("SET LOCAL lock_timeout = '1s'"))
             actual = _items(connection, found)
             _TEMPORARY.create(connection, checkfirst=False)
@@ -81,7 +89,7 @@ def differences(connection: Connection) -> list[str]:
             expected = _items(connection, made)
             savepoint.rollback()
     except DBAPIError as error:
-        refusal = _REFUSALS.get(getattr(error.orig, "sqlstate", None) or "")
+        refusal = _REFUSALS.get(sqlstate(error))
         if refusal is None:
             raise
         raise CommandError(f"{str(error.orig).strip()}; {refusal}") from error
@@ -96,26 +104,3 @@ def differences(connection: Connection) -> list[str]:
 
 def _items(connection: Connection, table: int) -> dict[str, str]:
     return {row.item: row.definition for row in connection.execute(_ITEMS, {"table": table})}
-
-
-def interrupted_rollback(connection: Connection) -> list[str]:
-    """What to do about a downgrade from 076 that was begun and not finished; empty if there is none.
-
-    While it lasts, and after an interruption, a trigger copies every write of a shadow to the parked table.
-    """
-    found = connection.scalar(
-        text("SELECT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = to_regclass(:table) AND tgname = :trigger)"),
-        {"table": TABLE, "trigger": TRIGGER},
-    )
-    if not found:
-        return []
-    copies = f"{PARKED} p USING {TABLE} d WHERE (p.tenant_id, p.device_id) = (d.tenant_id, d.device_id)"
-    stay = f"SET lock_timeout = '4s'; DROP FUNCTION {TRIGGER}() CASCADE; DELETE FROM {copies};"  # noqa: S608 - our names
-    at_work = f"a downgrade to 075 is at work or was interrupted (trigger {TRIGGER} on {TABLE})"
-    return [f"{at_work}: to finish it, run it again; to stay at 076, run one by one: {stay}"]
-
-
-def parked_shadows(connection: Connection) -> int | None:
-    """How many shadows are parked; None without a parked table, or without the right to read it."""
-    readable = connection.scalar(text("SELECT has_table_privilege(to_regclass(:table), 'SELECT')"), {"table": PARKED})
-    return connection.scalar(text(f"SELECT count(*) FROM {PARKED}")) if readable else None  # noqa: S608 - a constant

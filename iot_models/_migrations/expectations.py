@@ -1,12 +1,13 @@
-"""Alembic operations that look before a revision leaps: `op.table_exists`, `op.expect_table`.
+"""Alembic operations with which a revision checks the database before it changes anything.
 
-`iot_models._migrations.operations` imports this module, and so registers them too.
+`op.table_exists` and `op.expect_table`. `iot_models._migrations.operations` imports this module, which registers them.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from alembic import context
 from alembic.operations import MigrateOperation, Operations
 from alembic.util import CommandError
 from sqlalchemy import text
@@ -16,20 +17,21 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
-    # name: (type, NOT NULL, default), in PostgreSQL's own words
-    Columns = Mapping[str, tuple[str, bool, str | None]]
+    # (type, NOT NULL, default), in PostgreSQL's own words
+    Column = tuple[str, bool, str | None]
+    Columns = Mapping[str, Column]
 
 
 @Operations.register_operation("table_exists")
 class TableExists(MigrateOperation):
-    """Whether a table is there; offline, whether the database may be taken to have it: no."""
+    """Whether a table exists. Offline nothing is known, and the answer is no."""
 
     def __init__(self, table: str) -> None:
         self.table = table
 
     @classmethod
     def table_exists(cls, operations: Operations, table: str) -> bool:
-        """Whether the search path finds a table, view or the like of that name; False offline."""
+        """Whether the search path has a table, a view or another relation of that name; offline False."""
         found: bool = operations.invoke(cls(table))
         return found
 
@@ -44,7 +46,7 @@ def _table_exists(operations: Operations, operation: TableExists) -> bool:
 
 @Operations.register_operation("expect_table")
 class ExpectTable(MigrateOperation):
-    """Refuse to go on where a table is not the expected one."""
+    """Refuse to go on if a table is not the expected one."""
 
     def __init__(self, table: str, **expected: Any) -> None:
         self.table = table
@@ -57,34 +59,47 @@ class ExpectTable(MigrateOperation):
         table: str,
         *,
         required: Columns | None = None,
-        optional: Columns | None = None,
         primary_key: Sequence[str] | None = None,
-        indexes: Mapping[str, str] | None = None,
+        added_since: str | None = None,
     ) -> None:
-        """Compare a table with what a revision expects; nothing is changed. Offline it passes.
+        """Compare a table with what a revision expects. Nothing is changed; offline nothing is compared.
 
-        What the table has besides is a team's own and no difference.
+        What the table has besides was added by a team and is not a difference.
 
         Args:
             operations: Alembic's; callers leave it out.
             table: Its name.
-            required: Columns that must be there.
-            optional: Columns that, where they are there, must be these.
+            required: The columns that must exist.
             primary_key: The columns of the primary key, in order.
-            indexes: Definitions from `USING` on, as `pg_get_indexdef` writes them. An index may be missing or INVALID.
+            added_since: A revision. It and all later revisions declare in `ADDS` which columns and indexes they add to
+                this table. These may be missing, and an index may be INVALID; but a column or an index that has such a
+                name and another definition is a difference. So what would stop a later revision is refused before
+                the first revision changes anything.
 
         Raises:
-            CommandError: If it differs, with every difference.
+            CommandError: If the table differs. The message lists every difference.
         """
+        columns, indexes = _additions(table, added_since) if added_since else ({}, {})
         operations.invoke(
             cls(
                 table,
                 required=required or {},
-                optional=optional or {},
+                optional=columns,
                 primary_key=list(primary_key or ()),
-                indexes=indexes or {},
+                indexes=indexes,
             )
         )
+
+
+def _additions(table: str, since: str) -> tuple[dict[str, Column], dict[str, str]]:
+    """The columns and the indexes that a revision and all later ones declare for a table, the oldest first."""
+    columns: dict[str, Column] = {}
+    indexes: dict[str, str] = {}
+    for script in [*context.script.walk_revisions(base=since)][::-1]:
+        adds = getattr(script.module, "ADDS", {}).get(table, {})
+        columns |= adds.get("columns", {})
+        indexes |= adds.get("indexes", {})
+    return columns, indexes
 
 
 @Operations.implementation_for(ExpectTable)
@@ -125,7 +140,7 @@ def _differences(
             {"table": table},
         )
     }
-    for name, column in {**required, **optional}.items():
+    for name, column in {**optional, **required}.items():
         if name not in actual:
             if name in required:
                 yield f"column {name} is missing: expected {_describe(column)}"
@@ -156,13 +171,13 @@ def _key_difference(connection: Connection, table: str, expected: list[str]) -> 
         yield f"the primary key is ({', '.join(actual)}): expected ({', '.join(expected)})"
 
 
-def _describe(column: tuple[str, bool, str | None]) -> str:
+def _describe(column: Column) -> str:
     kind, not_null, default = column
     return f"{kind}{' NOT NULL' if not_null else ''}{f' DEFAULT {default}' if default is not None else ''}"
 
 
 def find_index(connection: Connection, table: str, name: str) -> Any:
-    """The index of that name in the table's schema: `valid`, `ours` (on this table), `definition`. None if none is."""
+    """The index of that name in the table's schema, with `valid`, `ours` (of this table), `definition`; or None."""
     return connection.execute(
         text("""
             SELECT i.indisvalid AS valid, i.indrelid = to_regclass(:table) AS ours,

@@ -1,7 +1,7 @@
-"""Alembic operations for a table that is in use: what revisions call as `op.lock_table(...)` and so on.
+"""Alembic operations for a table that is in use: `op.lock_table` and `op.ensure_index`.
 
-`alembic/env.py` imports this module, which registers them; a revision itself imports nothing from the package. Each
-works offline (`--sql`) too, where nothing can be asked of the database.
+`alembic/env.py` imports this module, which registers them; a revision imports nothing from the package. Each also works
+offline (`--sql`), where the database cannot be asked.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from alembic.util import CommandError
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
+from iot_models._core.database_errors import LOCK_NOT_AVAILABLE, sqlstate
 from iot_models._migrations.expectations import find_index
 
 if TYPE_CHECKING:
@@ -27,14 +28,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("alembic.iot_models")
 
 TRIES: Final = 5
-_FIRST_PAUSE: Final = 0.5  # seconds, doubled after each try: whoever queued behind us goes first
+_FIRST_PAUSE: Final = 0.5  # seconds, doubled after each try: the writers that queued behind us run first
 _PROGRESS_EVERY: Final = 2.0  # seconds
-_LOCK_NOT_AVAILABLE: Final = "55P03"
 
 
 @Operations.register_operation("lock_table")
 class LockTable(MigrateOperation):
-    """Take a lock for the rest of the transaction, or give up without having changed anything."""
+    """Lock a table for the rest of the transaction, or give up without a change."""
 
     def __init__(self, table: str, mode: str) -> None:
         self.table = table
@@ -42,12 +42,12 @@ class LockTable(MigrateOperation):
 
     @classmethod
     def lock_table(cls, operations: Operations, table: str, mode: str) -> None:
-        """Take the lock `mode` on `table`, tried up to five times with a growing pause, `lock_timeout` each.
+        """Lock `table` in `mode`: up to five tries of `lock_timeout` each, with a pause that grows.
 
-        While a lock is waited for, writers queue behind it: hence many short waits and no long one.
+        While a try waits for the lock, writers queue behind it. Hence several short waits instead of a long one.
 
         Raises:
-            CommandError: If it could not be had. The message says who stands in the way and what to do.
+            CommandError: If no try got the lock. The message names the transactions that hold it and says what to do.
         """
         operations.invoke(cls(table, mode))
 
@@ -67,7 +67,7 @@ def _lock_table(operations: Operations, lock: LockTable) -> None:
             with connection.begin_nested():
                 connection.execute(text(statement))
         except OperationalError as error:
-            if getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
+            if sqlstate(error) != LOCK_NOT_AVAILABLE:
                 raise
         else:
             return
@@ -80,7 +80,7 @@ def _lock_table(operations: Operations, lock: LockTable) -> None:
     timeout = connection.scalar(text("SHOW lock_timeout"))
     raise CommandError(
         f"no lock on {lock.table} after {TRIES} tries of {timeout} in {time.monotonic() - began:.1f} s; this step "
-        f"changed nothing. In the way: {holders}. End that transaction, or run the same command again at a quieter "
+        f"changed nothing. It is held by: {holders}. End that transaction, or run the same command again at a quieter "
         "moment, or with a longer -x lock_timeout=10s (writers may then have to wait that long)."
     )
 
@@ -88,7 +88,7 @@ def _lock_table(operations: Operations, lock: LockTable) -> None:
 def _lock_holders(connection: Connection, table: str) -> str:
     rows = connection.execute(
         text("""
-            SELECT DISTINCT a.pid, coalesce(nullif(a.application_name, ''), a.usename) AS who, a.state,
+            SELECT DISTINCT a.pid, coalesce(nullif(a.application_name, ''), a.usename) AS name, a.state,
                    round(extract(epoch FROM clock_timestamp() - a.xact_start)) AS seconds
               FROM pg_locks l JOIN pg_stat_activity a USING (pid)
              WHERE l.relation = to_regclass(:table) AND l.granted AND l.pid <> pg_backend_pid()
@@ -96,7 +96,7 @@ def _lock_holders(connection: Connection, table: str) -> str:
         """),
         {"table": table},
     )
-    return "; ".join(f"pid {row.pid} ({row.who}, {row.state}, for {row.seconds} s)" for row in rows) or "nobody now"
+    return "; ".join(f"pid {row.pid} ({row.name}, {row.state}, for {row.seconds} s)" for row in rows) or "nobody now"
 
 
 @Operations.register_operation("ensure_index")
@@ -110,9 +110,9 @@ class EnsureIndex(MigrateOperation):
 
     @classmethod
     def ensure_index(cls, operations: Operations, table: str, name: str, definition: str) -> None:
-        """Build an index CONCURRENTLY where it is missing; call it inside `autocommit_block()`.
+        """Build an index CONCURRENTLY if it is missing. Call it inside `autocommit_block()`.
 
-        An INVALID one, which an interrupted build leaves behind, is replaced; a valid one is kept.
+        An INVALID index, which an interrupted build leaves behind, is replaced. A valid one is kept.
 
         Args:
             operations: Alembic's; callers leave it out.
@@ -134,7 +134,7 @@ def _ensure_index(operations: Operations, index: EnsureIndex) -> None:
               END IF;
             END $$
         """)
-        # A cancelled build would leave an INVALID index, which IF NOT EXISTS then keeps: wait as long as it takes.
+        # Without a timeout: a cancelled build would leave an INVALID index, which IF NOT EXISTS would then keep.
         operations.execute("SET lock_timeout = 0")
         operations.execute(create)
         operations.execute("RESET lock_timeout")
@@ -144,10 +144,10 @@ def _ensure_index(operations: Operations, index: EnsureIndex) -> None:
     if found is not None and found.valid:
         return
     timeout = connection.scalar(text("SHOW lock_timeout"))
-    connection.execute(text("SET lock_timeout = 0"))  # as above; a concurrent build holds no writer up
+    connection.execute(text("SET lock_timeout = 0"))  # as above; no writer waits for a concurrent build
     with _progress_of_builds(connection.engine, index.name):
         if found is not None:
-            log.warning("index %s is INVALID, left by an interrupted build: building it again", index.name)
+            log.warning("index %s is INVALID, left by an interrupted build: it is built again", index.name)
             connection.execute(text(f"DROP INDEX CONCURRENTLY IF EXISTS {index.name}"))
         connection.execute(text(create))
     connection.execute(text("SELECT set_config('lock_timeout', :timeout, false)"), {"timeout": timeout})
@@ -155,12 +155,12 @@ def _ensure_index(operations: Operations, index: EnsureIndex) -> None:
 
 @contextmanager
 def _progress_of_builds(engine: Engine, name: str) -> Iterator[None]:
-    """Log how far the build is, every two seconds, from a connection of its own."""
+    """Log the progress of the build every two seconds, through a connection of its own."""
     done = threading.Event()
 
     def report() -> None:
         while not done.wait(_PROGRESS_EVERY):
-            # Without a connection to spare there is no progress to tell; the build goes on.
+            # Without a second connection there is no progress to log; the build goes on.
             with suppress(SQLAlchemyError), engine.connect() as connection:
                 for row in connection.execute(
                     text("""

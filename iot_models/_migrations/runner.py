@@ -1,4 +1,4 @@
-"""The migration scripts that came with this package, run by Alembic with a configuration in memory: no ini file."""
+"""Run the migrations that this package contains, by Alembic with a configuration in memory and no ini file."""
 
 from __future__ import annotations
 
@@ -7,34 +7,34 @@ from argparse import Namespace
 from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Final, TypeVar, cast
 
+from alembic import command
 from alembic.config import Config
 from alembic.runtime.environment import EnvironmentContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import URL, Engine
 
-from iot_models.engine import database_url, import_driver
+from iot_models._migrations.targets import engine_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
     from alembic.runtime.migration import MigrationContext
     from alembic.script import Script
-    from sqlalchemy import Connection
+    from sqlalchemy import Connection, Engine
 
-# None: the environment's URL.
-Target: TypeAlias = str | URL | Engine | None
-# What `alembic -x name=value` takes; alembic/env.py knows the names and refuses others. None: not given.
-Options: TypeAlias = "Mapping[str, str | None]"
+    from iot_models._migrations.options import Options
+    from iot_models._migrations.targets import Target
+
 _T = TypeVar("_T")
 
-# In a wheel they stand inside the package, in a checkout beside it.
+# In a wheel the scripts are inside the package, in a checkout beside it.
 _INSTALLED: Final = Path(__file__).parents[1] / "alembic"
 FOLDER: Final = _INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parents[1] / "alembic"
-# Alembic's `context` and `op` belong to the whole process: two threads would migrate each other's database.
+# Alembic's `context` and `op` are global to the process: two threads would migrate each other's database.
 _ONE_AT_A_TIME: Final = threading.Lock()
+_OPTION: Final = "--url"  # gives our command line the URL
 
 
 def run(move: Callable[..., None], target: Target, revision: str, options: Options) -> None:
@@ -44,12 +44,12 @@ def run(move: Callable[..., None], target: Target, revision: str, options: Optio
         CommandError: If the URL or engine cannot be used, the server cannot be reached, or a migration is refused.
         sqlalchemy.exc.DBAPIError: If PostgreSQL refuses a statement.
     """
-    with _config(options, **_where(target)) as config:
+    with _config(options, engine=engine_for(target, option=_OPTION)) as config:
         move(config, revision)
 
 
 def offline(move: Callable[..., None], revision: str, options: Options) -> str:
-    """The SQL that `run` would run; no database is asked.
+    """The SQL that `run` would run. It needs no database.
 
     Raises:
         CommandError: If there is no such revision, or an option is wrong.
@@ -61,9 +61,9 @@ def offline(move: Callable[..., None], revision: str, options: Options) -> str:
 
 
 def ask(target: Target, options: Options, question: Callable[[str | None, Connection], _T]) -> _T:
-    """What a question about the database's revision (None before the first) and its connection gives.
+    """The answer to a question about a database: a function of its revision (None before the first) and a connection.
 
-    Nothing is changed, no deployer is waited for; what the question leaves uncommitted is rolled back.
+    Nothing is changed, and another deployer is not waited for. What the question does not commit is rolled back.
 
     Raises:
         CommandError: As for `run`.
@@ -74,22 +74,45 @@ def ask(target: Target, options: Options, question: Callable[[str | None, Connec
     def answer(revisions: tuple[str, ...], context: MigrationContext) -> list[object]:
         connection = cast("Connection", context.connection)  # None offline only
         answers.append(question(", ".join(revisions) or None, connection))
-        return []  # no revision is to run
+        return []  # run no revision
 
-    with _config(options, **_where(target)) as config:
+    with _config(options, engine=engine_for(target, option=_OPTION)) as config:
         scripts = ScriptDirectory.from_config(config)
         with EnvironmentContext(config, scripts, fn=answer, dont_mutate=True):
             scripts.run_env()
     return answers[0]
 
 
+def sql(revision_range: str, options: Options) -> str:
+    """The SQL from one revision to another, up or down. It needs no database.
+
+    Raises:
+        CommandError: If it is not a range of revisions, or an option is wrong.
+    """
+    first, _, last = revision_range.partition(":")
+    if not (first and last):
+        raise CommandError(f"{revision_range!r} is no range of revisions: write FROM:TO, as in 075:076 or 076:075")
+    order = ["base", *revisions()]
+    start, end = (order.index(_resolve(name)) for name in (first, last))
+    return offline(command.upgrade if start <= end else command.downgrade, revision_range, options)
+
+
 def revisions() -> list[str]:
-    """All revisions, the first one first."""
+    """All revisions, the oldest first."""
     return [script.revision for script in _directory().walk_revisions()][::-1]
 
 
-def resolve(name: str) -> str:
-    """The revision that is meant by its own name, the beginning of it, or `head`; `base` stays itself.
+def history() -> str:
+    """A line for each revision, the newest first, as `alembic history` prints them."""
+    lines = (
+        script.cmd_format(verbose=False, include_branches=True, include_doc=True, include_parents=True)
+        for script in _directory().walk_revisions()
+    )
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _resolve(name: str) -> str:
+    """The revision that a name means: its own id, the beginning of it, or `head`. `base` stays `base`.
 
     Raises:
         CommandError: If there is none.
@@ -98,61 +121,18 @@ def resolve(name: str) -> str:
     return "base" if script is None else script.revision
 
 
-def history() -> str:
-    """A line for each revision, the newest one first, as `alembic history` writes them."""
-    lines = (
-        script.cmd_format(verbose=False, include_branches=True, include_doc=True, include_parents=True)
-        for script in _directory().walk_revisions()
-    )
-    return "".join(f"{line}\n" for line in lines)
-
-
 def _directory() -> ScriptDirectory:
     with _config({}) as config:
         return ScriptDirectory.from_config(config)
 
 
 @contextmanager
-def _config(
-    options: Options, *, url: str | None = None, engine: Engine | None = None, output: StringIO | None = None
-) -> Iterator[Config]:
-    given = {**options, "url": url}
+def _config(options: Options, *, engine: Engine | None = None, output: StringIO | None = None) -> Iterator[Config]:
     config = Config(
         output_buffer=output,
-        cmd_opts=Namespace(x=[f"{name}={value}" for name, value in given.items() if value is not None]),
+        cmd_opts=Namespace(x=[f"{name}={value}" for name, value in options.items() if value is not None]),
         attributes={"engine": engine},
     )
     config.set_main_option("script_location", str(FOLDER).replace("%", "%%"))
     with _ONE_AT_A_TIME:
         yield config
-
-
-def _where(target: Target) -> dict[str, Any]:
-    if isinstance(target, Engine) or hasattr(target, "sync_engine"):
-        return {"engine": _usable(target)}
-    try:
-        url = database_url(target)
-    except ValueError as error:
-        raise CommandError(str(error) if target else f"{error}, or pass one (--url)") from error
-    if url.get_dialect().is_async:
-        raise CommandError(
-            f"migrations run synchronously, and {url.drivername} is an async driver: write the URL as "
-            "postgresql+psycopg://... (in IOT_MODELS_DATABASE_URL, where DATABASE_URL is the service's)"
-        )
-    try:
-        import_driver(url)
-    except ImportError as error:
-        raise CommandError(str(error)) from error
-    return {"url": url.render_as_string(hide_password=False)}
-
-
-def _usable(engine: object) -> Engine:
-    if not isinstance(engine, Engine) or engine.dialect.is_async:
-        raise CommandError(
-            "migrations run synchronously, and this engine is an async one: pass a URL, "
-            "engine.url.set(drivername='postgresql+psycopg'); from asyncio, by asyncio.to_thread(migrate.upgrade, url)"
-        )
-    if engine.dialect.name != "postgresql":
-        raise CommandError(f"iot_models works on PostgreSQL; this engine is for {engine.dialect.name}")
-    # The same pool. Migrations need transactions, also where the engine was made for AUTOCOMMIT.
-    return engine.execution_options(isolation_level="READ COMMITTED")

@@ -1,11 +1,11 @@
 """Search for what the corpus does not hold: Hypothesis puts its pieces together anew, the same judge looks on.
 
-    python tests/fuzz/fuzz.py --minutes 10 [--seed N]
+    python -m tests.fuzz.fuzz --minutes 10 [--seed N]
 
-Exit code 0: nothing found. 1: something found, and printed as lines for `FOUND` in `corpus_found.py`. 130: interrupted.
+Exit code 0: nothing found. 1: something found, and printed as lines for `FOUND` in `corpus/found.py`. 130: interrupted.
 """
 
-# ruff: noqa: T201, S307 - a program that puts its folders on the path, prints, and evaluates what it made up
+# ruff: noqa: T201, S307 - a program that prints, and evaluates what it made up
 from __future__ import annotations
 
 import argparse
@@ -17,28 +17,25 @@ import time
 import typing
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.append(str(Path(__file__).parents[1]))
-
-import corpus
-import corpus_found
-from alembic_runs import upgrade
-from awaiting import awaits
-from corpus import DEVICE_IDS, DOCUMENTS, ODD_DEVICE_IDS, TEXTS, UNSTORABLE_TEXTS, VERSIONS
-from corpus_wire import JSON_TEXTS, URLS
-from doors import DOORS
-from expected import KNOWN_DEVICES, TENANTS
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from oracle import FindingError, NotApplicableError, World
-from oracle_pure import judge_helpers, judge_url
 from sqlalchemy import NullPool, text
 from sqlalchemy.orm import Session
 
 from iot_models.engine import create_engine
 from iot_models.testing import database, postgres_server
+from tests.databases.alembic_runs import upgrade
+from tests.fuzz.corpus import documents as corpus
+from tests.fuzz.corpus import found as corpus_found
+from tests.fuzz.corpus.awaiting import awaits
+from tests.fuzz.corpus.documents import DEVICE_IDS, DOCUMENTS, ODD_DEVICE_IDS, TEXTS, UNSTORABLE_TEXTS, VERSIONS
+from tests.fuzz.corpus.wire import JSON_TEXTS, URLS
+from tests.fuzz.judge.entry_points import ENTRY_POINTS
+from tests.fuzz.judge.expected import KNOWN_DEVICES, TENANTS
+from tests.fuzz.judge.pure import judge_helpers, judge_url
+from tests.fuzz.judge.world import FindingError, NotApplicableError, World
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -51,7 +48,7 @@ ATTEMPTS_A_ROUND = 500
 INTERRUPTED = 130
 SHORT = 1_000  # bytes of a JSON text that something is inserted into
 KNOWN_NAMES = [name for name, device_id in DEVICE_IDS.items() if device_id in KNOWN_DEVICES]
-# Names that a finding may use: they are those of corpus_found.py.
+# Names that a finding may use: they are those of corpus/found.py.
 NAMES = vars(corpus_found)
 
 # Everything below is made as source text: what is found can be pasted, and made anew as often as it is needed.
@@ -102,11 +99,11 @@ def arrays(inner: SearchStrategy[str]) -> SearchStrategy[str]:
     return st.lists(inner, max_size=3).map(lambda made: "[" + ", ".join(made) + "]")
 
 
-def documents(door: str) -> SearchStrategy[str]:
-    kind = "helpers" if door == "helpers" else "document"
+def documents(point: str) -> SearchStrategy[str]:
+    kind = "helpers" if point == "helpers" else "document"
     made = objects(values())
     known = pieces(
-        "DOCUMENTS", [name for name in DOCUMENTS if not awaits(f"{kind}, {name}", door) and "deep" not in name], "()"
+        "DOCUMENTS", [name for name in DOCUMENTS if not awaits(f"{kind}, {name}", point) and "deep" not in name], "()"
     )
     nested = st.tuples(st.integers(7, 13), made).map(lambda parts: f"wrapped({parts[0]}, {parts[1]})")
     both = st.tuples(made, made).map(lambda parts: f"{{**{parts[0]}, 'fan': {parts[1]}}}")
@@ -133,10 +130,10 @@ def versions() -> SearchStrategy[str]:
     return mostly(few, sources(st.integers(-1, 10)) | sources(st.integers(2**31 - 2, 2**63 + 1)) | known)
 
 
-def sent(door: str) -> SearchStrategy[str]:
-    if door == "helpers":
-        return documents(door)
-    if door == "url":
+def sent(point: str) -> SearchStrategy[str]:
+    if point == "helpers":
+        return documents(point)
+    if point == "url":
         known = pieces(
             "URLS", [name for name, url in URLS.items() if isinstance(url, str) and not awaits(f"url, {name}")]
         )
@@ -146,17 +143,17 @@ def sent(door: str) -> SearchStrategy[str]:
         )
     parts = {
         "tenant_id": sources(st.sampled_from(TENANTS)),
-        "device_id": sources(st.sampled_from(KNOWN_DEVICES[:5])) if DOORS[door].kind == "orm" else devices(),
-        "document": documents(door) if "document" in DOORS[door].takes else st.just("{}"),
-        "version": versions() if "version" in DOORS[door].takes else st.just("None"),
+        "device_id": sources(st.sampled_from(KNOWN_DEVICES[:5])) if ENTRY_POINTS[point].kind == "orm" else devices(),
+        "document": documents(point) if "document" in ENTRY_POINTS[point].takes else st.just("{}"),
+        "version": versions() if "version" in ENTRY_POINTS[point].takes else st.just("None"),
     }
     return st.tuples(*parts.values()).map(lambda made: f"Attempt({', '.join(made)})")
 
 
 def attempts() -> SearchStrategy[tuple[str, str]]:
-    """A door's name, and the source of what is sent through it."""
-    by_door = {door: st.tuples(st.just(door), sent(door)) for door in [*DOORS, "helpers", "url"]}
-    return st.sampled_from(list(by_door)).flatmap(by_door.__getitem__)
+    """An entry point's name, and the source of what is passed to it."""
+    by_point = {point: st.tuples(st.just(point), sent(point)) for point in [*ENTRY_POINTS, "helpers", "url"]}
+    return st.sampled_from(list(by_point)).flatmap(by_point.__getitem__)
 
 
 class TimeIsOver(BaseException):
@@ -172,11 +169,11 @@ class Search:
     began: float = field(default_factory=time.monotonic)
     reported_at: float = 0.0
     fates: Counter[str] = field(default_factory=Counter)
-    doors: Counter[str] = field(default_factory=Counter)
+    points: Counter[str] = field(default_factory=Counter)
     findings: dict[str, tuple[str, str, str]] = field(default_factory=dict)
     last: tuple[str, str, str] | None = None
 
-    def attempt(self, door: str, source: str) -> None:
+    def attempt(self, point: str, source: str) -> None:
         now = time.monotonic()
         if now >= self.until:
             raise TimeIsOver
@@ -184,23 +181,23 @@ class Search:
             self.reported_at = now
             self.report()
         try:
-            fate = self._judge(door, source)
+            fate = self._judge(point, source)
         except FindingError as finding:
-            if _signature(door, finding) in self.findings:
+            if _signature(point, finding) in self.findings:
                 return
-            self.last = (door, source, str(finding))
+            self.last = (point, source, str(finding))
             raise
         self.fates[fate] += 1
-        self.doors[door] += 1
+        self.points[point] += 1
 
-    def _judge(self, door: str, source: str) -> str:
+    def _judge(self, point: str, source: str) -> str:
         try:
             made = eval(source, NAMES)
-            if door == "url":
+            if point == "url":
                 return judge_url(made)
-            if door == "helpers":
+            if point == "helpers":
                 return judge_helpers(lambda: eval(source, NAMES))
-            return typing.cast("World", self.world).judge(door, made)
+            return typing.cast("World", self.world).judge(point, made)
         except (NotApplicableError, corpus_found.UnmakeableError):
             return "not applicable"
 
@@ -212,14 +209,14 @@ class Search:
     def keep(self) -> None:
         """Take the smallest example that Hypothesis came to for a finding."""
         if self.last:
-            door, source, what = self.last
-            self.findings[_signature(door, what)] = self.last
-            print(f"FOUND at {door}: {what}\n    ({door!r}, lambda: {source}),", flush=True)
+            point, source, what = self.last
+            self.findings[_signature(point, what)] = self.last
+            print(f"FOUND at {point}: {what}\n    ({point!r}, lambda: {source}),", flush=True)
             self.last = None
 
 
-def _signature(door: str, finding: object) -> str:
-    return door + re.sub(r"[\d'\"].*", "", str(finding))[:60]
+def _signature(point: str, finding: object) -> str:
+    return point + re.sub(r"[\d'\"].*", "", str(finding))[:60]
 
 
 def search(found: Search, engine: Engine, number: int) -> None:
@@ -270,10 +267,10 @@ def main() -> int:
         except KeyboardInterrupt:
             interrupted = True
         found.report()
-    for door, count in sorted(found.doors.items()):
-        print(f"{count:10,} {door}")
-    for door, source, what in found.findings.values():
-        print(f"\n{door}: {what}\n    ({door!r}, lambda: {source}),")
+    for point, count in sorted(found.points.items()):
+        print(f"{count:10,} {point}")
+    for point, source, what in found.findings.values():
+        print(f"\n{point}: {what}\n    ({point!r}, lambda: {source}),")
     return 1 if found.findings else INTERRUPTED if interrupted else 0
 
 

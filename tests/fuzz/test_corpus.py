@@ -1,4 +1,4 @@
-"""Each hostile thing through each door of the service and the models, by the judge of `oracle`."""
+"""Each hostile thing at each entry point of the service and the models, judged by `judge.world`."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from awaiting import AWAITING, awaits
-from corpus import DEVICE_IDS, DOCUMENTS, ODD_DEVICE_IDS, UNSTORABLE_TEXTS, VERSIONS
-from corpus_found import FOUND
-from doors import DOORS, Attempt
-from event_loop import async_engine, in_event_loop, url_for
-from expected import DEVICE, TENANT, TENANTS, devices_of
-from oracle import FindingError, NotApplicableError, World
-from oracle_pure import judge_helpers, judge_url
 from sqlalchemy.orm import Session
 
 from iot_models import ShadowService
+from tests.databases.async_engines import async_engine, in_event_loop, url_for
+from tests.fuzz.corpus.awaiting import AWAITING, awaits
+from tests.fuzz.corpus.documents import DEVICE_IDS, DOCUMENTS, ODD_DEVICE_IDS, UNSTORABLE_TEXTS, VERSIONS
+from tests.fuzz.corpus.found import FOUND
+from tests.fuzz.judge.entry_points import ENTRY_POINTS, Attempt
+from tests.fuzz.judge.expected import DEVICE, TENANT, TENANTS, devices_of
+from tests.fuzz.judge.pure import judge_helpers, judge_url
+from tests.fuzz.judge.world import FindingError, NotApplicableError, World
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
 
-def attempts(door: str) -> Iterator[tuple[str, Callable[[], Attempt]]]:
-    """What the corpus holds for a door, one hostile thing at a time."""
-    if "document" in DOORS[door].takes:
+def attempts(point: str) -> Iterator[tuple[str, Callable[[], Attempt]]]:
+    """What the corpus holds for an entry point, one hostile thing at a time."""
+    if "document" in ENTRY_POINTS[point].takes:
         for name, make in DOCUMENTS.items():
             yield f"document, {name}", partial(_sending, "document", make)
-    if "version" in DOORS[door].takes:
+    if "version" in ENTRY_POINTS[point].takes:
         for name, make in VERSIONS.items():
             yield f"version, {name}", partial(_sending, "version", make)
     for name, device_id in DEVICE_IDS.items():
@@ -47,14 +47,14 @@ def _sending(part: str, make: Callable[[], object]) -> Attempt:
     return replace(Attempt(TENANT, DEVICE), **parts)
 
 
-def findings(session: Session, door: str, wanted: Callable[[str], bool]) -> dict[str, str]:
-    """What was found at a door, by the name of the entry."""
+def findings(session: Session, point: str, wanted: Callable[[str], bool]) -> dict[str, str]:
+    """What was found at an entry point, by the name of the piece of the corpus."""
     world = World(session)
     found: dict[str, str] = {}
-    for name, make in attempts(door):
+    for name, make in attempts(point):
         if wanted(name):
             try:
-                world.judge(door, make())
+                world.judge(point, make())
             except NotApplicableError:
                 continue
             except FindingError as finding:
@@ -62,35 +62,35 @@ def findings(session: Session, door: str, wanted: Callable[[str], bool]) -> dict
     return found
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_hostile_data_are_refused_or_stored_as_they_are(session: Session, door: str) -> None:
-    found = findings(session, door, lambda name: not awaits(name, door))
+@pytest.mark.parametrize("point", ENTRY_POINTS)
+def test_hostile_data_are_refused_or_stored_as_they_are(session: Session, point: str) -> None:
+    found = findings(session, point, lambda name: not awaits(name, point))
 
-    assert not found, "\n".join([f"{door}:", *found.values()])
+    assert not found, "\n".join([f"{point}:", *found.values()])
 
 
-# One door for each way in which values are bound.
-@pytest.mark.parametrize("door", ["get", "get_many", "pending", "replace_desired", "replace_desired_many"])
+# One entry point for each way in which values are bound.
+@pytest.mark.parametrize("point", ["get", "get_many", "pending", "replace_desired", "replace_desired_many"])
 @in_event_loop
-async def test_the_other_driver_tells_no_difference(engine: Engine, door: str) -> None:
+async def test_the_other_driver_tells_no_difference(engine: Engine, point: str) -> None:
     def run(connection: Connection) -> dict[str, str]:
         with Session(connection, join_transaction_mode="create_savepoint") as session:
-            return findings(session, door, lambda name: not awaits(name, door))
+            return findings(session, point, lambda name: not awaits(name, point))
 
     async with async_engine(url_for("asyncpg", engine.url)) as other, other.connect() as connection:
         found = await connection.run_sync(run)
         await connection.rollback()
 
-    assert not found, "\n".join([f"{door}:", *found.values()])
+    assert not found, "\n".join([f"{point}:", *found.values()])
 
 
 def test_what_awaits_a_repair_still_fails(session: Session) -> None:
     failing: set[str] = set()
-    for door in DOORS:
+    for point in ENTRY_POINTS:
         with session.begin_nested() as savepoint:
-            awaiting = {name for name, _ in attempts(door) if {name, f"{door}: {name}"} & AWAITING.keys()}
-            found = findings(session, door, awaiting.__contains__)
-            failing |= found.keys() | {f"{door}: {name}" for name in found}
+            awaiting = {name for name, _ in attempts(point) if {name, f"{point}: {name}"} & AWAITING.keys()}
+            found = findings(session, point, awaiting.__contains__)
+            failing |= found.keys() | {f"{point}: {name}" for name in found}
             savepoint.rollback()
 
     assert {name for name in AWAITING if "url" not in name and "helpers" not in name} <= failing
@@ -98,13 +98,13 @@ def test_what_awaits_a_repair_still_fails(session: Session) -> None:
 
 def test_what_was_found_once_stays_mended(session: Session) -> None:
     world = World(session)
-    for door, make in FOUND:
-        if door == "url":
+    for point, make in FOUND:
+        if point == "url":
             judge_url(make())
-        elif door == "helpers":
+        elif point == "helpers":
             judge_helpers(make)
         else:
-            world.judge(door, make())
+            world.judge(point, make())
 
 
 @pytest.mark.parametrize("tenant_id", [*UNSTORABLE_TEXTS.values(), ""], ids=ascii)

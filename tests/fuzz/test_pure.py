@@ -1,17 +1,17 @@
-"""Hostile documents and URLs where no database is asked, by the judge of `oracle_pure`."""
+"""Hostile documents and URLs where no database is asked, judged by `judge.pure`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import pytest
-from awaiting import AWAITING, awaits
-from corpus import DOCUMENTS
-from corpus_wire import SECRET, URLS
-from oracle import FindingError
-from oracle_pure import judge_helpers, judge_url
 
 from iot_models import migrate
+from tests.fuzz.corpus.awaiting import AWAITING, awaits
+from tests.fuzz.corpus.documents import DOCUMENTS
+from tests.fuzz.corpus.wire import SECRET, URLS
+from tests.fuzz.judge.pure import judge_helpers, judge_url
+from tests.fuzz.judge.world import FindingError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

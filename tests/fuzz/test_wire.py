@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
 import pytest
-from alembic_runs import CHECKOUT
-from corpus import DEVICE_IDS, LOOK_ALIKES
-from corpus_wire import JSON_TEXTS
-from doors import NEIGHBOUR
-from expected import DEVICE, sentinel
-from reference import merged, storable
 from sqlalchemy import Engine, insert, text
 
 from iot_models import DeviceState
 from iot_models._core.equality import json_equal
+from tests.databases.alembic_runs import CHECKOUT
+from tests.fuzz.corpus.documents import DEVICE_IDS, LOOK_ALIKES
+from tests.fuzz.corpus.wire import JSON_TEXTS
+from tests.fuzz.judge.entry_points import NEIGHBOUR
+from tests.fuzz.judge.expected import DEVICE, sentinel
+from tests.reference.documents import storable
+from tests.reference.json_values import merge_patch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -135,7 +136,7 @@ def test_json_is_stored_as_it_was_meant_or_refused(app: App) -> None:
         report = b'{"reported": ' + body + b"}"
         patched, reported = _as_meant(body), _as_meant(report)
         if storable(patched, max_bytes=float("inf")):
-            patched = merged(sentinel(TENANT, DEVICE), patched)
+            patched = merge_patch(sentinel(TENANT, DEVICE), patched)
         answer = app.call("PATCH", f"/devices/{DEVICE}/twin/desired", headers, body)
         _check(app, f"PATCH {name}", answer, "desired", patched if len(body) <= MAX_BODY else None)
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import pytest
-from fleet import TENANT, add_device
 from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
 from iot_models import DeviceState, Report
+from tests.databases.devices import TENANT, add_device
+from tests.reference.methods import WRITES as METHODS
+from tests.reference.methods import Section
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -50,12 +52,16 @@ class Write:
     arguments: tuple[Any, ...]
     keywords: Mapping[str, Any]
 
+    @property
+    def section(self) -> Section:
+        return METHODS[self.method].section
+
     def __call__(self, service: Any) -> Any:
         return getattr(service, self.method)(*self.arguments, **self.keywords)
 
     def done(self) -> Rows:
         before = START[ONE]
-        if "desired" in self.method:
+        if self.section == "desired":
             after = before._replace(desired=self.document, desired_version=8, has_been_asked=True)
         else:
             after = before._replace(reported=self.document, reported_version=7, has_been_heard=True)

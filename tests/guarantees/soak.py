@@ -1,6 +1,6 @@
 """A long load with faults, on a durable PostgreSQL of its own; proves every few minutes that nothing was lost.
 
-    python tests/guarantees/soak.py --minutes 30
+    python -m tests.guarantees.soak --minutes 30
 
 Writers run all the time, at READ COMMITTED, REPEATABLE READ and SERIALIZABLE in turn, while the server is shut down and
 killed under them, connections are cut, statements cancelled, rows held locked, timeouts fire, pools are full, and
@@ -24,15 +24,15 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Final
 
-from durable_server import DurableServer, durable_postgres
-from history import Key, Stand, keep_history, read_rows
-from injections import Faults
-from load import Findings, Load
 from sqlalchemy import NullPool, create_engine
-from workload import DEVICES, TENANTS
-from writer import Plan
 
 from iot_models import migrate
+from tests.databases.durable_server import DurableServer, durable_postgres
+from tests.guarantees.load.faults import Faults
+from tests.guarantees.load.history import Key, State, keep_history, read_rows
+from tests.guarantees.load.many_writers import Findings, Load
+from tests.guarantees.load.workload import DEVICES, TENANTS
+from tests.guarantees.load.writer import Plan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -54,13 +54,13 @@ class Tally:
     checks: int = 0
     violations: list[str] = field(default_factory=list)
 
-    def add(self, findings: Findings, level: str, before: Mapping[Key, Stand]) -> None:
+    def add(self, findings: Findings, level: str, before: Mapping[Key, State]) -> None:
         self.units.update(unit.outcome for unit in findings.units)
         self.errors.update(findings.errors)
         self.by_level[level] += len(findings.units)
         self.calls += sum(len(unit.operations) for unit in findings.units)
         self.versions += sum(
-            stand.desired_version - before[key].desired_version for key, stand in findings.after.items()
+            state.desired_version - before[key].desired_version for key, state in findings.after.items()
         )
         self.checks += 1
         self.violations += findings.violations
@@ -156,12 +156,12 @@ def _progress(units: Counter[str], faults: Faults, tally: Tally, level: str) -> 
     )
 
 
-def _keep_evidence(folder: Path, before: Mapping[Key, Stand], findings: Findings) -> None:
+def _keep_evidence(folder: Path, before: Mapping[Key, State], findings: Findings) -> None:
     evidence = {
         "violations": findings.violations,
-        "before": [[*key, *stand] for key, stand in before.items()],
-        "after": [[*key, *stand] for key, stand in findings.after.items()],
-        "history": [[*key, *stand] for key, stand in findings.history],
+        "before": [[*key, *state] for key, state in before.items()],
+        "after": [[*key, *state] for key, state in findings.after.items()],
+        "history": [[*key, *state] for key, state in findings.history],
     }
     (folder / "evidence.json").write_text(json.dumps(evidence, indent=1))
 
@@ -173,7 +173,7 @@ def _summary(tally: Tally, faults: Faults, arguments: str) -> str:
     return "\n".join(
         [
             "",
-            f"    python tests/guarantees/soak.py {arguments}",
+            f"    python -m tests.guarantees.soak {arguments}",
             "",
             "| | |",
             "|---|---|",

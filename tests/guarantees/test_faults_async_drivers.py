@@ -6,22 +6,34 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
-from event_loop import ASYNC_DRIVERS, async_engine, in_event_loop, url_for
-from every_write import BATCHES, ONE, PATCH_DESIRED, START, WRITES, committed, each_mode, fleet_in, put_back
-from fleet import TENANT
-from moments import at_statement, cut, unlocked
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from iot_models import AsyncShadowService
+from tests.databases.async_engines import ASYNC_DRIVERS, async_engine, in_event_loop, url_for
+from tests.databases.backends import cut, unlocked
+from tests.databases.devices import TENANT
+from tests.databases.statements import at_statement
+from tests.guarantees.every_write import (
+    BATCHES,
+    ONE,
+    PATCH_DESIRED,
+    START,
+    WRITES,
+    committed,
+    each_mode,
+    fleet_in,
+    put_back,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from every_write import Write
     from sqlalchemy import URL, Engine
+
+    from tests.guarantees.every_write import Write
 
 
 @pytest.fixture(params=ASYNC_DRIVERS)
@@ -47,8 +59,8 @@ async def test_a_connection_cut_before_any_statement_of_a_write_leaves_nothing_w
     url: URL, independent: Engine, mode: str
 ) -> None:
     async with async_engine(url, isolation_level=mode, pool_size=1, max_overflow=0, pool_timeout=1) as engine:
-        moments = [(write, number) for write in WRITES for number in range(write.statements)]
-        for write, number in moments:
+        places = [(write, number) for write in WRITES for number in range(write.statements)]
+        for write, number in places:
             async with AsyncSession(engine) as session:
                 service = AsyncShadowService(session, TENANT)
                 with at_statement(engine.sync_engine, number, cut(independent)) as begun:

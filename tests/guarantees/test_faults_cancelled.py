@@ -8,8 +8,13 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
-from event_loop import ASYNC_DRIVERS, async_engine, in_event_loop, url_for
-from every_write import (
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from iot_models import AsyncShadowService
+from tests.databases.async_engines import ASYNC_DRIVERS, async_engine, in_event_loop, url_for
+from tests.databases.backends import await_connections
+from tests.databases.devices import TENANT
+from tests.guarantees.every_write import (
     ONE,
     PATCH_DESIRED,
     PATCH_DESIRED_MANY,
@@ -23,11 +28,6 @@ from every_write import (
     fleet_in,
     put_back,
 )
-from fleet import TENANT
-from moments import await_connections
-from sqlalchemy.ext.asyncio import AsyncSession
-
-from iot_models import AsyncShadowService
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator, Iterator

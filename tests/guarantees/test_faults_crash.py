@@ -8,12 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from alembic_runs import upgrade
-from durable_server import durable_postgres
-from event_loop import ASYNC_DRIVERS, async_engine, in_event_loop, url_for
-from every_write import BATCH, BATCHES, ONE, REPLACE_DESIRED, START, WRITES, committed, fleet_in
-from fleet import TENANT
-from moments import await_lock_waits
 from sqlalchemy import NullPool, make_url, text
 from sqlalchemy import create_engine as plain_engine
 from sqlalchemy.exc import DBAPIError, OperationalError
@@ -22,13 +16,20 @@ from sqlalchemy.orm import Session
 
 from iot_models import AsyncShadowService, ShadowService
 from iot_models.engine import create_engine
+from tests.databases.alembic_runs import upgrade
+from tests.databases.async_engines import ASYNC_DRIVERS, async_engine, in_event_loop, url_for
+from tests.databases.backends import await_lock_waits
+from tests.databases.devices import TENANT
+from tests.databases.durable_server import durable_postgres
+from tests.guarantees.every_write import BATCH, BATCHES, ONE, REPLACE_DESIRED, START, WRITES, committed, fleet_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from concurrent.futures import Future
 
-    from durable_server import DurableServer
     from sqlalchemy import Engine
+
+    from tests.databases.durable_server import DurableServer
 
 
 @pytest.fixture(scope="module")

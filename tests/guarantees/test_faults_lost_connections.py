@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from every_write import (
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError, InvalidRequestError, PendingRollbackError
+from sqlalchemy.orm import Session
+
+from iot_models import DeviceState, Report, ShadowService
+from iot_models.engine import create_engine
+from tests.databases.backends import await_end, backend_pid, cut, end_backend
+from tests.databases.devices import TENANT
+from tests.databases.statements import at_statement
+from tests.guarantees.every_write import (
     BATCH,
     ONE,
     PATCH_DESIRED,
@@ -18,14 +27,6 @@ from every_write import (
     each_write,
     fleet_in,
 )
-from fleet import TENANT
-from moments import at_statement, await_end, backend_pid, cut, end_backend
-from sqlalchemy import text
-from sqlalchemy.exc import DBAPIError, InvalidRequestError, PendingRollbackError
-from sqlalchemy.orm import Session
-
-from iot_models import DeviceState, Report, ShadowService
-from iot_models.engine import create_engine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from every_write import (
+from sqlalchemy import create_engine, event, text
+from sqlalchemy.exc import DataError
+from sqlalchemy.orm import Session
+
+from iot_models import DeviceState, Report, ShadowService
+from tests.databases.devices import TENANT
+from tests.databases.statements import at_statement, counted_statements
+from tests.guarantees.every_write import (
     BATCH,
     ONE,
     REPLACE_DESIRED,
@@ -17,13 +24,6 @@ from every_write import (
     each_write,
     fleet_in,
 )
-from fleet import TENANT, counted_statements
-from moments import at_statement
-from sqlalchemy import create_engine, event, text
-from sqlalchemy.exc import DataError
-from sqlalchemy.orm import Session
-
-from iot_models import DeviceState, Report, ShadowService
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -147,7 +147,7 @@ def test_a_listener_that_raises_after_the_write_leaves_it_to_the_caller_to_roll_
     assert committed(independent) == write.done()
 
 
-@each_of(*(write for write in WRITES if "desired" in write.method))
+@each_of(*(write for write in WRITES if write.section == "desired"))
 def test_a_desired_version_at_the_end_of_its_integer_fails_loudly_and_nothing_of_the_batch_is_written(
     independent: Engine, ours: Engine, write: Write
 ) -> None:

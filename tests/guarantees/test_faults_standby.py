@@ -7,10 +7,20 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from alembic_runs import upgrade
-from durable_server import durable_postgres
-from event_loop import ASYNC_DRIVERS, async_engine, in_event_loop, url_for
-from every_write import (
+from sqlalchemy import NullPool, make_url, text
+from sqlalchemy import create_engine as plain_engine
+from sqlalchemy.exc import DBAPIError, InternalError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from iot_models import AsyncShadowService, DeviceState, ShadowService
+from iot_models.engine import create_engine
+from tests.databases.alembic_runs import upgrade
+from tests.databases.async_engines import ASYNC_DRIVERS, async_engine, in_event_loop, url_for
+from tests.databases.devices import TENANT
+from tests.databases.durable_server import durable_postgres
+from tests.databases.standby import promote, standby_of
+from tests.guarantees.every_write import (
     BATCH,
     ONE,
     REPLACE_DESIRED,
@@ -20,22 +30,13 @@ from every_write import (
     each_mode,
     fleet_in,
 )
-from fleet import TENANT
-from sqlalchemy import NullPool, make_url, text
-from sqlalchemy import create_engine as plain_engine
-from sqlalchemy.exc import DBAPIError, InternalError
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
-from standby import promote, standby_of
-
-from iot_models import AsyncShadowService, DeviceState, ShadowService
-from iot_models.engine import create_engine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from durable_server import DurableServer
     from sqlalchemy import URL, Engine
+
+    from tests.databases.durable_server import DurableServer
 
 READ_ONLY = "25006"
 NOW = datetime(2026, 1, 1, tzinfo=UTC)

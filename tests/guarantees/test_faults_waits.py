@@ -10,7 +10,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
-from every_write import (
+from sqlalchemy import Connection, text
+from sqlalchemy.exc import DBAPIError, InternalError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.orm import Session
+
+from iot_models import ShadowService
+from iot_models.engine import create_engine
+from tests.databases.backends import await_lock_waits, unlocked
+from tests.databases.devices import TENANT
+from tests.guarantees.every_write import (
     BATCHES,
     ONE,
     PATCH_DESIRED_MANY,
@@ -21,15 +30,6 @@ from every_write import (
     each_mode,
     fleet_in,
 )
-from fleet import TENANT
-from moments import await_lock_waits, unlocked
-from sqlalchemy import Connection, text
-from sqlalchemy.exc import DBAPIError, InternalError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.orm import Session
-
-from iot_models import ShadowService
-from iot_models.engine import create_engine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

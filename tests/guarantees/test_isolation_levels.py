@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from fleet import TENANT, add_device
 from sqlalchemy import NullPool, create_engine
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 from sqlalchemy.orm.exc import StaleDataError
 
 from iot_models import BatchRejected, DeviceState, Report, ShadowService, UnknownVersion, VersionConflict
+from tests.databases.devices import TENANT, add_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

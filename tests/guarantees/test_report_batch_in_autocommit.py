@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from fleet import TENANT, add_device
 from sqlalchemy import NullPool, create_engine, event, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from iot_models import Report, ReportStatus, ShadowService
+from tests.databases.devices import TENANT, add_device
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine

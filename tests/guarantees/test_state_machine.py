@@ -1,7 +1,7 @@
-"""Whatever is done in whatever order: the service answers, and the table holds, what a plain model says.
+"""Whatever is done in whatever order: the service answers, and the table holds, what the reference model says.
 
-Every run walks the same ways, and shows the first that fails as it is. `IOT_MODELS_TEST_EXAMPLES=1000` walks that many
-others, and takes up to five minutes to find the shortest that fails.
+Every run takes the same steps, and shows the first sequence that fails as it is. `IOT_MODELS_TEST_EXAMPLES=1000` tries
+that many other sequences, and takes up to five minutes to find the shortest that fails.
 """
 
 from __future__ import annotations
@@ -13,10 +13,18 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from agreement import columns, described, shown_columns, stored_rows
-from alembic_runs import downgrade, upgrade
-from both_sides import BothSides
-from choices import (
+from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import invariant, precondition, rule, run_state_machine_as_test
+from sqlalchemy import inspect, text
+from sqlalchemy.orm import Session
+from sqlalchemy.orm.exc import StaleDataError
+
+from iot_models import DeviceState, InvalidDocument, Report, ShadowService
+from tests.databases.alembic_runs import downgrade, upgrade
+from tests.guarantees.state_machine.compared_session import BothSides
+from tests.guarantees.state_machine.comparison import columns, described, shown_columns, stored_rows
+from tests.guarantees.state_machine.steps import (
     acknowledgement,
     acknowledgements,
     any_documents,
@@ -31,27 +39,20 @@ from choices import (
     spellings,
     tenants,
 )
-from hypothesis import HealthCheck, Phase, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import invariant, precondition, rule, run_state_machine_as_test
-from model import Between, Device
-from sqlalchemy import inspect, text
-from sqlalchemy.orm import Session
-from sqlalchemy.orm.exc import StaleDataError
-
-from iot_models import DeviceState, InvalidDocument, Report, ShadowService
+from tests.reference.shadows import Between, Device
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from both_sides import Acknowledgement
     from sqlalchemy import Engine
 
+    from tests.guarantees.state_machine.compared_session import Acknowledgement
+
 EXAMPLES = os.environ.get("IOT_MODELS_TEST_EXAMPLES")
+PARTS = 4  # which run in parallel
 SETTINGS = settings(
-    max_examples=int(EXAMPLES or 100),
+    max_examples=max(1, int(EXAMPLES or 100) // PARTS),
     stateful_step_count=30,
-    derandomize=EXAMPLES is None,
     phases=list(Phase) if EXAMPLES else [Phase.generate],
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
@@ -328,11 +329,13 @@ class ServiceAndModel(BothSides):
             assert shown == {name: expected[key][name] for name in shown}
 
 
-def test_the_service_and_a_plain_model_agree_after_every_step(own_engine: Engine) -> None:
+@pytest.mark.parametrize("part", range(PARTS))
+def test_the_service_and_a_plain_model_agree_after_every_step(own_engine: Engine, part: int) -> None:
     class OnThisDatabase(ServiceAndModel):
         engine = own_engine
 
-    run_state_machine_as_test(OnThisDatabase, settings=SETTINGS)
+    machine = OnThisDatabase if EXAMPLES else seed(part)(OnThisDatabase)
+    run_state_machine_as_test(machine, settings=SETTINGS)
 
 
 def _containers(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import subprocess
-import sys
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from event_loop import ASYNC_DRIVERS, async_engine, in_event_loop, url_for
-from fleet import DEVICE, TENANT, add_device, counted_statements
 from sqlalchemy import make_url, select, text
 from sqlalchemy.exc import OperationalError, ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -34,6 +30,9 @@ from iot_models import (
     UnknownVersion,
     VersionConflict,
 )
+from tests.databases.async_engines import ASYNC_DRIVERS, async_engine, in_event_loop, url_for
+from tests.databases.devices import DEVICE, TENANT, add_device
+from tests.databases.statements import counted_statements
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -108,16 +107,6 @@ def test_the_constructor_takes_the_same_arguments() -> None:
     assert list(ours.parameters) == list(theirs.parameters)
     for name in ("limits", "stale_after"):
         assert ours.parameters[name] == theirs.parameters[name]
-
-
-def test_importing_the_package_needs_no_greenlet() -> None:
-    program = (
-        "import sys; sys.modules['greenlet'] = None\n"
-        "import iot_models; iot_models.AsyncShadowService; print('sqlalchemy.ext.asyncio' in sys.modules)\n"
-    )
-
-    run = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    assert run.stdout.strip() == "False"
 
 
 # What it does

@@ -1,4 +1,4 @@
-"""What our engines set on a connection, and how each of it gives way."""
+"""What our engines set on a connection, and how a caller overrides each setting."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
-from event_loop import ASYNC_DRIVERS, async_engine, url_for
-from fleet import DEVICE, TENANT, add_device
 from sqlalchemy import JSON, Connection, Text, cast, literal, select, text
 from sqlalchemy.exc import DBAPIError, StatementError
 from sqlalchemy.orm import Session
 
 from iot_models import ShadowService
 from iot_models.engine import create_engine
+from tests.databases.async_engines import ASYNC_DRIVERS, async_engine, url_for
+from tests.databases.devices import DEVICE, TENANT, add_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ SETTINGS = ("application_name", "statement_timeout", "idle_in_transaction_sessio
 
 
 class Kind:
-    """One of the engines: what a synchronous function over a connection of it returns."""
+    """A synchronous or an async engine, asked in the same way: by a synchronous function of a connection."""
 
     def __init__(self, name: str, url: URL) -> None:
         self.asynchronous = name in ASYNC_DRIVERS
@@ -41,7 +41,7 @@ class Kind:
     def ask_each(
         self, *questions: Callable[[Connection], T], url: URL | None = None, between: Work = int, **options: Any
     ) -> list[T]:
-        """The answers, each on a connection taken from the pool anew; `between` is done before each but the first."""
+        """The answers, each on a connection newly taken from the pool; `between` runs before each but the first."""
         if self.asynchronous:
             return asyncio.run(_ask_async(url or self.url, questions, between, options))
         return _ask_sync(url or self.url, questions, between, options)
@@ -96,7 +96,7 @@ def libpq(request: pytest.FixtureRequest, engine: Engine) -> Kind:
 
 
 def server_settings(kind: Kind, **settings: str) -> dict[str, Any]:
-    """The `connect_args` by which a caller sets these, in the driver's own terms."""
+    """The `connect_args` that set these, as the driver takes them."""
     if kind.url.get_driver_name() == "asyncpg":
         return {"server_settings": settings}
     return {"options": " ".join(f"-c {name}={value}" for name, value in settings.items())}
@@ -110,7 +110,7 @@ def test_a_connection_has_a_name_and_the_two_timeouts(kind: Kind) -> None:
     assert shown["idle_in_transaction_session_timeout"] == "1min"
 
 
-def test_each_of_them_is_a_keyword(kind: Kind) -> None:
+def test_the_name_and_the_timeouts_are_keyword_arguments(kind: Kind) -> None:
     shown = kind.settings(
         application_name="it's the fleet-api",
         statement_timeout=timedelta(milliseconds=1500),
@@ -137,10 +137,12 @@ def test_none_leaves_a_timeout_to_the_server(own_engine: Engine, kind: Kind) -> 
     shown = kind.settings(statement_timeout=None, idle_in_transaction_session_timeout=None)
 
     assert (shown["statement_timeout"], shown["idle_in_transaction_session_timeout"]) == ("7s", "8s")
-    assert kind.settings(statement_timeout=timedelta(0))["statement_timeout"] == "0"  # off is not the same as None
+    assert (
+        kind.settings(statement_timeout=timedelta(0))["statement_timeout"] == "0"
+    )  # zero switches it off; None does not set it
 
 
-def test_what_connect_args_say_wins_and_the_rest_of_ours_stays(kind: Kind) -> None:
+def test_connect_args_win_and_our_other_settings_stay(kind: Kind) -> None:
     given = server_settings(kind, work_mem="5MB", statement_timeout="5s")
 
     shown = kind.settings(connect_args=given)
@@ -149,10 +151,10 @@ def test_what_connect_args_say_wins_and_the_rest_of_ours_stays(kind: Kind) -> No
     assert shown["statement_timeout"] == "5s"
     assert shown["idle_in_transaction_session_timeout"] == "1min"
     assert shown["application_name"] == "iot_models"
-    assert given == server_settings(kind, work_mem="5MB", statement_timeout="5s")  # the caller's own is not touched
+    assert given == server_settings(kind, work_mem="5MB", statement_timeout="5s")  # the caller's dict has not changed
 
 
-def test_what_the_url_says_wins_and_connect_args_win_over_the_url(libpq: Kind) -> None:
+def test_the_url_wins_over_our_settings_and_connect_args_win_over_the_url(libpq: Kind) -> None:
     url = libpq.url.update_query_dict(
         {"application_name": "from-the-url", "options": "-c work_mem=5MB -c statement_timeout=5s"}
     )
@@ -168,7 +170,7 @@ def test_what_the_url_says_wins_and_connect_args_win_over_the_url(libpq: Kind) -
 
 
 @pytest.mark.parametrize("timeout", [timedelta(seconds=30), None])
-def test_what_the_environment_says_to_libpq_wins_over_ours(
+def test_the_environment_variables_of_libpq_win_over_our_settings(
     libpq: Kind, monkeypatch: pytest.MonkeyPatch, timeout: timedelta | None
 ) -> None:
     monkeypatch.setenv("PGOPTIONS", "-c work_mem=5MB -c statement_timeout=5s")
@@ -179,16 +181,16 @@ def test_what_the_environment_says_to_libpq_wins_over_ours(
     assert (shown["work_mem"], shown["statement_timeout"]) == ("5MB", "5s")
     assert shown["application_name"] == "from-the-environment"
 
-    # libpq's own rule: PGOPTIONS counts where nothing else is given.
+    # libpq's own rule: PGOPTIONS counts only if nothing else is given.
     assert libpq.settings(connect_args={"options": "-c statement_timeout=6s"})["work_mem"] != "5MB"
 
 
-def test_a_statement_beyond_its_time_is_cancelled(kind: Kind) -> None:
+def test_a_statement_that_takes_longer_than_the_timeout_is_cancelled(kind: Kind) -> None:
     with pytest.raises(DBAPIError, match="statement timeout"):
         kind.ask(lambda c: c.execute(text("SELECT pg_sleep(5)")), statement_timeout=timedelta(milliseconds=20))
 
 
-def test_a_connection_that_the_server_ended_costs_nobody_an_error(kind: Kind, engine: Engine) -> None:
+def test_a_connection_that_the_server_ended_is_replaced_without_an_error(kind: Kind, engine: Engine) -> None:
     pids: list[int] = []
 
     def ask_pid(connection: Connection) -> int:
@@ -196,7 +198,7 @@ def test_a_connection_that_the_server_ended_costs_nobody_an_error(kind: Kind, en
         return pids[-1]
 
     def end_it() -> None:
-        with engine.connect() as other:  # waits up to a second for its end
+        with engine.connect() as other:  # waits up to a second until it has ended
             assert other.scalar(text("SELECT pg_terminate_backend(:pid, 1000)"), {"pid": pids[-1]})
 
     before, after = kind.ask_each(ask_pid, ask_pid, between=end_it)
@@ -213,7 +215,7 @@ def test_json_is_written_compactly_in_utf_8(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_what_is_no_json_is_refused_before_the_server_sees_it(kind: Kind, number: float) -> None:
+def test_a_number_that_json_does_not_have_is_refused_before_the_server_sees_it(kind: Kind, number: float) -> None:
     # asyncpg's values pass through SQLAlchemy, which wraps the ValueError; psycopg converts them itself.
     with pytest.raises((ValueError, StatementError), match="not JSON compliant"):
         kind.ask(lambda c: c.scalar(select(cast(literal({"a": number}, JSON), Text))))
@@ -229,7 +231,7 @@ def test_every_option_of_sqlalchemy_is_passed_on(kind: Kind) -> None:
     assert "Pool size: 3" in kind.ask(lambda c: c.engine.pool.status(), pool_size=3)
 
 
-def test_in_autocommit_mode_each_write_is_final_at_once(own_engine: Engine) -> None:
+def test_in_autocommit_mode_each_write_is_committed_at_once(own_engine: Engine) -> None:
     with Session(own_engine) as session, session.begin():
         add_device(session)
     engine = create_engine(own_engine.url, isolation_level="AUTOCOMMIT")
@@ -243,7 +245,7 @@ def test_in_autocommit_mode_each_write_is_final_at_once(own_engine: Engine) -> N
         assert ShadowService(session, TENANT).get(DEVICE).desired == {"a": 1}
 
 
-def test_both_modes_share_one_pool_and_do_not_rub_off(own_engine: Engine) -> None:
+def test_both_modes_share_one_pool_and_do_not_affect_each_other(own_engine: Engine) -> None:
     with Session(own_engine) as session, session.begin():
         add_device(session)
     engine = create_engine(own_engine.url, pool_size=1, max_overflow=0)

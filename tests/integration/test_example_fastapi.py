@@ -21,10 +21,11 @@ from threading import Barrier
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from alembic_runs import CHECKOUT
-from fleet import add_device
 from sqlalchemy import Engine, NullPool, create_engine, make_url, text
 from sqlalchemy.orm import Session
+
+from tests.databases.alembic_runs import CHECKOUT
+from tests.databases.devices import add_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,11 +6,11 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from fleet import TENANT
 from sqlalchemy import text
 from sqlalchemy.dialects.postgresql import asyncpg
 
 from iot_models._core import statements
+from tests.databases.devices import TENANT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+import asyncpg  # type: ignore[import-untyped]
+import psycopg
 import pytest
-from sqlalchemy import NullPool, create_engine, text
+from sqlalchemy import NullPool, create_engine, make_url, text
 
 from iot_models import migrate
 from iot_models.testing import sample_fleet
@@ -16,16 +18,23 @@ if TYPE_CHECKING:
 
     from iot_models.testing import PostgresServer
 
-# pytester forgets the modules that a run inside this process imported first: Alembic would be told of our operations twice.
-LOADED = (migrate, sample_fleet)
+# pytester forgets the modules that a run inside this process imported first: Alembic would be told of our operations
+# twice, and the errors of a driver that is imported twice are of two classes.
+LOADED = (migrate, sample_fleet, asyncpg, psycopg)
 
 
 class Team:
-    """Writes tests and runs them on the server of this run."""
+    """Writes tests and runs them on the server of this run, as a role that may make databases and nothing else."""
 
-    def __init__(self, pytester: pytest.Pytester, server: PostgresServer) -> None:
+    def __init__(self, pytester: pytest.Pytester, server: PostgresServer, role: str) -> None:
         self._pytester = pytester
-        self.server = server
+        self._server = server
+        self._role = role
+
+    @property
+    def url(self) -> str:
+        role = make_url(self._server.url).set(username=self._role, password=self._role)
+        return role.render_as_string(hide_password=False)
 
     def write(self, **files: str) -> None:
         self._pytester.makepyfile(**files)
@@ -37,14 +46,19 @@ class Team:
         return self._pytester.runpytest_subprocess("-p", "pytest_iot_models", "-p", "no:cacheprovider", *options)
 
     def databases(self) -> set[str]:
-        with create_engine(self.server.url, poolclass=NullPool).connect() as connection:
-            return set(connection.scalars(text("SELECT datname FROM pg_database")))
+        """Those that the team's runs have made and not dropped; the server has others, of tests beside this one."""
+        with create_engine(self._server.url, poolclass=NullPool).connect() as connection:
+            owned = text("SELECT datname FROM pg_database WHERE datdba = CAST(:role AS regrole)")
+            return set(connection.scalars(owned, {"role": self._role}))
 
 
 @pytest.fixture
-def team(pytester: pytest.Pytester, server: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> Team:
-    monkeypatch.setenv("IOT_MODELS_TEST_DATABASE_URL", server.url)
-    return Team(pytester, server)
+def team(pytester: pytest.Pytester, server: PostgresServer, server_role: str, monkeypatch: pytest.MonkeyPatch) -> Team:
+    with create_engine(server.url, poolclass=NullPool).begin() as connection:
+        connection.execute(text(f"ALTER ROLE {server_role} CREATEDB"))
+    team = Team(pytester, server, server_role)
+    monkeypatch.setenv("IOT_MODELS_TEST_DATABASE_URL", team.url)
+    return team
 
 
 def test_a_test_with_a_session_and_a_fleet_takes_three_lines_and_the_run_names_its_server(team: Team) -> None:
@@ -57,13 +71,11 @@ def test_a_test_with_a_session_and_a_fleet_takes_three_lines_and_the_run_names_i
             assert [shadow.device_id for shadow in shadows.pending()] == [shadow_fleet.pending]
         """
     )
-    before = team.databases()
-
     result = team.run()
 
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines("shadow_server: PostgreSQL *, from IOT_MODELS_TEST_DATABASE_URL")
-    assert team.databases() == before
+    assert team.databases() == set()
 
 
 def test_a_run_that_uses_none_of_the_fixtures_loads_nothing_starts_nothing_and_says_nothing(
@@ -148,11 +160,9 @@ def test_a_database_of_a_tests_own_is_at_head_and_empty_and_gone_after_the_test(
                 session.commit()
         """
     )
-    before = team.databases()
-
     team.run_in_a_process().assert_outcomes(passed=2)
 
-    assert team.databases() == before
+    assert team.databases() == set()
 
 
 def test_async_code_has_the_same_databases_with_either_driver(team: Team) -> None:

@@ -6,24 +6,23 @@ import json
 import re
 import socket
 import socketserver
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
+import psycopg
 import pytest
-from alembic_runs import CHECKOUT
-from schema_dump import dump
 from sqlalchemy import NullPool, create_engine, make_url, text
 
 from iot_models import testing
-from iot_models.testing import NoServerError, PostgresServer, postgres_server, throwaway
+from iot_models.testing import NoServerError, PostgresServer, postgres_server, servers, throwaway
+from tests.databases.schema_dump import dump
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -92,6 +91,13 @@ def works(server: PostgresServer) -> bool:
         return bool(connection.scalar(text("SELECT true")))
 
 
+@pytest.fixture
+def throwaway_is_there(server: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The throwaway server is this run's server, whatever that is: which one is chosen is the question, not its start."""
+    started = throwaway.Server(server.url, Path("/nowhere"), "18.0")
+    monkeypatch.setattr(throwaway, "postgres", lambda: nullcontext(started))
+
+
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg"])
 def test_a_given_server_is_taken_before_any_other(
     scheme: str, server: PostgresServer, socket_path: str, monkeypatch: pytest.MonkeyPatch
@@ -134,6 +140,7 @@ def test_without_a_docker_engine_the_server_is_embedded() -> None:
         assert works(chosen)
 
 
+@pytest.mark.usefixtures("throwaway_is_there")
 def test_without_testcontainers_no_engine_is_asked(socket_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "testcontainers.core.docker_client", None)  # as an import finds it that fails
     with engine_at(socket_path, {}) as engine, postgres_server() as chosen:
@@ -142,8 +149,9 @@ def test_without_testcontainers_no_engine_is_asked(socket_path: str, monkeypatch
     assert engine.requests == []
 
 
+@pytest.mark.usefixtures("throwaway_is_there")
 def test_a_docker_engine_that_hangs_is_not_waited_for(socket_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(testing, "_PING_SECONDS", 0.2)
+    monkeypatch.setattr(servers, "_PING_SECONDS", 0.2)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(socket_path)
         listener.listen()  # takes the connection and never answers
@@ -154,6 +162,7 @@ def test_a_docker_engine_that_hangs_is_not_waited_for(socket_path: str, monkeypa
             assert works(chosen)
 
 
+@pytest.mark.usefixtures("throwaway_is_there")
 def test_a_docker_engine_that_cannot_get_the_usual_image_is_passed_over(socket_path: str) -> None:
     with engine_at(socket_path, {}), postgres_server() as chosen:
         assert "throwaway" in chosen.description
@@ -242,7 +251,7 @@ def test_a_container_that_ends_is_not_waited_for_and_its_last_words_are_told(
         container_at["GET /containers/c0ffee/json"]["State"]["Status"] = "exited"
 
     with engine_at(socket_path, container_at) as engine:
-        threading.Timer(1, end).start()
+        threading.Timer(0.3, end).start()
         began = time.monotonic()
         with pytest.raises(NoServerError) as caught, postgres_server():
             pass
@@ -291,24 +300,63 @@ def test_a_database_is_copied_although_somebody_stays_connected_to_it(server: Po
         pool.dispose()
 
 
-def test_the_first_line_of_a_run_names_the_server_and_a_mere_listing_starts_none(socket_path: str) -> None:
-    def run(option: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "pytest", option, "tests/unit/test_errors.py", "-p", "no:cacheprovider"]
-        return subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, text=True)
+# The fixtures of these very tests, in a run of its own.
 
-    assert not Path(socket_path).exists()
-    with run("-q") as quiet, run("--collect-only") as listing:
-        assert quiet.communicate()[0].startswith("PostgreSQL ")
-        assert "PostgreSQL " not in listing.communicate()[0]
-    assert (quiet.returncode, listing.returncode) == (0, 0)
+LOADED = psycopg  # before pytester, which forgets what a run imported first: there would be two of each of its errors
 
 
-def test_a_run_without_a_server_fails(socket_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("IOT_MODELS_TEST_DATABASE_URL", f"postgresql:///iot?host={Path(socket_path).parent}")
-    command = [sys.executable, "-m", "pytest", "-q", "tests/unit/test_errors.py", "-p", "no:cacheprovider"]
-    run = subprocess.run(command, check=False, cwd=CHECKOUT, capture_output=True, text=True)
-    assert run.returncode == pytest.ExitCode.USAGE_ERROR
-    assert "ERROR: IOT_MODELS_TEST_DATABASE_URL is set, but no PostgreSQL answers there" in run.stderr
+@pytest.fixture
+def runs(pytester: pytest.Pytester) -> pytest.Pytester:
+    """Runs of a test that needs a server and of one that needs none, with the fixtures of this project's tests."""
+    pytester.makeconftest("from tests.conftest import *")
+    pytester.makepyfile(
+        test_needy="def test_asks(connection): assert connection.exec_driver_sql('SELECT 1').scalar() == 1"
+    )
+    pytester.makepyfile(test_pure="def test_computes(): assert 1 + 1 == 2")
+    return pytester
+
+
+def run(runs: pytest.Pytester, *arguments: str) -> pytest.RunResult:
+    return runs.runpytest_inprocess("-q", "-p", "no:cacheprovider", "-p", "no:randomly", *arguments)
+
+
+@pytest.mark.parametrize("options", [(), ("-n", "1")], ids=["alone", "parallel"])
+def test_a_run_names_its_server_at_its_end(
+    runs: pytest.Pytester, server: PostgresServer, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IOT_MODELS_TEST_DATABASE_URL", server.url)
+
+    result = run(runs, *options)
+
+    result.assert_outcomes(passed=2)
+    named = f"server: {server.description.split(',')[0]}, from IOT_MODELS_TEST_DATABASE_URL"
+    assert [line for line in result.outlines if line.startswith("server: ")] == [named]
+
+
+@pytest.mark.parametrize("arguments", [("test_pure.py",), ("--collect-only",)], ids=["pure", "listing"])
+def test_a_run_that_asks_for_no_server_starts_none_and_names_none(
+    runs: pytest.Pytester, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IOT_MODELS_TEST_DATABASE_URL", "postgresql://nobody@127.0.0.1:1/nothing")  # would be an error
+
+    result = run(runs, *arguments)
+
+    assert result.ret == 0
+    assert "server: " not in result.stdout.str()
+
+
+@pytest.mark.parametrize("options", [(), ("-n", "1")], ids=["alone", "parallel"])
+def test_a_run_without_a_server_ends_at_once_and_says_why(
+    runs: pytest.Pytester, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IOT_MODELS_TEST_DATABASE_URL", "postgresql://nobody@127.0.0.1:1/nothing")
+
+    result = run(runs, *options, "test_needy.py")
+
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    said = result.stdout.str() + result.stderr.str()
+    assert said.count("IOT_MODELS_TEST_DATABASE_URL is set, but no PostgreSQL answers there") == 1
+    assert " failed" not in result.outlines[-1]
 
 
 def test_a_dump_has_the_tables_and_nothing_that_differs_from_run_to_run(new_database: Callable[[], str]) -> None:

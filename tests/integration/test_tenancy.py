@@ -6,14 +6,15 @@ import gc
 from typing import TYPE_CHECKING
 
 import pytest
-from fleet import DEVICE, TENANT, counted_statements
 from sqlalchemy import delete, insert, select, text, update
 from sqlalchemy.exc import DBAPIError, ProgrammingError
 from sqlalchemy.orm import Session
-from tenants import OTHER, STRANGE, application, rows, tenants
 
 from iot_models import DeviceNotFound, DeviceState, Report, ShadowService, SyncStatus
 from iot_models.tenancy import bind_tenant
+from tests.databases.devices import DEVICE, TENANT
+from tests.databases.statements import counted_statements
+from tests.databases.tenants import OTHER, STRANGE, application, rows, tenants
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

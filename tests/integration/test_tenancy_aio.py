@@ -6,16 +6,16 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
-from event_loop import ASYNC_DRIVERS, async_engine, in_event_loop, url_for
-from fleet import DEVICE, TENANT
 from sqlalchemy import insert, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
-from tenants import OTHER, STRANGE, clear, isolate, login, two_tenants
 
 from iot_models import AsyncShadowService, DeviceNotFound, DeviceState, tenancy
 from iot_models.tenancy import bind_tenant
+from tests.databases.async_engines import ASYNC_DRIVERS, async_engine, in_event_loop, url_for
+from tests.databases.devices import DEVICE, TENANT
+from tests.databases.tenants import OTHER, STRANGE, clear, isolate, login, two_tenants
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

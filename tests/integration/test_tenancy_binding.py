@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from fleet import DEVICE, TENANT, counted_statements
 from sqlalchemy import text
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import Session
-from tenants import OTHER, application, tenants
 
 from iot_models import ShadowService
 from iot_models.tenancy import bind_tenant
+from tests.databases.devices import DEVICE, TENANT
+from tests.databases.statements import counted_statements
+from tests.databases.tenants import OTHER, application, tenants
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

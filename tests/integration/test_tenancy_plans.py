@@ -5,12 +5,12 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from fleet import TENANT
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.orm import Session
-from tenants import isolate, login
 
 from iot_models import Report, ShadowService
+from tests.databases.devices import TENANT
+from tests.databases.tenants import isolate, login
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from fleet import TENANT
-from tenants import OFF, rolled_back, run, security, tenants_for
 
 from iot_models import tenancy
+from tests.databases.devices import TENANT
+from tests.databases.tenants import OFF, rolled_back, run, security, tenants_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

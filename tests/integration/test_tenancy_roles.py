@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
-from fleet import TENANT
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError, ProgrammingError
-from tenants import OFF, OTHER, PRIVILEGES, rolled_back, run, security, tenants_for
 
 from iot_models import tenancy
+from tests.databases.devices import TENANT
+from tests.databases.tenants import OFF, OTHER, PRIVILEGES, rolled_back, run, security, tenants_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

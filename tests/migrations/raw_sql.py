@@ -1,26 +1,45 @@
-"""The deployments that teams made by raw SQL, and ways to look at them."""
+"""The deployments that teams made by raw SQL, and what a database holds after a migration."""
 
 from __future__ import annotations
 
 import re
+import subprocess
 from typing import Any
 
-from alembic_runs import CHECKOUT
-from sqlalchemy import NullPool, create_engine, text
+from sqlalchemy import Connection, NullPool, create_engine, make_url, text
+
+from tests.databases.alembic_runs import CHECKOUT
+from tests.databases.client_tools import client_tool
+from tests.databases.schema_dump import dump
 
 DATA = CHECKOUT / "tests" / "data"
+# The table as a team made it by hand before there were shadows.
 RAW_075 = (DATA / "075.sql").read_text()
+# The shadow as a team added it by hand, with the SELECT that verifies it.
+(ADD_SHADOW,) = re.findall(r"```sql\n(.*?)```", (DATA / "seed_076_device_shadow.md").read_text(), re.DOTALL)
+RAW_076 = RAW_075 + ADD_SHADOW
+
+# Ten devices of two tenants, as they are at 075: heartbeats and telemetry. The same rows in every database.
+FLEET = """
+    INSERT INTO device_state (tenant_id, site_id, device_id, status, last_seen_at, last_state_change_at, state)
+    SELECT CASE WHEN n % 2 = 0 THEN 'acme' ELSE 'globex' END, 's' || n / 5, 'd' || n, 'ONLINE',
+           timestamptz '2026-01-02 03:04:05.678901+00' + n * interval '1 ms', '2026-01-01 00:00:00.000001+00',
+           jsonb_build_object('t', n / 7.0)
+      FROM generate_series(1, 10) n;
+"""
+# Shadows of four of them. Numbers longer than a float, a time to the microsecond, a key that needs quoting, a JSON null.
+SHADOWS = """
+    UPDATE device_state SET desired_state = '{"lat": 52.12345678901234567890, "huge": 1e400, "a\\"b": null, "neat": 21.50}',
+           reported_state = '{"x": [1.10, {"y": 1e-330}]}', desired_version = 7, reported_version = 5,
+           shadow_updated_at = '2026-02-03 04:05:06.123456+00' WHERE device_id IN ('d1', 'd2', 'd3');
+    UPDATE device_state SET reported_state = '{"only": "reported"}' WHERE device_id = 'd4';
+"""
 SHADOW_COLUMNS = "desired_state, reported_state, desired_version, reported_version, shadow_updated_at"
+# Where a downgrade below 076 parks them.
+PARKED = "device_state_shadow_076"
 
-
-def seed_sql() -> str:
-    """The SQL of the document that 076 comes from, its verifying SELECT included."""
-    (block,) = re.findall(r"```sql\n(.*?)```", (DATA / "seed_076_device_shadow.md").read_text(), re.DOTALL)
-    assert isinstance(block, str)
-    return block
-
-
-RAW_076 = RAW_075 + seed_sql()
+# What deployers wait for each other on.
+ADVISORY_LOCK = 0x696F745F6D6F6465
 
 
 def run_sql(url: str, *scripts: str) -> list[tuple[Any, ...]]:
@@ -38,31 +57,45 @@ def run_sql(url: str, *scripts: str) -> list[tuple[Any, ...]]:
     return rows
 
 
+def psql(url: str, script: str) -> subprocess.CompletedProcess[str]:
+    """Run a script as a database administrator would."""
+    target = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+    command = [client_tool("psql"), "-X", "-q", "-v", "ON_ERROR_STOP=1", target]
+    return subprocess.run(command, input=script, check=False, capture_output=True, text=True, timeout=60)
+
+
+def as_role(url: str, role: str) -> str:
+    """The URL of the same database for a role whose password is its name."""
+    return make_url(url).set(username=role, password=role).render_as_string(hide_password=False)
+
+
 def rows_of(url: str, table: str = "device_state", columns: str = "*") -> list[str]:
     """Every row as PostgreSQL writes it, exact to the last digit."""
-    engine = create_engine(url, poolclass=NullPool)
-    with engine.connect() as connection:
-        return list(connection.scalars(text(f"SELECT t::text FROM (SELECT {columns} FROM {table}) t ORDER BY 1")))
+    with create_engine(url, poolclass=NullPool).connect() as connection:
+        return _rows(connection, table, columns)
+
+
+def _rows(connection: Connection, table: str, columns: str = "*") -> list[str]:
+    return list(connection.scalars(text(f"SELECT t::text FROM (SELECT {columns} FROM {table}) t ORDER BY 1")))
+
+
+def revision_of(url: str) -> str:
+    """The revision at which Alembic says that the database stands."""
+    (row,) = run_sql(url, "SELECT version_num FROM alembic_version")
+    return str(row[0])
 
 
 def tables_of(url: str) -> set[str]:
-    return {row[0] for row in run_sql(url, "SELECT tablename FROM pg_tables WHERE schemaname = 'public'")}
+    with create_engine(url, poolclass=NullPool).connect() as connection:
+        return _tables(connection)
 
 
-def fleet_sql(devices: int = 10) -> str:
-    """Rows of 075: heartbeats and telemetry as devices send them."""
-    return f"""
-        INSERT INTO device_state (tenant_id, site_id, device_id, status, last_seen_at, state)
-        SELECT CASE WHEN n % 2 = 0 THEN 'acme' ELSE 'globex' END, 's' || n / 5, 'd' || n, 'ONLINE',
-               timestamptz '2026-01-02 03:04:05.678901+00' + n * interval '1 ms', jsonb_build_object('t', n / 7.0)
-          FROM generate_series(1, {devices}) n;
-    """
+def _tables(connection: Connection) -> set[str]:
+    return {*connection.scalars(text("SELECT tablename FROM pg_tables WHERE schemaname = 'public'"))}
 
 
-# Numbers longer than a float, a time to the microsecond, a key that needs quoting, a JSON null.
-SHADOWS = """
-    UPDATE device_state SET desired_state = '{"lat": 52.12345678901234567890, "huge": 1e400, "a\\"b": null, "neat": 21.50}',
-           reported_state = '{"x": [1.10, {"y": 1e-330}]}', desired_version = 7, reported_version = 5,
-           shadow_updated_at = '2026-02-03 04:05:06.123456+00' WHERE device_id IN ('d1', 'd2', 'd3');
-    UPDATE device_state SET reported_state = '{"only": "reported"}' WHERE device_id = 'd4';
-"""
+def state(url: str) -> tuple[str, dict[str, list[str]]]:
+    """All that a migration can change: the schema, and the rows of each table, Alembic's included."""
+    with create_engine(url, poolclass=NullPool).connect() as connection:
+        rows = {table: _rows(connection, table) for table in sorted(_tables(connection))}
+    return dump(url), rows

@@ -1,4 +1,4 @@
-"""`python -m iot_models.migrate` as on-call types it, and `iot_models.migrate` as a service or a test suite calls it."""
+"""`python -m iot_models.migrate` as an operator types it, and `iot_models.migrate` as a service or a test calls it."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from alembic.util import CommandError
-from alembic_runs import CHECKOUT
-from client_tools import client_tool
-from raw_sql import RAW_076, SHADOWS, fleet_sql, rows_of, run_sql, tables_of
-from schema_dump import dump
 from sqlalchemy import Engine, NullPool, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from iot_models import migrate
 from iot_models._migrations import comparison, operations, runner
+from iot_models._migrations.command_line import main
+from tests.databases.alembic_runs import CHECKOUT
+from tests.databases.schema_dump import dump
+from tests.migrations import commands
+from tests.migrations.raw_sql import ADVISORY_LOCK, FLEET, PARKED, RAW_076, SHADOWS, psql, rows_of, run_sql, tables_of
+from tests.migrations.revisions import HEAD, REVISIONS, TO_HEAD
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
 NOWHERE = "postgresql://iot:hunter2@127.0.0.1:1/nowhere"
-ADVISORY_LOCK = 0x696F745F6D6F6465
 SUBCOMMANDS = ("upgrade", "downgrade", "current", "history", "check", "sql")
 
 
@@ -39,16 +40,6 @@ SUBCOMMANDS = ("upgrade", "downgrade", "current", "history", "check", "sql")
 def _no_url_left_over(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("IOT_MODELS_DATABASE_URL", "DATABASE_URL"):
         monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def empty(new_database: Callable[..., str]) -> str:
-    return new_database()
-
-
-@pytest.fixture
-def at_head(new_database: Callable[..., str], migrated_url: str) -> str:
-    return new_database(migrated_url)
 
 
 def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -62,7 +53,7 @@ def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
 
 
 def run(*arguments: str, **environment: str) -> tuple[int, str, str]:
-    """Exit code, standard output, standard error."""
+    """Exit code, standard output, standard error of the command in a process of its own."""
     process = start(*arguments, **environment)
     out, err = process.communicate(timeout=60)
     assert "Traceback" not in err
@@ -75,51 +66,34 @@ def as_session(url: str, *settings: str) -> str:
     return make_url(url).update_query_dict({"options": options}).render_as_string(hide_password=False)
 
 
-# The command line, in processes of its own.
+# The command line, in a process of its own.
 
 
-def test_a_database_goes_up_is_checked_and_goes_down_by_the_command_alone(empty: str) -> None:
+def test_the_command_upgrades_checks_and_downgrades_a_database(empty: str) -> None:
     code, out, err = run("upgrade", "075", "--url", empty, DATABASE_URL=NOWHERE)
     assert (code, out) == (0, "")
     assert re.fullmatch(r"(INFO  \[alembic.*\n)*INFO  \[alembic.*Running upgrade  -> 075, .*\n", err)
-    assert run("current", IOT_MODELS_DATABASE_URL=empty, DATABASE_URL=NOWHERE) == (0, "075\n", "")
+    assert commands.migrate("current", IOT_MODELS_DATABASE_URL=empty, DATABASE_URL=NOWHERE) == (0, "075\n", "")
     code, out, err = run("check", DATABASE_URL=empty)
     assert (code, err) == (1, "")
     assert re.fullmatch(
-        r"database \w+ stands at 075, head is 077: run python -m iot_models\.migrate upgrade head\n", out
+        rf"database \w+ stands at 075, head is {HEAD}: run python -m iot_models\.migrate upgrade head\n", out
     )
 
-    assert run("upgrade", DATABASE_URL=empty)[0] == 0
-    code, out, err = run("check", DATABASE_URL=empty)
+    upgraded = commands.migrate("upgrade", DATABASE_URL=empty)
+    assert upgraded.code == 0
+    assert TO_HEAD in upgraded.err
+    code, out, err = commands.migrate("check", DATABASE_URL=empty)
     assert (code, err) == (0, "")
-    assert re.fullmatch(r"database \w+ stands at head \(077\) and equals the models\n", out)
+    assert re.fullmatch(rf"database \w+ stands at head \({HEAD}\) and equals the models\n", out)
 
-    code, out, err = run("downgrade", "base", DATABASE_URL=empty)
+    code, out, err = commands.migrate("downgrade", "base", DATABASE_URL=empty)
     assert (code, out) == (0, "")
     assert "Running downgrade 076 -> 075" in err
     assert tables_of(empty) == {"alembic_version"}
 
 
-def test_help_names_every_command_and_where_the_url_comes_from() -> None:
-    code, out, err = run("--help")
-
-    assert (code, err) == (0, "")
-    assert all(re.search(rf"^    {name} ", out, re.MULTILINE) for name in SUBCOMMANDS)
-    assert "python -m iot_models.migrate check || exit 1" in out
-    assert "--url, else IOT_MODELS_DATABASE_URL, else DATABASE_URL" in out
-
-
-def test_history_and_sql_need_no_database() -> None:
-    code, out, err = run("history")
-    assert (code, err) == (0, "")
-    assert [line.split(",")[0] for line in out.splitlines()] == ["076 -> 077 (head)", "075 -> 076", "<base> -> 075"]
-
-    code, out, err = run("sql", "075:head")
-    assert (code, err) == (0, "")
-    assert out == migrate.sql("075:077")
-
-
-def test_ctrl_c_ends_with_one_line_and_the_next_run_goes_on_from_there(empty: str) -> None:
+def test_ctrl_c_ends_with_one_line_and_the_next_run_continues(empty: str) -> None:
     engine = create_engine(empty, poolclass=NullPool)
     with engine.connect() as other_deployer:
         other_deployer.execute(text("SELECT pg_advisory_lock(:key)"), {"key": ADVISORY_LOCK})
@@ -130,18 +104,38 @@ def test_ctrl_c_ends_with_one_line_and_the_next_run_goes_on_from_there(empty: st
         out, err = process.communicate(timeout=60)
 
     assert (process.returncode, out) == (130, "")
-    assert err == "interrupted: running the same command again goes on from there\n"
+    assert err == "interrupted: run the same command again to continue from there\n"
     migrate.upgrade(empty)
-    assert migrate.current(empty) == "077"
+    assert migrate.current(empty) == HEAD
 
 
 # The command line, in this process.
 
 
+def test_help_names_every_command_and_where_the_url_comes_from() -> None:
+    code, out, err = commands.migrate("--help")
+
+    assert (code, err) == (0, "")
+    assert all(re.search(rf"^    {name} ", out, re.MULTILINE) for name in SUBCOMMANDS)
+    assert "python -m iot_models.migrate check || exit 1" in out
+    assert "--url, else IOT_MODELS_DATABASE_URL, else DATABASE_URL" in out
+
+
+def test_history_and_sql_need_no_database() -> None:
+    code, out, err = commands.migrate("history")
+    assert (code, err) == (0, "")
+    steps = [f"{before} -> {after}" for before, after in zip(["<base>", *REVISIONS], REVISIONS, strict=False)]
+    assert [line.split(",")[0] for line in out.splitlines()] == [f"{steps[-1]} (head)", *steps[-2::-1]]
+
+    code, out, err = commands.migrate("sql", "075:head")
+    assert (code, err) == (0, "")
+    assert out == migrate.sql(f"075:{HEAD}")
+
+
 @pytest.mark.parametrize("name", SUBCOMMANDS)
 def test_every_command_has_a_help_text(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
-        migrate.main([name, "--help"])
+        main([name, "--help"])
 
     said = capsys.readouterr().out
     assert said.startswith(f"usage: python -m iot_models.migrate {name} ")
@@ -151,7 +145,7 @@ def test_every_command_has_a_help_text(name: str, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize("arguments", [[], ["frobnicate"], ["downgrade"], ["check", "--frobnicate"]])
 def test_wrong_usage_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        migrate.main(arguments)
+        main(arguments)
     assert "usage: python -m iot_models.migrate" in capsys.readouterr().err
 
 
@@ -168,14 +162,14 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str], capsys: pytest.Capture
         (["-x", "frob=1", "upgrade", "--url", NOWHERE], r"-x frob: unknown; there are url, lock_timeout, .*"),
         (["upgrade", "--lock-timeout", "4", "--url", NOWHERE], r"-x lock_timeout=4: expected how long .*"),
         (["sql", "075"], r"'075' is no range of revisions: write FROM:TO, as in 075:076 or 076:075"),
-        (["sql", "075:999"], r"Can't locate revision identified by '999'"),
+        (["sql", "075:frob"], r"Can't locate revision identified by 'frob'"),
         (["sql", "head:075", "--shadow=keep"], r"-x shadow=keep: expected discard: .*"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_done_is_one_message_and_exit_code_1(
+def test_an_error_is_one_message_and_exit_code_1(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert migrate.main(arguments) == 1
+    assert main(arguments) == 1
 
     out, err = capsys.readouterr()
     assert out == ""
@@ -183,27 +177,27 @@ def test_what_cannot_be_done_is_one_message_and_exit_code_1(
     assert "hunter2" not in err
 
 
-def test_what_postgresql_refuses_is_its_own_sentence_and_exit_code_1(
+def test_an_error_of_postgresql_is_its_own_message_and_exit_code_1(
     empty: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert migrate.main(["upgrade", "--url", as_session(empty, "role=pg_monitor")]) == 1
+    assert main(["upgrade", "--url", as_session(empty, "role=pg_monitor")]) == 1
     assert "error: PostgreSQL says: permission denied for schema public\n" in capsys.readouterr().err
 
 
-def test_a_refused_downgrade_changes_nothing_until_it_is_told_what_to_throw_away(
+def test_a_downgrade_that_would_drop_rows_is_refused_until_an_option_allows_it(
     at_head: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_sql(at_head, fleet_sql(), SHADOWS)
+    run_sql(at_head, FLEET, SHADOWS)
 
-    assert migrate.main(["downgrade", "base", "--url", at_head]) == 1
+    assert main(["downgrade", "base", "--url", at_head]) == 1
     assert "device_state holds 10 rows" in capsys.readouterr().err
     assert len(rows_of(at_head)) == 10
 
-    assert migrate.main(["upgrade", "--url", at_head]) == 0
-    # As Alembic takes it, before the command.
-    assert migrate.main(["-x", "shadow=discard", "downgrade", "-2", "--url", at_head]) == 0
+    assert main(["upgrade", "--url", at_head]) == 0
+    # -x before the command, as with Alembic.
+    assert main(["-x", "shadow=discard", "downgrade", f"-{len(REVISIONS) - 1}", "--url", at_head]) == 0
     assert tables_of(at_head) == {"alembic_version", "device_state"}
-    assert migrate.main(["downgrade", "-x", f"url={at_head}", "base", "--device-state=drop"]) == 0
+    assert main(["downgrade", "-x", f"url={at_head}", "base", "--device-state=drop"]) == 0
     assert tables_of(at_head) == {"alembic_version"}
 
 
@@ -220,9 +214,9 @@ def test_a_refused_downgrade_changes_nothing_until_it_is_told_what_to_throw_away
 def test_the_flag_sql_prints_what_the_command_sql_prints(
     flag: list[str], command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert migrate.main(flag) == 0
+    assert main(flag) == 0
     by_flag = capsys.readouterr().out
-    assert migrate.main(command) == 0
+    assert main(command) == 0
 
     assert "ALTER TABLE device_state" in by_flag
     assert capsys.readouterr().out == by_flag
@@ -231,13 +225,13 @@ def test_the_flag_sql_prints_what_the_command_sql_prints(
 # check
 
 
-def test_check_finds_nothing_at_head_and_leaves_nothing_behind(at_head: str) -> None:
+def test_check_finds_nothing_at_head_and_changes_nothing(at_head: str) -> None:
     before = dump(at_head)
     assert migrate.check(at_head) == []
     assert dump(at_head) == before
 
 
-def test_comparing_leaves_nothing_in_the_callers_transaction(at_head: str) -> None:
+def test_the_comparison_changes_nothing_in_the_callers_transaction(at_head: str) -> None:
     run_sql(at_head, "DROP INDEX idx_device_state_site")
     engine = create_engine(at_head, poolclass=NullPool)
     with engine.connect() as connection:
@@ -251,7 +245,9 @@ def test_comparing_leaves_nothing_in_the_callers_transaction(at_head: str) -> No
 def test_a_raw_schema_that_was_adopted_equals_the_models(empty: str) -> None:
     run_sql(empty, RAW_076)
     (problem,) = migrate.check(empty)
-    assert problem.endswith("was never migrated by Alembic, head is 077: run python -m iot_models.migrate upgrade head")
+    assert problem.endswith(
+        f"was never migrated by Alembic, head is {HEAD}: run python -m iot_models.migrate upgrade head"
+    )
 
     migrate.upgrade(empty)
     assert migrate.check(empty) == []
@@ -327,20 +323,20 @@ def test_check_names_each_difference_from_the_models(
     run_sql(at_head, change)
 
     assert difference in migrate.check(at_head)
-    assert migrate.main(["check", "--url", at_head]) == 1
+    assert main(["check", "--url", at_head]) == 1
     assert f"{difference}\n" in capsys.readouterr().out
 
 
-def test_what_a_team_added_of_its_own_is_no_difference(at_head: str) -> None:
+def test_what_a_team_added_to_the_table_is_no_difference(at_head: str) -> None:
     run_sql(
         at_head,
         """
-        ALTER TABLE device_state ADD firmware text NOT NULL DEFAULT '1', ADD CHECK (status <> ''), ADD UNIQUE (device_id),
+        ALTER TABLE device_state ADD own_column text NOT NULL DEFAULT '1', ADD CHECK (status <> ''), ADD UNIQUE (device_id),
               ENABLE ROW LEVEL SECURITY;
         COMMENT ON TABLE device_state IS 'Ours.';
         COMMENT ON COLUMN device_state.tenant_id IS 'Who pays.';
-        COMMENT ON COLUMN device_state.firmware IS 'What runs.';
-        CREATE INDEX idx_of_ours ON device_state (firmware) WHERE status = 'ONLINE';
+        COMMENT ON COLUMN device_state.own_column IS 'What runs.';
+        CREATE INDEX idx_of_ours ON device_state (own_column) WHERE status = 'ONLINE';
         CREATE POLICY own ON device_state USING (tenant_id = current_user);
         CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
         CREATE TRIGGER note BEFORE UPDATE ON device_state FOR EACH ROW EXECUTE FUNCTION note();
@@ -363,12 +359,12 @@ def test_check_compares_the_table_in_the_schema_that_the_search_path_names(empty
 
 @pytest.mark.parametrize(
     ("revision", "problems", "mode"),
-    # As while 076 comes, while it goes, and while the index of 077 is built; and where nobody migrates.
+    # The locks of an upgrade to 076, of its downgrade, of the index build of 077; and without a deployer.
     [
         ("075", 1, "ACCESS EXCLUSIVE"),
         ("076", 1, "SHARE ROW EXCLUSIVE"),
         ("076", 1, "SHARE UPDATE EXCLUSIVE"),
-        ("077", 0, "SHARE ROW EXCLUSIVE"),
+        (HEAD, 0, "SHARE ROW EXCLUSIVE"),
     ],
 )
 def test_check_does_not_wait_for_a_deployer_at_work(revision: str, problems: int, mode: str, empty: str) -> None:
@@ -382,7 +378,7 @@ def test_check_does_not_wait_for_a_deployer_at_work(revision: str, problems: int
         assert migrate.current(empty) == revision
 
 
-def test_check_gives_up_soon_where_another_session_has_locked_the_table_altogether(at_head: str) -> None:
+def test_check_gives_up_soon_if_another_session_has_locked_the_table_against_reads(at_head: str) -> None:
     engine = create_engine(at_head, poolclass=NullPool)
     with engine.connect() as other:
         other.execute(text("LOCK TABLE device_state IN ACCESS EXCLUSIVE MODE"))
@@ -392,7 +388,7 @@ def test_check_gives_up_soon_where_another_session_has_locked_the_table_altogeth
         assert time.monotonic() - began < 3
 
 
-def test_what_else_is_refused_to_a_check_is_not_taken_for_a_missing_right(at_head: str) -> None:
+def test_another_error_during_a_check_is_not_reported_as_a_missing_privilege(at_head: str) -> None:
     run_sql(
         at_head,
         """
@@ -404,20 +400,22 @@ def test_what_else_is_refused_to_a_check_is_not_taken_for_a_missing_right(at_hea
         migrate.check(at_head)
 
 
-def test_a_revision_of_another_history_is_told_apart_from_an_old_one(at_head: str) -> None:
-    run_sql(at_head, "UPDATE alembic_version SET version_num = '999'")
+def test_an_unknown_revision_is_reported_as_unknown_and_not_as_old(at_head: str) -> None:
+    run_sql(at_head, "UPDATE alembic_version SET version_num = 'frob'")
     (problem,) = migrate.check(at_head)
-    assert "stands at 999, which is unknown here, where head is 077: a newer iot_models migrated it" in problem
+    assert f"stands at frob, which is unknown here, where head is {HEAD}: a newer iot_models migrated it" in problem
 
 
-def test_an_interrupted_downgrade_is_told_with_the_way_to_stay(at_head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_downgrade_is_reported_with_the_statements_that_undo_it(
+    at_head: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(operations, "_FIRST_PAUSE", 0.001)
-    run_sql(at_head, fleet_sql(), SHADOWS)
+    run_sql(at_head, FLEET, SHADOWS)
     before = rows_of(at_head)
     migrate.downgrade(at_head, "076")
     engine = create_engine(at_head, poolclass=NullPool)
     with engine.connect() as reader:
-        reader.execute(text("SELECT FROM device_state"))  # lets everything pass but the last step
+        reader.execute(text("SELECT FROM device_state"))  # its lock conflicts only with the last step
         with pytest.raises(CommandError, match="no lock on device_state after 5 tries of 10ms"):
             migrate.downgrade(at_head, "075", lock_timeout="10ms")
 
@@ -429,34 +427,34 @@ def test_an_interrupted_downgrade_is_told_with_the_way_to_stay(at_head: str, mon
     migrate.upgrade(at_head)
     assert migrate.check(at_head) == []
     assert rows_of(at_head) == before
-    assert rows_of(at_head, "device_state_shadow_076") == []
+    assert rows_of(at_head, PARKED) == []
 
 
-def test_parked_shadows_are_noted_and_are_no_failure(at_head: str, capsys: pytest.CaptureFixture[str]) -> None:
-    run_sql(at_head, fleet_sql(), SHADOWS)
+def test_parked_shadows_are_a_note_and_not_a_problem(at_head: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run_sql(at_head, FLEET, SHADOWS)
     migrate.downgrade(at_head, "075")
-    assert migrate.main(["check", "--url", at_head]) == 1
+    assert main(["check", "--url", at_head]) == 1
     assert capsys.readouterr().err == (
         "note: shadows parked in device_state_shadow_076: 4; the next upgrade puts them back\n"
     )
 
     run_sql(at_head, "DELETE FROM device_state WHERE device_id = 'd1'")
     migrate.upgrade(at_head)
-    assert migrate.main(["check", "--url", at_head]) == 0
+    assert main(["check", "--url", at_head]) == 0
     assert capsys.readouterr().err == (
         "note: shadows parked in device_state_shadow_076: 1; their devices are gone or have a newer shadow\n"
     )
 
     migrate.downgrade(at_head, "076")
-    assert migrate.main(["check", "--url", at_head]) == 1
+    assert main(["check", "--url", at_head]) == 1
     assert capsys.readouterr().err.startswith(
         "note: shadows parked in device_state_shadow_076: 1; their devices are gone or have a newer shadow\n"
     )
     migrate.upgrade(at_head)
 
-    # A role that may not read them checks all the same.
+    # A role without the privilege to read them can run the check, too.
     run_sql(at_head, "GRANT SELECT ON alembic_version TO pg_monitor")
-    assert migrate.main(["check", "--url", as_session(at_head, "role=pg_monitor")]) == 0
+    assert main(["check", "--url", as_session(at_head, "role=pg_monitor")]) == 0
     assert capsys.readouterr().err == ""
 
 
@@ -482,7 +480,7 @@ def test_an_engine_keeps_its_pool_and_its_settings(empty: str, caplog: pytest.Lo
     handlers = list(logging.getLogger().handlers)
 
     migrate.upgrade(engine)
-    assert migrate.current(engine) == "077"
+    assert migrate.current(engine) == HEAD
     assert migrate.check(engine) == []
     migrate.downgrade(engine, "075", lock_timeout="1s")
     assert migrate.current(engine) == "075"
@@ -497,11 +495,11 @@ def test_an_engine_keeps_its_pool_and_its_settings(empty: str, caplog: pytest.Lo
     engine.dispose()
 
 
-def test_an_autocommit_engine_migrates_in_transactions_all_the_same(at_head: str) -> None:
+def test_an_autocommit_engine_migrates_in_transactions_too(at_head: str) -> None:
     migrate.downgrade(at_head, "076")
     run_sql(
         at_head,
-        # Fails the last step of the downgrade: what came before it in the transaction must not stay.
+        # With it the last step of the downgrade fails, and the steps before it in the transaction must be undone.
         "CREATE VIEW of_a_team AS SELECT shadow_updated_at FROM device_state",
     )
     engine = create_engine(at_head, isolation_level="AUTOCOMMIT", poolclass=NullPool)
@@ -528,7 +526,7 @@ def test_a_url_object_keeps_its_password_and_its_percent_signs(empty: str) -> No
     assert passwords == ["50%&= s"]
 
 
-def test_an_upgrade_waits_for_a_lock_as_long_as_it_is_told(empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_upgrade_waits_for_a_lock_as_long_as_lock_timeout_says(empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operations, "_FIRST_PAUSE", 0.001)
     migrate.upgrade(empty, "075")
     engine = create_engine(empty, poolclass=NullPool)
@@ -542,24 +540,24 @@ def test_current_is_none_before_the_first_revision_and_base_on_the_command_line(
     empty: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert migrate.current(as_session(empty, "default_transaction_read_only=on")) is None
-    assert migrate.main(["current", "--url", empty]) == 0
-    assert migrate.main(["upgrade", "--url", empty]) == 0
-    assert migrate.main(["current", "--url", empty]) == 0
-    assert capsys.readouterr().out == "<base>\n077 (head)\n"
+    assert main(["current", "--url", empty]) == 0
+    assert main(["upgrade", "--url", empty]) == 0
+    assert main(["current", "--url", empty]) == 0
+    assert capsys.readouterr().out == f"<base>\n{HEAD} (head)\n"
 
 
 def test_without_a_url_the_environment_names_it(at_head: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATABASE_URL", at_head)
-    assert migrate.current() == "077"
+    assert migrate.current() == HEAD
 
 
-def test_an_async_engine_is_refused_with_the_way_out(at_head: str) -> None:
+def test_an_async_engine_is_refused_and_the_message_says_what_to_pass(at_head: str) -> None:
     engine = create_async_engine(at_head)
     targets: list[Any] = [engine, engine.sync_engine]
     for target in targets:
         with pytest.raises(CommandError, match=r"pass a URL, engine\.url\.set\(drivername='postgresql\+psycopg'\)"):
             migrate.upgrade(target)
-    assert migrate.current(engine.url.set(drivername="postgresql+psycopg")) == "077"
+    assert migrate.current(engine.url.set(drivername="postgresql+psycopg")) == HEAD
 
 
 def test_an_engine_of_another_database_is_refused() -> None:
@@ -567,35 +565,26 @@ def test_an_engine_of_another_database_is_refused() -> None:
         migrate.upgrade(create_engine("sqlite://"))
 
 
-def test_threads_migrate_each_its_own_database(new_database: Callable[..., str]) -> None:
-    urls = [new_database() for _ in range(3)]
+def test_each_thread_migrates_its_own_database(make_empty: Callable[[], str]) -> None:
+    urls = [make_empty() for _ in range(3)]
     with ThreadPoolExecutor() as pool:
         list(pool.map(migrate.upgrade, urls))
     assert [migrate.check(url) for url in urls] == [[], [], []]
 
 
 def test_the_sql_from_code_does_what_the_upgrade_and_the_downgrade_do(empty: str, migrated_url: str) -> None:
-    def psql(script: str) -> None:
-        url = make_url(empty).set(drivername="postgresql").render_as_string(hide_password=False)
-        subprocess.run(
-            [client_tool("psql"), "-X", "-q", "-v", "ON_ERROR_STOP=1", url],
-            input=script,
-            check=True,
-            text=True,
-            capture_output=True,
-        )
-
-    psql(migrate.sql("base:head"))
+    assert psql(empty, migrate.sql("base:head")).returncode == 0
     assert migrate.check(empty) == []
     assert dump(empty) == dump(migrated_url)
 
-    run_sql(empty, fleet_sql(), SHADOWS)
-    psql(migrate.sql("head:base", shadow="discard", device_state="drop", lock_timeout="1s"))
+    run_sql(empty, FLEET, SHADOWS)
+    down = migrate.sql("head:base", shadow="discard", device_state="drop", lock_timeout="1s")
+    assert psql(empty, down).returncode == 0
     assert "device_state" not in tables_of(empty)
 
 
-def test_the_scripts_may_stand_in_a_folder_with_a_percent_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_revisions_may_be_in_a_folder_with_a_percent_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "100%(here)s"
     shutil.copytree(CHECKOUT / "alembic", folder)
     monkeypatch.setattr(runner, "FOLDER", folder)
-    assert runner.revisions() == ["075", "076", "077"]
+    assert runner.revisions() == REVISIONS

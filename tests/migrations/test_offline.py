@@ -1,73 +1,66 @@
-"""`--sql`: what it prints, psql runs with the same result."""
+"""`--sql`: psql runs what it prints, with the same result as the online migration."""
 
 from __future__ import annotations
 
-import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
-from alembic_runs import downgrade, run_alembic, upgrade
-from client_tools import client_tool
-from raw_sql import RAW_075, SHADOWS, fleet_sql, rows_of, run_sql, tables_of
-from schema_dump import dump
-from sqlalchemy import make_url
+
+from tests.databases.alembic_runs import downgrade, upgrade
+from tests.databases.schema_dump import dump
+from tests.migrations import raw_sql
+from tests.migrations.commands import alembic
+from tests.migrations.raw_sql import FLEET, PARKED, RAW_075, SHADOWS, rows_of, run_sql, state, tables_of
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Callable
-
-PARKED = "device_state_shadow_076"
 
 
 def psql(url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Print the SQL of `alembic ARGUMENTS --sql` and run it as a database administrator would."""
-    printed = run_alembic(*arguments, "--sql")
-    assert printed.returncode == 0, printed.stderr
-    target = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
-    command = [client_tool("psql"), "-X", "-q", "-v", "ON_ERROR_STOP=1", target]
-    return subprocess.run(command, input=printed.stdout, check=False, capture_output=True, text=True, timeout=60)
-
-
-def state(url: str) -> tuple[str, list[str], list[str]]:
-    rest = [row for table in sorted(tables_of(url) - {"device_state"}) for row in rows_of(url, table)]
-    return dump(url), rows_of(url), rest
+    """Print the SQL of `alembic ARGUMENTS --sql`, and run it as a database administrator would."""
+    printed = alembic(*arguments, "--sql")
+    assert printed.code == 0, printed.err
+    return raw_sql.psql(url, printed.out)
 
 
 @pytest.fixture
-def two(new_database: Callable[..., str]) -> tuple[str, str]:
+def two(make_empty: Callable[[], str]) -> tuple[str, str]:
     """Two databases at 075 with the same ten devices: one to migrate online, the other by psql."""
-    one = new_database()
-    run_sql(one, RAW_075 + fleet_sql())
-    upgrade(one, "075")
-    return one, new_database(one)
+    urls = make_empty(), make_empty()
+    for url in urls:
+        run_sql(url, RAW_075 + FLEET)
+        upgrade(url, "075")
+    return urls
 
 
 def test_the_printed_sql_ends_in_the_same_result_both_ways_shadows_included(two: tuple[str, str]) -> None:
     online, offline = two
     upgrade(online)
-    run = psql(offline, "upgrade", "075:077")
+    run = psql(offline, "upgrade", "075:head")
     assert run.returncode == 0, run.stderr
     assert state(offline) == state(online)
 
     for url in two:
         run_sql(url, SHADOWS)
     downgrade(online, "075")
-    run = psql(offline, "downgrade", "077:075")
+    run = psql(offline, "downgrade", "head:075")
     assert run.returncode == 0, run.stderr
     assert len(rows_of(offline, PARKED)) == 4
     assert state(offline) == state(online)
 
     upgrade(online)
-    run = psql(offline, "upgrade", "075:077")
+    run = psql(offline, "upgrade", "075:head")
     assert run.returncode == 0, run.stderr
     assert state(offline) == state(online)
     assert PARKED not in tables_of(offline)
 
 
-def test_no_shadow_leaves_no_parked_table(two: tuple[str, str]) -> None:
+def test_without_shadows_the_printed_sql_leaves_no_parked_table(two: tuple[str, str]) -> None:
     before = state(two[1])
-    psql(two[1], "upgrade", "075:077")
+    psql(two[1], "upgrade", "075:head")
 
-    assert psql(two[1], "downgrade", "077:075").returncode == 0
+    assert psql(two[1], "downgrade", "head:075").returncode == 0
     assert state(two[1]) == before
 
 
@@ -107,7 +100,7 @@ def test_an_invalid_index_that_a_cancelled_build_left_is_replaced(
     assert dump(url) == expected
 
 
-def test_077_alone_goes_up_and_down_with_the_shadows_where_they_are(two: tuple[str, str]) -> None:
+def test_revision_077_alone_is_applied_and_reverted_without_moving_shadows(two: tuple[str, str]) -> None:
     url = two[1]
     upgrade(url, "076")
     run_sql(url, SHADOWS)
@@ -117,11 +110,11 @@ def test_077_alone_goes_up_and_down_with_the_shadows_where_they_are(two: tuple[s
     after = state(url)
     assert psql(url, "downgrade", "077:076").returncode == 0
     assert state(url) == before
-    upgrade(url)
+    upgrade(url, "077")
     assert state(url) == after
 
 
-def test_discarding_and_dropping_are_printed_on_request(two: tuple[str, str]) -> None:
+def test_the_printed_sql_discards_and_drops_only_with_the_options(two: tuple[str, str]) -> None:
     url = two[1]
     before = state(url)
     upgrade(url)
@@ -139,14 +132,12 @@ def test_discarding_and_dropping_are_printed_on_request(two: tuple[str, str]) ->
     assert "device_state" not in tables_of(url)
 
 
-def test_from_nothing_to_head(new_database: Callable[[], str], migrated_url: str) -> None:
-    url = new_database()
-
-    assert psql(url, "upgrade", "head").returncode == 0
-    assert dump(url) == dump(migrated_url)
+def test_the_printed_sql_migrates_an_empty_database_to_head(empty: str, migrated_url: str) -> None:
+    assert psql(empty, "upgrade", "head").returncode == 0
+    assert dump(empty) == dump(migrated_url)
 
 
-def test_the_printed_sql_heeds_the_lock_timeout() -> None:
-    assert run_alembic("upgrade", "075:076", "--sql").stdout.startswith("SET lock_timeout = '4s';")
-    printed = run_alembic("-x", "lock_timeout=500ms", "upgrade", "075:076", "--sql").stdout
+def test_the_printed_sql_sets_the_lock_timeout() -> None:
+    assert alembic("upgrade", "075:076", "--sql").out.startswith("SET lock_timeout = '4s';")
+    printed = alembic("-x", "lock_timeout=500ms", "upgrade", "075:076", "--sql").out
     assert printed.startswith("SET lock_timeout = '500ms';")

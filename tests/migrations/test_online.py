@@ -1,4 +1,4 @@
-"""Migrations beside writers: short locks, a concurrent index, two deployers, and no harm from any interruption."""
+"""Migrations while writers go on: short locks, a concurrent index build, two deployers, and interruptions."""
 
 from __future__ import annotations
 
@@ -11,20 +11,35 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 from alembic import command
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
 from alembic.util import CommandError
-from alembic_runs import CHECKOUT, config, downgrade, run_alembic, upgrade
-from raw_sql import RAW_075, SHADOWS, fleet_sql, rows_of, run_sql, seed_sql, tables_of
-from schema_dump import dump
-from sqlalchemy import Connection, Engine, NullPool, create_engine, event, make_url, text
+from sqlalchemy import Connection, Engine, NullPool, create_engine, event, text
 
 from iot_models._migrations import operations
 from iot_models.testing import throwaway
+from tests.databases.alembic_runs import CHECKOUT, config, downgrade, run_alembic, upgrade
+from tests.databases.schema_dump import dump
+from tests.migrations.raw_sql import (
+    ADD_SHADOW,
+    ADVISORY_LOCK,
+    FLEET,
+    PARKED,
+    RAW_075,
+    SHADOWS,
+    as_role,
+    revision_of,
+    rows_of,
+    run_sql,
+    state,
+    tables_of,
+)
+from tests.migrations.revisions import HEAD, REVISIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,11 +53,9 @@ HEARTBEAT = "UPDATE device_state SET last_heartbeat_at = clock_timestamp() WHERE
 
 
 @pytest.fixture
-def url(new_database: Callable[[], str]) -> str:
+def url(raw_fleet: str) -> str:
     """A raw deployment of ten devices."""
-    url = new_database()
-    run_sql(url, RAW_075 + fleet_sql())
-    return url
+    return raw_fleet
 
 
 @contextmanager
@@ -52,11 +65,11 @@ def connected(url: str, **options: Any) -> Iterator[Connection]:
         yield connection
 
 
-@pytest.mark.parametrize(("start", "end"), [("075", "head"), ("077", "075"), ("076", "075")])
-def test_a_lock_that_is_not_had_in_time_is_an_error_that_changed_nothing_and_lets_writers_through(
+@pytest.mark.parametrize(("start", "end"), [("075", "head"), ("head", "075"), ("076", "075")])
+def test_a_lock_that_is_not_acquired_in_time_is_an_error_and_changes_nothing_while_writers_go_on(
     url: str, start: str, end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(operations, "_FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(operations, "_FIRST_PAUSE", 0.01)
     migrate = command.upgrade if end == "head" else command.downgrade
     upgrade(url, start)
     before, rows = dump(url), rows_of(url)
@@ -64,11 +77,11 @@ def test_a_lock_that_is_not_had_in_time_is_an_error_that_changed_nothing_and_let
     impatient.cmd_opts.x.append("lock_timeout=100ms")  # type: ignore[union-attr]
 
     with ThreadPoolExecutor(1) as pool, connected(url) as holder:
-        holder.execute(text("SELECT * FROM device_state"))  # a report that somebody left open
+        holder.execute(text("SELECT * FROM device_state"))  # a long report
         pid = holder.scalar(text("SELECT pg_backend_pid()"))
         migrating = pool.submit(migrate, impatient, end)
         time.sleep(0.05)
-        run_sql(url, HEARTBEAT)  # goes through while the report is still open
+        run_sql(url, HEARTBEAT)  # succeeds while the report is still open
         with pytest.raises(CommandError) as caught:
             migrating.result(timeout=30)
 
@@ -76,15 +89,15 @@ def test_a_lock_that_is_not_had_in_time_is_an_error_that_changed_nothing_and_let
     assert "no lock on device_state after 5 tries of 100ms" in said
     assert f"pid {pid}" in said
     assert "-x lock_timeout=" in said
-    if start != "076":  # its downgrade may have begun the parked copy by then
+    if start != "076":  # its downgrade may have created the parked table by then
         assert dump(url) == before
     assert [row.split(",")[:4] for row in rows_of(url)] == [row.split(",")[:4] for row in rows]
 
     migrate(config(url), end)
-    assert rows_of(url, "alembic_version") == (["(077)"] if end == "head" else ["(075)"])
+    assert revision_of(url) == (HEAD if end == "head" else end)
 
 
-def test_a_lock_that_is_had_at_a_later_try_is_enough(
+def test_a_lock_that_a_later_try_acquires_is_enough(
     url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(operations, "_FIRST_PAUSE", 0.2)
@@ -98,7 +111,7 @@ def test_a_lock_that_is_had_at_a_later_try_is_enough(
         holder.rollback()
         migrating.result(timeout=30)
 
-    assert rows_of(url, "alembic_version") == ["(077)"]
+    assert revision_of(url) == HEAD
 
 
 def test_another_error_than_the_lock_is_passed_on(url: str) -> None:
@@ -111,20 +124,20 @@ def test_another_error_than_the_lock_is_passed_on(url: str) -> None:
                 operations.lock_table("device_state", "ACCESS EXCLUSIVE")  # type: ignore[attr-defined]
 
 
-def test_a_lock_whose_holder_is_gone_by_then_says_so(url: str) -> None:
+def test_a_lock_that_is_no_longer_held_is_reported_as_such(url: str) -> None:
     with connected(url) as connection:
         assert operations._lock_holders(connection, "device_state") == "nobody now"  # noqa: SLF001
 
 
-def test_the_index_is_built_while_a_writer_has_an_open_transaction_and_others_go_on(
+def test_the_index_build_waits_for_an_open_transaction_while_other_writers_go_on(
     url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(operations, "_PROGRESS_EVERY", 0.05)
-    run_sql(url, seed_sql(), "DROP INDEX idx_device_state_shadow_pending")
+    run_sql(url, ADD_SHADOW, "DROP INDEX idx_device_state_shadow_pending")
 
     def build() -> None:
         with connected(url, isolation_level="AUTOCOMMIT") as connection:
-            connection.execute(text("SET lock_timeout = '50ms'"))  # would cancel a build that heeds it
+            connection.execute(text("SET lock_timeout = '50ms'"))  # would cancel the build if it applied to it
             operations = Operations(MigrationContext.configure(connection))
             operations.ensure_index(*PENDING)  # type: ignore[attr-defined]
             assert connection.scalar(text("SHOW lock_timeout")) == "50ms"
@@ -179,15 +192,16 @@ def test_of_two_deployers_at_once_both_succeed_and_the_work_is_done_once(url: st
         runs = list(pool.map(lambda _: run_alembic(*arguments, DATABASE_URL=url), range(2)))
 
     assert [run.returncode for run in runs] == [0, 0], [run.stderr for run in runs]
-    for step in ("075 -> 076", "076 -> 077") if direction == "upgrade" else ("077 -> 076", "076 -> 075"):
+    pairs = [*pairwise(REVISIONS)] if direction == "upgrade" else [*pairwise(REVISIONS[::-1])]
+    for step in (f"{start} -> {end}" for start, end in pairs):
         assert sum(run.stderr.count(step) for run in runs) == 1
 
 
-def test_a_deployer_that_waits_says_so_and_a_command_that_only_looks_does_not_wait(
+def test_a_waiting_deployer_says_so_and_a_command_that_only_reads_does_not_wait(
     url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with connected(url, isolation_level="AUTOCOMMIT") as other, caplog.at_level(logging.INFO):
-        other.execute(text("SELECT pg_advisory_lock(:key)"), {"key": 0x696F745F6D6F6465})
+        other.execute(text("SELECT pg_advisory_lock(:key)"), {"key": ADVISORY_LOCK})
         command.current(config(url))
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(upgrade, url)
@@ -195,19 +209,18 @@ def test_a_deployer_that_waits_says_so_and_a_command_that_only_looks_does_not_wa
                 wait_until(lambda: "another deployer is migrating this database: waiting" in caplog.text)
                 assert not waiting.done()
                 assert "alembic_version" not in tables_of(url)
-            finally:  # else the pool would wait for ever
+            finally:  # otherwise the pool would wait forever
                 other.execute(text("SELECT pg_advisory_unlock_all()"))
             waiting.result(timeout=30)
-    assert rows_of(url, "alembic_version") == ["(077)"]
+    assert revision_of(url) == HEAD
 
 
 def test_the_downgrade_copies_what_writers_change_meanwhile_and_never_makes_them_fail(
     url: str, server_role: str
 ) -> None:
-    """The application's role has no right to the parked table. It writes before a page is copied, and after."""
+    """The application's role has no privilege on the parked table. It writes before and after a page is copied."""
     upgrade(url)
     run_sql(url, f"GRANT SELECT, INSERT, UPDATE, DELETE ON device_state TO {server_role}", SHADOWS)
-    application = make_url(url).set(username=server_role, password=server_role).render_as_string(hide_password=False)
     writes = [
         """UPDATE device_state SET desired_version = 8 WHERE device_id = 'd1';
            INSERT INTO device_state (tenant_id, site_id, device_id, desired_version) VALUES ('acme', 's', 'new', 3)""",
@@ -219,7 +232,7 @@ def test_the_downgrade_copies_what_writers_change_meanwhile_and_never_makes_them
 
     def write(_c: object, _cursor: object, statement: str, *_rest: object) -> None:
         if "WITH page AS" in statement and writes:
-            run_sql(application, writes.pop(0))
+            run_sql(as_role(url, server_role), writes.pop(0))
 
     event.listen(Engine, "before_cursor_execute", write)
     try:
@@ -228,14 +241,14 @@ def test_the_downgrade_copies_what_writers_change_meanwhile_and_never_makes_them
         event.remove(Engine, "before_cursor_execute", write)
 
     assert not writes
-    parked = {row.split(",")[1]: row for row in rows_of(url, "device_state_shadow_076")}
-    assert set(parked) == {"d1", "d2", "d3", "new", "renamed"}  # d1 and d3 have no device any more
+    parked = {row.split(",")[1]: row for row in rows_of(url, PARKED)}
+    assert set(parked) == {"d1", "d2", "d3", "new", "renamed"}  # d1 was deleted, d3 was renamed
     assert ",8,5," in parked["d1"]
     assert parked["d2"].endswith(",9,5,)")
     assert parked["renamed"].split(",", 2)[2] == parked["d3"].split(",", 2)[2]
 
 
-def test_rows_that_a_writer_holds_are_taken_in_a_later_round(url: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_that_a_writer_has_locked_are_moved_in_a_later_round(url: str, caplog: pytest.LogCaptureFixture) -> None:
     upgrade(url)
     run_sql(url, SHADOWS)
     before = rows_of(url, columns="device_id, desired_state, reported_state, desired_version")
@@ -258,20 +271,20 @@ def test_rows_that_a_writer_holds_are_taken_in_a_later_round(url: str, caplog: p
         migrating.result(timeout=30)
 
     assert rows_of(url, columns="device_id, desired_state, reported_state, desired_version") == before
-    assert "device_state_shadow_076" not in tables_of(url)
+    assert PARKED not in tables_of(url)
 
 
 def wait_until(holds: Callable[[], object]) -> None:
-    """Wait for what another thread does; 20 seconds are a failure, not a reason to wait for ever."""
+    """Wait until a condition holds that another thread brings about. It fails after 20 seconds."""
     deadline = time.monotonic() + 20
     while not holds():
-        assert time.monotonic() < deadline, "it did not come to pass"
+        assert time.monotonic() < deadline, "the condition does not hold after 20 seconds"
         time.sleep(0.01)
 
 
 @contextmanager
 def cut_after(statements: int) -> Iterator[list[str]]:
-    """Cut the connection to the server when that many statements have run, as if the client had been killed there."""
+    """Cut the connection to the server after that many statements, as if the client had been killed."""
     seen: list[str] = []
 
     def cut(connection: Connection, _cursor: object, statement: str, *_rest: object) -> None:
@@ -286,61 +299,58 @@ def cut_after(statements: int) -> Iterator[list[str]]:
         event.remove(Engine, "after_cursor_execute", cut)
 
 
-# Where each begins, and ends, and how many statements it takes at least.
-WAYS: dict[str, tuple[str, str, int]] = {
-    "raw 075 to 077": ("raw", "077", 20),
-    "076 to 077": ("076", "077", 8),
-    "077 to 076": ("077", "076", 5),
-    "077 to 075": ("077", "075", 20),
-    "075 with parked shadows to 077": ("parked", "077", 20),
+def raw_again(url: str) -> None:
+    """Restore the deployment that raw SQL made."""
+    run_sql(url, "DROP TABLE device_state, alembic_version;" + RAW_075 + FLEET)
+
+
+class Way(NamedTuple):
+    """A migration, the one that undoes it, and the least number of statements that it takes."""
+
+    there: Callable[[str], None]
+    back: Callable[[str], None]
+    least: int
+
+
+WAYS = {
+    "raw 075 to head": Way(upgrade, raw_again, 20),
+    "076 to head": Way(upgrade, lambda url: downgrade(url, "076"), 8),
+    "head to 076": Way(lambda url: downgrade(url, "076"), upgrade, 5),
+    "head to 075": Way(lambda url: downgrade(url, "075"), upgrade, 20),
+    "075 with parked shadows to head": Way(upgrade, lambda url: downgrade(url, "075"), 20),
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_cut_off_after_any_statement_the_same_command_ends_in_the_same_result(
-    new_database: Callable[..., str], way: str
-) -> None:
-    start, end, least = WAYS[way]
-    template = new_database()
-    run_sql(template, RAW_075 + fleet_sql())
-    if start != "raw":
-        upgrade(template)
-        run_sql(template, SHADOWS)
-    if start in {"parked", "076"}:
-        downgrade(template, "075" if start == "parked" else "076")
+def test_cut_off_after_any_statement_the_same_command_ends_in_the_same_result(url: str, way: str) -> None:
+    there, back, least = WAYS[way]
+    upgrade(url)
+    if way != "raw 075 to head":
+        run_sql(url, SHADOWS)
+    if not way.startswith("head"):
+        back(url)
 
-    def migrate(url: str) -> None:
-        (downgrade if start == "077" else upgrade)(url, end)
-
-    def state(url: str) -> tuple[str, list[str], list[str]]:
-        return (
-            dump(url),
-            rows_of(url),
-            [row for table in sorted(tables_of(url) - {"device_state"}) for row in rows_of(url, table)],
-        )
-
-    whole = new_database(template)
     with cut_after(0) as statements:
-        migrate(whole)
-    expected = state(whole)
+        there(url)
+    expected = state(url)
     assert len(statements) >= least
 
     for cut in range(1, len(statements) + 1):
-        url = new_database(template)
+        back(url)
         with (
             cut_after(cut),
             pytest.raises(CommandError, match=r"the connection was lost.*(?s:.)*Run the same command again"),
         ):
-            migrate(url)
-        migrate(url)
+            there(url)
+        there(url)
         assert state(url) == expected, f"cut after {statements[cut - 1]}"
 
 
 KILLED = """
 import os, signal, sys
-sys.path[:0] = {path!r}
+sys.path.insert(0, {checkout!r})
 from sqlalchemy import Engine, event
-from alembic_runs import downgrade, upgrade
+from tests.databases.alembic_runs import downgrade, upgrade
 
 seen = 0
 def kill(connection, cursor, statement, *rest):
@@ -369,22 +379,21 @@ event.listen(Engine, {moment!r}, kill)
         ("downgrade(sys.argv[1], '075')", "after_cursor_execute", "DROP COLUMN"),
     ],
 )
-def test_a_client_killed_outright_leaves_nothing_that_the_next_run_does_not_mend(
+def test_after_kill_9_of_the_client_the_next_run_completes_the_migration(
     url: str, migrated_url: str, call: str, moment: str, needle: str
 ) -> None:
     if call.startswith("downgrade"):
         upgrade(url)
         run_sql(url, SHADOWS)
-    path = [str(CHECKOUT), str(CHECKOUT / "tests")]
-    program = KILLED.format(path=path, needle=needle, moment=moment, call=call)
+    program = KILLED.format(checkout=str(CHECKOUT), needle=needle, moment=moment, call=call)
 
     killed = subprocess.run([sys.executable, "-c", program, url], check=False, capture_output=True, timeout=60)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
 
     if call.startswith("downgrade"):
         downgrade(url, "075")
-        assert len(rows_of(url, "device_state_shadow_076")) == 4
-        assert rows_of(url, "alembic_version") == ["(075)"]
+        assert len(rows_of(url, PARKED)) == 4
+        assert revision_of(url) == "075"
     upgrade(url)
     assert dump(url) == dump(migrated_url)
     assert len(rows_of(url)) == 10
@@ -392,10 +401,10 @@ def test_a_client_killed_outright_leaves_nothing_that_the_next_run_does_not_mend
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the throwaway server needs POSIX")
 def test_a_server_that_crashes_in_the_middle_is_no_harm_either() -> None:
-    """SIGKILL to the very backend that migrates: the server throws everybody out and recovers from its log."""
-    # Durable, unlike what the throwaway server is otherwise: what was committed must survive.
+    """After SIGKILL to the backend that migrates, the server ends all connections and recovers from its WAL."""
+    # Unlike the throwaway server's default, so that what was committed survives.
     with throwaway.postgres(settings={"synchronous_commit": "on"}) as server:
-        run_sql(server.url, RAW_075 + fleet_sql())
+        run_sql(server.url, RAW_075 + FLEET)
         for needle, migrate in (
             ("CREATE INDEX", upgrade),
             ("DROP COLUMN", lambda url: downgrade(url, "075")),

@@ -1,39 +1,28 @@
-"""Migrations of a table whose tenants PostgreSQL keeps apart: they see every row, and leave isolation as it is."""
+"""Migrations of a table with row level security: they see every row, and do not change the policies."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
-from alembic_runs import downgrade, upgrade
-from raw_sql import RAW_075, SHADOWS, fleet_sql, rows_of, run_sql, tables_of
-from schema_dump import dump
 from sqlalchemy import NullPool, create_engine, make_url
-from tenants import isolate
 
 from iot_models import migrate, tenancy
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-PARKED = "device_state_shadow_076"
+from tests.databases.alembic_runs import downgrade, upgrade
+from tests.databases.schema_dump import dump
+from tests.databases.tenants import isolate
+from tests.migrations.raw_sql import FLEET, PARKED, RAW_075, as_role, rows_of, run_sql, tables_of
 
 
 @pytest.fixture
-def url(new_database: Callable[[], str], server_role: str) -> str:
-    """A fleet of two tenants with shadows, isolated."""
-    url = new_database()
-    upgrade(url)
-    run_sql(url, fleet_sql(), SHADOWS)
-    isolate(create_engine(url, poolclass=NullPool), server_role)
-    return url
+def url(shadow_fleet_at_head: str, server_role: str) -> str:
+    """A fleet of two tenants with shadows, with row level security enabled."""
+    isolate(create_engine(shadow_fleet_at_head, poolclass=NullPool), server_role)
+    return shadow_fleet_at_head
 
 
 def tenants(url: str, role: str, tenant: str | None = None) -> set[str]:
-    """The tenants that the role sees, bound to one or to none."""
-    application = make_url(url).set(username=role, password=role).render_as_string(hide_password=False)
+    """The tenants whose rows the role sees, bound to a tenant or not bound."""
     bind = f"SET LOCAL app.tenant_id = '{tenant}';" if tenant else ""
-    return {row[0] for row in run_sql(application, bind + "SELECT tenant_id FROM device_state")}
+    return {row[0] for row in run_sql(as_role(url, role), bind + "SELECT tenant_id FROM device_state")}
 
 
 def test_a_rollback_and_the_upgrade_after_it_keep_every_shadow_of_every_tenant_and_the_policy(
@@ -50,10 +39,7 @@ def test_a_rollback_and_the_upgrade_after_it_keep_every_shadow_of_every_tenant_a
     assert tenants(url, server_role, "acme") == {"acme"}
     assert tenants(url, server_role) == set()
     with pytest.raises(Exception, match=f"permission denied for table {PARKED}"):
-        run_sql(
-            make_url(url).set(username=server_role, password=server_role).render_as_string(hide_password=False),
-            f"SELECT * FROM {PARKED}",
-        )
+        run_sql(as_role(url, server_role), f"SELECT * FROM {PARKED}")
 
     upgrade(url)
     assert rows_of(url) == before
@@ -64,56 +50,48 @@ def test_a_rollback_and_the_upgrade_after_it_keep_every_shadow_of_every_tenant_a
 def test_default_privileges_show_nobody_what_a_rollback_parked(url: str, server_role: str) -> None:
     before = rows_of(url)
     run_sql(url, f"ALTER DEFAULT PRIVILEGES GRANT ALL ON TABLES TO {server_role}")
-    application = make_url(url).set(username=server_role, password=server_role).render_as_string(hide_password=False)
 
     downgrade(url, "075")
 
     assert len(rows_of(url, PARKED)) > 1
-    assert run_sql(application, f"SELECT * FROM {PARKED}") == []
+    assert run_sql(as_role(url, server_role), f"SELECT * FROM {PARKED}") == []
     run_sql(url, "UPDATE device_state SET status = 'STALE'; UPDATE device_state SET status = 'ONLINE'")
     upgrade(url)
     assert rows_of(url) == before
 
 
-def test_the_gate_of_a_deployment_takes_an_isolated_table_for_what_it_is(url: str) -> None:
+def test_check_finds_nothing_wrong_with_an_isolated_table(url: str) -> None:
     assert migrate.check(url) == []
 
 
-def test_no_migration_switches_isolation_on(new_database: Callable[[], str]) -> None:
-    url = new_database()
-    run_sql(url, RAW_075 + fleet_sql())
+def test_no_migration_enables_row_level_security(raw_fleet: str) -> None:
+    upgrade(raw_fleet)
 
-    upgrade(url)
-
-    assert "ROW LEVEL SECURITY" not in dump(url)
-    assert "POLICY" not in dump(url)
+    schema = dump(raw_fleet)
+    assert "ROW LEVEL SECURITY" not in schema
+    assert "POLICY" not in schema
 
 
-def test_isolation_may_come_before_the_migration(new_database: Callable[[], str], server_role: str) -> None:
-    url = new_database()
-    run_sql(url, RAW_075 + fleet_sql())
-    isolate(create_engine(url, poolclass=NullPool), server_role)
-    before = rows_of(url, columns="tenant_id, device_id, state")
+def test_isolation_may_come_before_the_migration(raw_fleet: str, server_role: str) -> None:
+    isolate(create_engine(raw_fleet, poolclass=NullPool), server_role)
+    before = rows_of(raw_fleet, columns="tenant_id, device_id, state")
 
-    upgrade(url)
+    upgrade(raw_fleet)
 
-    assert rows_of(url, columns="tenant_id, device_id, state") == before
-    assert tenants(url, server_role, "globex") == {"globex"}
+    assert rows_of(raw_fleet, columns="tenant_id, device_id, state") == before
+    assert tenants(raw_fleet, server_role, "globex") == {"globex"}
 
 
-def test_a_table_in_a_schema_of_the_search_path_is_isolated_there(
-    new_database: Callable[[], str], server_role: str
-) -> None:
-    url = new_database()
-    run_sql(url, f"CREATE SCHEMA app; SET search_path = app; GRANT USAGE ON SCHEMA app TO {server_role};" + RAW_075)
+def test_a_table_in_a_schema_of_the_search_path_is_isolated_there(empty: str, server_role: str) -> None:
+    run_sql(empty, f"CREATE SCHEMA app; SET search_path = app; GRANT USAGE ON SCHEMA app TO {server_role};" + RAW_075)
     run_sql(
-        url,
-        f"ALTER DATABASE {make_url(url).database} SET search_path = app, public; SET search_path = app;" + fleet_sql(),
+        empty,
+        f"ALTER DATABASE {make_url(empty).database} SET search_path = app, public; SET search_path = app;" + FLEET,
     )
-    engine = create_engine(url, poolclass=NullPool)
+    engine = create_engine(empty, poolclass=NullPool)
     isolate(engine, server_role)
     with engine.begin() as connection:
         tenancy.enable(connection, server_role)
 
-    assert tenants(url, server_role, "globex") == {"globex"}
-    assert tenants(url, server_role) == set()
+    assert tenants(empty, server_role, "globex") == {"globex"}
+    assert tenants(empty, server_role) == set()

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from json_strategies import documents
 
 from iot_models import DocumentLimits, DocumentTooLarge, InvalidDocument
 from iot_models._core.documents import check_document, decode_document, encode_document
 from iot_models.errors import shown
+from tests.generated.documents import documents
 
 LIMITS = DocumentLimits()
 

@@ -1,4 +1,4 @@
-"""Where the database URL comes from, what it is taken to mean, and which engine it gives. Nothing connects here."""
+"""Where the database URL comes from, what it means, and which engine it gives. Nothing connects here."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_another_database_is_refused_by_name(url: str) -> None:
 
 
 @pytest.mark.parametrize("url", ["iotcloud", "postgresql://iot:hunter2@db:port/iot", "://hunter2"])
-def test_what_is_no_url_is_refused_without_showing_it(url: str) -> None:
+def test_a_text_that_is_not_a_url_is_refused_without_showing_it(url: str) -> None:
     with pytest.raises(ValueError, match="not a database URL: write it as postgresql://") as caught:
         normalize_url(url)
     assert "hunter2" not in str(caught.value)
@@ -53,20 +53,20 @@ def test_the_password_of_another_database_is_not_shown() -> None:
     assert "hunter2" not in str(caught.value)
 
 
-def test_no_password_is_shown_to_people_wherever_it_stands_in_the_url() -> None:
+def test_a_masked_url_shows_no_password_wherever_it_stands() -> None:
     url = make_url("postgresql://iot:hunter2@db/iot?password=hunter2&sslmode=require&sslpassword=hunter2")
 
     assert masked(url) == "postgresql://iot:***@db/iot?sslmode=require"
-    assert url.query["password"] == "hunter2"  # noqa: S105 - nobody's; the URL itself is as it was
+    assert url.query["password"] == "hunter2"  # noqa: S105 - not a real one; the URL itself has not changed
 
 
-@pytest.mark.parametrize("door", [normalize_url, create_engine, create_async_engine])
+@pytest.mark.parametrize("take", [normalize_url, create_engine, create_async_engine])
 @pytest.mark.parametrize("driver", ["nosuch", "", "psycopg+x"])
-def test_a_driver_that_nobody_knows_is_refused_by_name(door: Callable[[str], object], driver: str) -> None:
+def test_a_driver_that_sqlalchemy_does_not_know_is_refused_by_name(take: Callable[[str], object], driver: str) -> None:
     with pytest.raises(
         ValueError, match=rf"^postgresql\+{re.escape(driver)}: .*write the URL as postgresql\+psycopg://"
     ):
-        door(f"postgresql+{driver}://iot:s3cret@db/iot")
+        take(f"postgresql+{driver}://iot:s3cret@db/iot")
 
 
 @pytest.mark.parametrize(
@@ -81,10 +81,10 @@ def test_a_driver_that_nobody_knows_is_refused_by_name(door: Callable[[str], obj
     ],
     ids=ascii,
 )
-def test_a_url_that_no_server_understands_is_refused_without_showing_it(url: str) -> None:
+def test_a_url_that_no_server_can_read_is_refused_without_showing_it(url: str) -> None:
     for given in (url, make_url(url)):
         with pytest.raises(
-            ValueError, match=r"^not a database URL, for it holds NUL or a lone surrogate: write"
+            ValueError, match=r"^not a database URL, because it contains NUL or a lone surrogate: write"
         ) as caught:
             normalize_url(given)
         assert "iot@" not in str(caught.value)
@@ -102,14 +102,14 @@ def test_a_driver_that_is_not_installed_is_an_error_that_says_what_to_do(monkeyp
         create_engine("postgresql://db/iot")
 
 
-def test_an_asynchronous_engine_refuses_a_driver_without_such_a_mode_and_names_the_way_out() -> None:
+def test_an_async_engine_refuses_a_driver_without_an_async_mode_and_says_what_to_use() -> None:
     with pytest.raises(
         ValueError, match=r"^postgresql\+psycopg2 has no async mode: use postgresql\+psycopg, or postgresql"
     ):
         create_async_engine("postgresql+psycopg2://db/iot")
 
 
-def test_each_source_gives_way_to_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_sources_of_the_url_the_more_specific_one_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert database_url(fallback="postgres:///ini").database == "ini"
 
     monkeypatch.setenv("DATABASE_URL", "postgres:///general")
@@ -153,7 +153,7 @@ def test_an_async_engine_uses_the_async_mode_of_psycopg_or_the_driver_that_the_u
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg_async"])
-def test_a_synchronous_engine_refuses_an_async_driver_and_names_the_way_out(driver: str) -> None:
+def test_a_synchronous_engine_refuses_an_async_driver_and_says_what_to_use(driver: str) -> None:
     with pytest.raises(
         ValueError, match=rf"{driver} is an async driver: use create_async_engine, or postgresql\+psycopg"
     ):

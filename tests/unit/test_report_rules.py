@@ -6,12 +6,12 @@ import dataclasses
 from typing import Any
 
 import pytest
-from hostile_types import LyingInt
 from hypothesis import given
 from hypothesis import strategies as st
 
 from iot_models import DocumentLimits, Report, ReportOutcome, ReportStatus
 from iot_models._core.report_rules import Accepted, Versions, check, fold, judge
+from tests.fuzz.corpus.hostile_types import LyingInt
 
 LIMITS = DocumentLimits(max_bytes=100)
 ACCEPTED, LATE, UNKNOWN_DEVICE, UNKNOWN_VERSION, INVALID = ReportStatus

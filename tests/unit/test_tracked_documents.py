@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
-from json_strategies import documents
 
 from iot_models import DeviceState, InvalidDocument
 from iot_models._core.tracked_documents import Document
+from tests.generated.documents import documents
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from json_strategies import document_pairs, documents, documents_of, scalars_without_null, value_pairs, values
 
 from iot_models import twin
 from iot_models._core.equality import json_equal
@@ -27,6 +26,9 @@ from iot_models.twin import (
     merge_patch,
     sync_status,
 )
+from tests.generated.documents import document_pairs, documents, documents_of, scalars_without_null, value_pairs, values
+from tests.reference.json_values import canonical
+from tests.reference.json_values import merge_patch as reference_merge_patch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -40,17 +42,6 @@ AWS_DELTAS = json.loads((DATA / "aws_documented_deltas.json").read_text())
 NOON = datetime(2026, 7, 1, 12, tzinfo=UTC)
 HALF_AN_HOUR = timedelta(minutes=30)
 TICK = timedelta(microseconds=1)
-
-
-def canonical(value: object) -> tuple[str, Any]:
-    """Say the same of equal JSON values, and of no others: types by name, numbers in decimal, keys without order."""
-    if isinstance(value, dict):
-        return "object", frozenset((key, canonical(item)) for key, item in value.items())
-    if isinstance(value, list):
-        return "array", tuple(map(canonical, value))
-    if isinstance(value, bool) or value is None or isinstance(value, str):
-        return type(value).__name__, value
-    return "number", Decimal(json.dumps(value))
 
 
 def containers(value: object) -> Iterator[dict[str, Any] | list[Any]]:
@@ -73,21 +64,6 @@ def seed_compute_delta(desired: dict[str, Any], reported: dict[str, Any]) -> dic
         if reported.get(key) != desired_val:
             delta[key] = desired_val  # noqa: PERF403  # the seed's loop, word for word
     return delta
-
-
-def rfc7396_merge_patch(target: Any, patch: Any) -> Any:
-    """The RFC's pseudo-code, word for word. Changes the target."""
-    if isinstance(patch, dict):
-        if not isinstance(target, dict):
-            target = {}
-        for name, value in patch.items():
-            if value is None:
-                if name in target:
-                    del target[name]
-            else:
-                target[name] = rfc7396_merge_patch(target.get(name), value)
-        return target
-    return patch
 
 
 # Equality
@@ -351,7 +327,7 @@ def test_a_merge_patch_does_what_rfc_7396_shows(case: dict[str, Any]) -> None:
 @given(document_pairs)
 def test_a_merge_patch_is_the_rfcs_pseudo_code(pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
     document, patch = pair
-    expected = rfc7396_merge_patch(json.loads(json.dumps(document)), patch)
+    expected = reference_merge_patch(document, patch)
     assert canonical(merge_patch(document, patch)) == canonical(expected)
 
 

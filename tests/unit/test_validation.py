@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hostile_types import LyingInt, UnshownStr
 
 from iot_models._core import validation
+from tests.fuzz.corpus.hostile_types import LyingInt, UnshownStr
 
 
 def test_ids_keep_their_order_and_each_is_sent_once() -> None:

@@ -1,0 +1,140 @@
+"""The command line of `python -m iot_models.migrate`, which needs no checkout and no ini file."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from typing import TYPE_CHECKING, Final
+
+from alembic import command
+from alembic.util import CommandError
+from sqlalchemy.exc import DBAPIError
+
+from iot_models._migrations import runner
+from iot_models._migrations.findings import COMMAND, examine
+from iot_models._migrations.options import OPTIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from iot_models._migrations.options import Options
+
+_INTERRUPTED: Final = 130  # the exit code of a shell after Ctrl-C
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code: 0, 1 for a failure, 130 for Ctrl-C. argparse exits with 2 itself."""
+    given = _parser().parse_args(arguments)
+    logging.basicConfig(stream=sys.stderr, format="%(levelname)-5.5s [%(name)s] %(message)s")
+    logging.getLogger("alembic").setLevel(given.level)
+    options = dict(option.partition("=")[::2] for option in given.before + given.after)
+    try:
+        code, lines = given.run(given, options.pop("url", None), options)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: run the same command again to continue from there\n")
+        return _INTERRUPTED
+    except CommandError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    except DBAPIError as error:
+        sys.stderr.write(f"error: PostgreSQL says: {str(error.orig).strip()}\n")
+        return 1
+    sys.stdout.write(lines)
+    return int(code)
+
+
+# Each of these takes the parsed command line, the URL and the other options, and returns the exit code and the output.
+
+
+def _run_move(given: argparse.Namespace, url: str | None, options: Options) -> tuple[int, str]:
+    if given.sql:
+        return 0, runner.offline(given.move, given.revision, options)
+    runner.run(given.move, url, given.revision, options)
+    return 0, ""
+
+
+def _run_current(_: argparse.Namespace, url: str | None, options: Options) -> tuple[int, str]:
+    revision = runner.ask(url, options, lambda revision, _: revision)
+    return 0, f"{revision or '<base>'}{' (head)' if revision == runner.revisions()[-1] else ''}\n"
+
+
+def _run_history(_: argparse.Namespace, __: str | None, ___: Options) -> tuple[int, str]:
+    return 0, runner.history()
+
+
+def _run_check(_: argparse.Namespace, url: str | None, options: Options) -> tuple[int, str]:
+    found = examine(url, options)
+    if found.note:
+        sys.stderr.write(f"note: {found.note}\n")
+    lines = found.problems or [found.verdict]
+    return (1 if found.problems else 0), "".join(f"{line}\n" for line in lines)
+
+
+def _run_sql(given: argparse.Namespace, _: str | None, options: Options) -> tuple[int, str]:
+    return 0, runner.sql(given.range, options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=COMMAND,
+        description="Migrate the table device_state while writers go on, and back. Any command may be run again.",
+        epilog=f"""\
+examples:
+  {COMMAND} upgrade head --url postgresql://deployer@db/iotcloud
+  {COMMAND} downgrade 075               shadows are parked; the next upgrade puts them back
+  {COMMAND} check || exit 1             in a deployment, before the new code starts
+  {COMMAND} sql 075:head | psql -v ON_ERROR_STOP=1
+
+The URL comes from --url, else IOT_MODELS_DATABASE_URL, else DATABASE_URL.
+Exit codes: 0 done, 1 refused or failed or a difference found, 2 wrong usage, 130 interrupted.""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_options(parser, dest="before")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, summary: str, run: Callable[..., tuple[int, str]]) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=summary, description=summary)
+        _add_options(added, dest="after")
+        added.set_defaults(run=run, level=logging.WARNING)
+        return added
+
+    up = add("upgrade", "bring the database up to a revision", _run_move)
+    up.add_argument("revision", nargs="?", default="head", help="head (the default), 076, +1; FROM:TO with --sql")
+    up.set_defaults(move=command.upgrade, level=logging.INFO)
+    down = add("downgrade", "take the database back to a revision, and park the shadows", _run_move)
+    down.add_argument("revision", help="075, -1, base; FROM:TO with --sql")
+    down.set_defaults(move=command.downgrade, level=logging.INFO)
+    for move in (up, down):
+        move.add_argument("--sql", action="store_true", help="print the SQL, and ask no database")
+    add("current", "print the revision at which the database stands", _run_current)
+    add("history", "print the revisions, the newest first", _run_history)
+    add("check", "say whether the database stands at head and equals the models: exit code 0 or 1", _run_check)
+    offline = add("sql", "print the SQL from one revision to another, and ask no database", _run_sql)
+    offline.add_argument("range", metavar="FROM:TO", help="075:076, base:head, or downwards: 076:075")
+    for discarding in (down, offline):
+        _add_option(discarding, "shadow", "after")
+        _add_option(discarding, "device_state", "after")
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser, dest: str) -> None:
+    parser.set_defaults(**{dest: []})
+    _add_option(parser, "url", dest)
+    _add_option(parser, "lock_timeout", dest)
+    parser.add_argument(
+        "-x", action="append", dest=dest, metavar="NAME=VALUE", help="an option as Alembic's own command takes it"
+    )
+
+
+def _add_option(parser: argparse.ArgumentParser, name: str, dest: str) -> None:
+    """Add `--name value`, another way to write `-x name=value`."""
+    option = OPTIONS[name]
+    parser.add_argument(
+        f"--{name.replace('_', '-')}",
+        action="append",
+        dest=dest,
+        type=f"{name}={{}}".format,
+        metavar=option.metavar,
+        help=option.help,
+    )

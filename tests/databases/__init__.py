@@ -1,0 +1,1 @@
+"""Databases for tests: servers of one's own, migrations run on a database, devices in it, its connections, its dump."""

@@ -1,0 +1,1 @@
+"""Hostile input, each piece under a name."""

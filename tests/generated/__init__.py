@@ -1,0 +1,1 @@
+"""What Hypothesis makes up for tests."""
