@@ -310,7 +310,7 @@ BREAKS = [
     Break(
         "a time is read by the driver, in the session's time zone",
         "iot_models/_core/column_types.py",
-        "return type_coerce(case((readable_time(column), in_utc)), self)",
+        'return type_coerce(case((readable_time(column), extract("epoch", column))), self)',
         "return type_coerce(column, self)",
         (UNREADABLE,),
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import math
 import os
@@ -10,13 +11,15 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy
-from sqlalchemy import URL, make_url
+from sqlalchemy import URL, event, make_url
 from sqlalchemy.exc import ArgumentError
 
+from iot_models._core.asyncpg_options import connect_arguments
+from iot_models._core.server_settings import CLIENT_ENCODING, pinned, require_readable, settings_in
 from iot_models._core.validation import storable_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from sqlalchemy import Engine
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -26,6 +29,7 @@ URL_VARIABLES = ("IOT_MODELS_DATABASE_URL", "DATABASE_URL")
 _WRITE_IT_AS: Final = "write it as postgresql://user:password@host:5432/database"
 _APPLICATION_NAME: Final = "iot_models"
 _STATEMENT_TIMEOUT: Final = timedelta(seconds=30)
+_LOCK_TIMEOUT: Final = timedelta(seconds=10)
 _IDLE_IN_TRANSACTION_TIMEOUT: Final = timedelta(seconds=60)
 
 # Compact UTF-8: the form in which documents are measured. NaN is not JSON: it is refused here, with ValueError, and not
@@ -38,14 +42,20 @@ def create_engine(
     *,
     application_name: str = _APPLICATION_NAME,
     statement_timeout: timedelta | None = _STATEMENT_TIMEOUT,
+    lock_timeout: timedelta | None = _LOCK_TIMEOUT,
     idle_in_transaction_session_timeout: timedelta | None = _IDLE_IN_TRANSACTION_TIMEOUT,
+    pgbouncer: bool = False,
     **options: Any,
 ) -> Engine:
     """SQLAlchemy's `create_engine` with the URL rules of `database_url` and the settings that a service needs.
 
     The settings are: `pool_pre_ping`, so that no call fails because the server was restarted; an application name; the
-    two timeouts; a JSON serializer that writes compact UTF-8 and refuses NaN. What the caller passes comes first, in
+    three timeouts; a JSON serializer that writes compact UTF-8 and refuses NaN. What the caller passes comes first, in
     `options` or in the URL (`?application_name=...`, `?options=-c statement_timeout=5s`); the other settings stay.
+
+    Each connection has `client_encoding=UTF8`, `DateStyle=ISO` and `TimeZone=UTC`, whatever the server, the role and
+    the environment say: in other ones, some values cannot be written or read. Only another TimeZone is accepted, in the
+    URL or in `connect_args`. A database in SQL_ASCII is refused when the engine connects.
 
     Choose the transaction mode by what belongs together:
 
@@ -55,10 +65,10 @@ def create_engine(
       and a sixth on the server's own host. Each call is then committed at once, and a rollback undoes nothing. A
       service that does both shares one pool by `engine.execution_options(isolation_level="AUTOCOMMIT")`.
 
-    PgBouncer in transaction mode refuses the timeouts at connect unless its `ignore_startup_parameters` names them:
-    pass None for both here, and set them by `ALTER ROLE`. psycopg prepares a statement that it has run five times: pass
-    `connect_args={"prepare_threshold": None}` unless PgBouncer tracks prepared statements
-    (`max_prepared_statements`, 1.22 or newer, with libpq 17 or newer).
+    Behind PgBouncer in transaction mode, pass `pgbouncer=True`. PgBouncer keeps `client_encoding`, `DateStyle`,
+    `TimeZone` and `application_name` for each client: they are set as above. It keeps no other settings: it refuses
+    them at connect, and later they would reach other clients. So the timeouts are **not** set: set them with
+    `ALTER ROLE ... SET`. PGOPTIONS is not sent. Statements are not prepared.
 
     Args:
         url: A PostgreSQL URL. None: the environment's, see `database_url`.
@@ -66,15 +76,19 @@ def create_engine(
             URL nor PGAPPNAME sets one.
         statement_timeout: The server cancels a statement that takes longer (30 s). None leaves this to the server, zero
             switches it off.
+        lock_timeout: The server cancels a statement that waits longer for a lock, such as that of a row which another
+            transaction is writing (10 s). None and zero as above.
         idle_in_transaction_session_timeout: The server ends a connection whose open transaction does nothing for longer
             (60 s): its locks would block other transactions, and it would keep vacuum from cleaning up. None and zero
             as above.
+        pgbouncer: Whether PgBouncer in transaction mode stands between the engine and the server.
         options: Options of SQLAlchemy's `create_engine`: `pool_size`, `isolation_level`, `connect_args`, `echo` and so
             on.
 
     Raises:
         ImportError: If the driver that the URL names is not installed. The message says what to do.
-        ValueError: If there is no URL, if it is not PostgreSQL's, or if its driver is unknown or async.
+        ValueError: If there is no URL, if it is not PostgreSQL's, or if its driver is unknown or async. If the URL or
+            `connect_args` set another `client_encoding` or `DateStyle`. If a timeout is passed with `pgbouncer`.
 
     Example:
         >>> engine = create_engine(pool_size=10, statement_timeout=timedelta(seconds=5))
@@ -84,8 +98,11 @@ def create_engine(
     if target.get_dialect().is_async:
         raise ValueError(f"{target.drivername} is an async driver: use create_async_engine, or postgresql+psycopg")
     import_driver(target)
-    timeouts = _settings(statement_timeout, idle_in_transaction_session_timeout)
-    return sqlalchemy.create_engine(target, **_with_defaults(target, application_name, timeouts, options))
+    timeouts = _timeouts(statement_timeout, lock_timeout, idle_in_transaction_session_timeout, pgbouncer=pgbouncer)
+    connect_args, settings = _for_libpq(target, application_name, timeouts, options, pgbouncer=pgbouncer)
+    engine = sqlalchemy.create_engine(target, **_with_defaults(options, connect_args))
+    _prepare_connections(engine, settings)
+    return engine
 
 
 def create_async_engine(
@@ -93,18 +110,21 @@ def create_async_engine(
     *,
     application_name: str = _APPLICATION_NAME,
     statement_timeout: timedelta | None = _STATEMENT_TIMEOUT,
+    lock_timeout: timedelta | None = _LOCK_TIMEOUT,
     idle_in_transaction_session_timeout: timedelta | None = _IDLE_IN_TRANSACTION_TIMEOUT,
+    pgbouncer: bool = False,
     **options: Any,
 ) -> AsyncEngine:
     """The same for asyncio: psycopg's async mode, or asyncpg if the URL names it (`postgresql+asyncpg://`).
 
-    All that `create_engine` says holds here too. asyncpg takes server settings from `connect_args` only
-    (`{"server_settings": {...}}`), not from the URL. Behind PgBouncer, asyncpg needs what SQLAlchemy's page about it
-    describes.
+    All that `create_engine` says holds here too. In a URL for asyncpg, libpq's options are understood (`sslmode`,
+    `sslrootcert`, `options`, `connect_timeout`, `target_session_attrs` and so on) where asyncpg can do what they ask
+    for.
 
     Raises:
         ImportError: If greenlet or asyncpg is missing. The message says what to install.
-        ValueError: If there is no URL, if it is not PostgreSQL's, or if its driver is unknown or has no async mode.
+        ValueError: As `create_engine`. If the driver has no async mode, or if asyncpg cannot do what an option in the
+            URL asks for.
 
     Example:
         >>> engine = create_async_engine(pool_size=10)
@@ -115,17 +135,21 @@ def create_async_engine(
     _require("greenlet", "async")
     if not target.get_dialect().get_async_dialect_cls(target).is_async:
         raise ValueError(f"{target.drivername} has no async mode: use postgresql+psycopg, or postgresql+asyncpg")
-    if target.get_driver_name() == "asyncpg":
-        _require("asyncpg", "asyncpg")
     from sqlalchemy.ext import asyncio  # noqa: PLC0415 - needs greenlet, which synchronous use does not
 
-    timeouts = _settings(statement_timeout, idle_in_transaction_session_timeout)
-    return asyncio.create_async_engine(target, **_with_defaults(target, application_name, timeouts, options))
+    timeouts = _timeouts(statement_timeout, lock_timeout, idle_in_transaction_session_timeout, pgbouncer=pgbouncer)
+    if target.get_driver_name() == "asyncpg":
+        target, connect_args, settings = _for_asyncpg(target, application_name, timeouts, options, pgbouncer=pgbouncer)
+    else:
+        connect_args, settings = _for_libpq(target, application_name, timeouts, options, pgbouncer=pgbouncer)
+    engine = asyncio.create_async_engine(target, **_with_defaults(options, connect_args))
+    _prepare_connections(engine.sync_engine, settings)
+    return engine
 
 
-def _require(package: str, extra: str) -> None:
+def _require(package: str, extra: str) -> Any:
     try:
-        importlib.import_module(package)
+        return importlib.import_module(package)
     except ImportError as error:
         raise ImportError(f"create_async_engine needs {package}: pip install 'iot-models[{extra}]'") from error
 
@@ -147,31 +171,108 @@ def import_driver(url: URL) -> None:
         raise ImportError(f"{url.drivername}: {error}; {way_out}") from error
 
 
-def _settings(statement: timedelta | None, idle: timedelta | None) -> dict[str, str]:
+def _timeouts(
+    statement: timedelta | None, lock: timedelta | None, idle: timedelta | None, *, pgbouncer: bool
+) -> dict[str, str]:
     """The timeouts that the caller wants, in milliseconds. Rounded up, because 0 would switch a timeout off."""
-    timeouts = {"statement_timeout": statement, "idle_in_transaction_session_timeout": idle}
+    wanted = {
+        "statement_timeout": (statement, _STATEMENT_TIMEOUT),
+        "lock_timeout": (lock, _LOCK_TIMEOUT),
+        "idle_in_transaction_session_timeout": (idle, _IDLE_IN_TRANSACTION_TIMEOUT),
+    }
+    if pgbouncer:
+        passed = [name for name, (value, default) in wanted.items() if value is not None and value is not default]
+        if passed:
+            raise ValueError(
+                f"{', '.join(passed)}: PgBouncer in transaction mode keeps no such setting for a client: leave it out, "
+                "and set it with ALTER ROLE ... SET"
+            )
+        return {}
     return {
-        name: str(math.ceil(value / timedelta(milliseconds=1))) for name, value in timeouts.items() if value is not None
+        name: str(math.ceil(value / timedelta(milliseconds=1)))
+        for name, (value, _) in wanted.items()
+        if value is not None
     }
 
 
-def _with_defaults(
-    url: URL, application_name: str, timeouts: dict[str, str], options: dict[str, Any]
-) -> dict[str, Any]:
-    given: dict[str, Any] = options.get("connect_args") or {}
-    if url.get_driver_name() == "asyncpg":
-        settings = {"application_name": application_name} | timeouts | given.get("server_settings", {})
-        connect_args = given | {"server_settings": settings}
+def _with_defaults(options: Mapping[str, Any], connect_args: Mapping[str, Any]) -> dict[str, Any]:
+    return {"pool_pre_ping": True, "json_serializer": _encode, **options, "connect_args": connect_args}
+
+
+def _for_libpq(
+    url: URL, application_name: str, timeouts: Mapping[str, str], options: Mapping[str, Any], *, pgbouncer: bool
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The `connect_args`, and the settings for `_prepare_connections`.
+
+    Raises:
+        ValueError: If the caller sets what `create_engine` does not accept.
+    """
+    given: Mapping[str, Any] = options.get("connect_args") or {}
+    theirs = [*url.normalized_query.get("options", ()), *filter(None, [given.get("options")])]
+    settings = settings_in(" ".join(theirs))
+    require_readable(settings)
+    for encodings in (url.normalized_query.get("client_encoding", ()), [given.get("client_encoding")]):
+        for encoding in filter(None, [*encodings, options.get("client_encoding")]):
+            require_readable({"client_encoding": encoding})
+    # libpq takes it only if nothing else sets application_name, PGAPPNAME included.
+    connect_args = {"fallback_application_name": application_name, **given, "client_encoding": CLIENT_ENCODING}
+    if pgbouncer:
+        connect_args["options"] = " ".join(theirs)  # also if there are none: libpq would read PGOPTIONS
+        if url.get_driver_name() != "psycopg2":  # which never prepares a statement
+            connect_args.setdefault("prepare_threshold", None)
     else:
-        # libpq takes it only if nothing else sets application_name, PGAPPNAME included.
-        connect_args = {"fallback_application_name": application_name} | given
         # The server takes the last value of a setting. libpq reads PGOPTIONS only if there are no options.
         ours = [f"-c {name}={value}" for name, value in timeouts.items()]
-        theirs = [*url.normalized_query.get("options", ()), *filter(None, [given.get("options")])]
         merged = " ".join([*ours, *(theirs or filter(None, [os.environ.get("PGOPTIONS")]))])
         if merged:
             connect_args["options"] = merged
-    return {"pool_pre_ping": True, "json_serializer": _encode} | options | {"connect_args": connect_args}
+    return connect_args, pinned(settings)
+
+
+def _for_asyncpg(
+    url: URL, application_name: str, timeouts: Mapping[str, str], options: Mapping[str, Any], *, pgbouncer: bool
+) -> tuple[URL, dict[str, Any], dict[str, str]]:
+    """The URL that SQLAlchemy understands, the `connect_args`, and the settings for `_prepare_connections`.
+
+    Raises:
+        ValueError: If the caller sets what `create_async_engine` does not accept.
+    """
+    connect = _require("asyncpg", "asyncpg").connect
+    given: Mapping[str, Any] = options.get("connect_args") or {}
+    target, arguments = connect_arguments(url, inspect.signature(connect).parameters)
+    theirs = arguments.get("server_settings", {}) | (given.get("server_settings") or {})
+    require_readable(theirs)
+    # PgBouncer compares client_encoding with PostgreSQL's name for it. asyncpg has another name: this saves a SET in
+    # each transaction.
+    ours = {"application_name": application_name, "client_encoding": "UTF8", **timeouts}
+    # Without a cache, asyncpg sends each statement without a name, in one piece with its execution: PgBouncer hands
+    # both to the same server. Statements with unique names would stay on the server.
+    caches = {"statement_cache_size": 0, "prepared_statement_cache_size": 0} if pgbouncer else {}
+    return target, caches | arguments | dict(given) | {"server_settings": ours | theirs}, pinned(theirs)
+
+
+def _prepare_connections(engine: Engine, settings: Mapping[str, str]) -> None:
+    """Give each new connection the settings, and refuse a database whose text has no known encoding.
+
+    Not by libpq's `options`: PGDATESTYLE and PGTZ would win over them, and PgBouncer refuses them.
+    """
+    columns = [f"pg_catalog.set_config('{name}', '{value}', false)" for name, value in settings.items()]
+    statement = f"SELECT pg_catalog.current_setting('server_encoding'), {', '.join(columns)}"
+
+    @event.listens_for(engine, "connect")
+    def prepare(connection: Any, _: object) -> None:
+        autocommit, connection.autocommit = connection.autocommit, True  # a rollback would undo the settings
+        cursor = connection.cursor()
+        cursor.execute(statement)
+        encoding = cursor.fetchone()[0]
+        cursor.close()
+        connection.autocommit = autocommit
+        if encoding == "SQL_ASCII":
+            connection.close()
+            raise ValueError(
+                "the database has the encoding SQL_ASCII, in which PostgreSQL does not know what a character is: make "
+                "a database with ENCODING 'UTF8', and move the data there"
+            )
 
 
 def normalize_url(url: str | URL) -> URL:

@@ -6,12 +6,11 @@ import logging
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import scoped_session
 
 from iot_models import tenancy, twin
 from iot_models._core import batches, loaded_objects, report_rules, statements, validation
-from iot_models._core.database_errors import add_hint
+from iot_models._core.database_errors import explained
 from iot_models._core.documents import DocumentLimits, check_document, decode_document, encode_document
 from iot_models._core.report_rules import Versions
 from iot_models._core.retries import device_not_written, until_written
@@ -424,16 +423,13 @@ class ShadowService:
 
     def _execute(self, statement: Executable, binds: Mapping[str, object]) -> Result[*tuple[Any, ...]]:
         session = self._session
-        try:
+        with explained():
             if self._bind_tenant:
                 tenancy.bind_tenant(session, self.tenant_id)
             if session.autoflush:  # SQLAlchemy 2.0 does so for ORM statements only, 2.1 for these too
                 session.flush()
             # The mapper, so that a session bound per class finds its engine too.
             return session.execute(statement, binds, bind_arguments={"mapper": DeviceState.__mapper__})
-        except (DBAPIError, OSError) as error:
-            add_hint(error)
-            raise
 
     def _shadow(self, row: _Row) -> Shadow:
         """The shadow of a row.

@@ -7,10 +7,10 @@ DateStyle) and no driver has a say, and a value that the driver would fail on do
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import TIMESTAMP, Text, TypeDecorator, case, cast, literal_column, type_coerce
+from sqlalchemy import TIMESTAMP, Text, TypeDecorator, case, cast, extract, literal_column, type_coerce
 from sqlalchemy.dialects.postgresql import JSONB
 
 from iot_models._core.stored_json import read_json
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.operators import OperatorType
     from sqlalchemy.types import TypeEngine
 
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 # Python's datetime holds the years 1 to 9999.
 _FIRST: Final = literal_column("TIMESTAMPTZ '0001-01-01 00:00:00+00'", TIMESTAMP(timezone=True))
 _BEHIND_LAST: Final = literal_column("TIMESTAMPTZ '10000-01-01 00:00:00+00'", TIMESTAMP(timezone=True))
@@ -47,11 +48,11 @@ class UTCTime(TypeDecorator[datetime]):
         return value
 
     def column_expression(self, column: ColumnElement[Any]) -> ColumnElement[Any]:
-        in_utc = column.op("AT TIME ZONE", precedence=100)(literal_column("'UTC'"))
-        return type_coerce(case((readable_time(column), in_utc)), self)
+        # A number, exact to the microsecond: no time zone and no DateStyle has a part in it.
+        return type_coerce(case((readable_time(column), extract("epoch", column))), self)
 
     def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:  # noqa: ARG002
-        return None if value is None else value.replace(tzinfo=UTC)
+        return None if value is None else _EPOCH + timedelta(microseconds=int(value * 1_000_000))
 
 
 class Document(TypeDecorator[dict[str, Any]]):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from sqlalchemy.exc import DBAPIError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 LOCK_NOT_AVAILABLE: Final = "55P03"
 READ_ONLY_SQL_TRANSACTION: Final = "25006"
@@ -19,6 +20,15 @@ _RUN_AGAIN: Final = (
 )
 _UNREACHABLE: Final = "PostgreSQL cannot be reached: start it, or correct the engine's URL."
 _REFUSED: Final = " If it refuses, it says why below."
+_UNSUPPORTED_BY_PGBOUNCER: Final = "unsupported startup parameter"
+_POOLER: Final = (
+    "PgBouncer stands between this engine and PostgreSQL, and refuses a setting that the engine sends at connect: make "
+    "the engine with create_engine(..., pgbouncer=True) or create_async_engine(..., pgbouncer=True). If it is made so, "
+    "the setting comes from `options` in the URL, from connect_args or from a variable such as PGGEQO: remove it."
+)
+_OUR_ENGINE: Final = "make the engine with iot_models.engine.create_engine, which sets it"
+_DATE_STYLE: Final = f"psycopg reads times only if the session's DateStyle is ISO: {_OUR_ENGINE}."
+_CLIENT_ENCODING: Final = f"Text can be written and read only if the session's client_encoding is UTF8: {_OUR_ENGINE}."
 _LOST: Final = (
     "The connection is lost, and its transaction is not committed: roll back, and run all of it again. In AUTOCOMMIT "
     "mode the last statement may be written: read before you write again."
@@ -26,6 +36,11 @@ _LOST: Final = (
 _BY_SQLSTATE: Final[Mapping[str | None, str]] = {
     "42P01": _UNMIGRATED,  # undefined_table
     "42703": _UNMIGRATED,  # undefined_column
+    "22P05": (  # untranslatable_character
+        "The database cannot store a character of it, because its encoding is not UTF8: move the data to a database "
+        "with ENCODING 'UTF8', or do not use such characters. Nothing of the statement is written: roll back, to the "
+        "savepoint if there is one."
+    ),
     READ_ONLY_SQL_TRANSACTION: (
         "This connection only reads (a standby, or default_transaction_read_only): write through an engine on the "
         "primary. A URL that names several hosts finds it with target_session_attrs=read-write."
@@ -49,16 +64,41 @@ def sqlstate(error: DBAPIError) -> str | None:
     return state
 
 
-def add_hint(error: DBAPIError | OSError) -> None:
-    """Add the way out, if one is known. asyncpg raises OSError where no server answers."""
-    if not isinstance(error, DBAPIError):
-        error.add_note(_UNREACHABLE)
-        return
-    if error.connection_invalidated:
-        hint: str | None = _LOST
-    elif error.statement is None:  # failed before any statement
-        hint = _UNREACHABLE + _REFUSED
-    else:
-        hint = _BY_SQLSTATE.get(sqlstate(error))
-    if hint:
+@contextmanager
+def explained() -> Iterator[None]:
+    """Add the way out to an error of the database or its driver that leaves the `with` block, if one is known."""
+    try:
+        yield
+    except (DBAPIError, OSError, NotImplementedError, UnicodeError) as error:
+        add_hint(error)
+        raise
+
+
+def add_hint(error: DBAPIError | OSError | NotImplementedError | UnicodeError) -> None:
+    """Add the way out, if one is known.
+
+    Args:
+        error: A database error; or OSError, which asyncpg raises if no server answers; or NotImplementedError and
+            UnicodeError, which psycopg raises if it cannot read a time or write a text.
+    """
+    hint = _hint_for_database(error) if isinstance(error, DBAPIError) else _hint_for_driver(error)
+    if hint and isinstance(error, DBAPIError):
         error.add_detail(hint)
+    elif hint:
+        error.add_note(hint)
+
+
+def _hint_for_driver(error: Exception) -> str | None:
+    if isinstance(error, OSError):
+        return _UNREACHABLE
+    if isinstance(error, UnicodeError):
+        return _CLIENT_ENCODING
+    return _DATE_STYLE if "DateStyle" in str(error) else None
+
+
+def _hint_for_database(error: DBAPIError) -> str | None:
+    if error.connection_invalidated:
+        return _LOST
+    if error.statement is None:  # failed before any statement
+        return _POOLER if _UNSUPPORTED_BY_PGBOUNCER in str(error.orig) else _UNREACHABLE + _REFUSED
+    return _BY_SQLSTATE.get(sqlstate(error))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import secrets
 import time
 import warnings
@@ -30,6 +31,7 @@ URL_VARIABLE: Final = "IOT_MODELS_TEST_DATABASE_URL"
 IMAGE_VARIABLE: Final = "IOT_MODELS_TEST_IMAGE"
 DEFAULT_IMAGE: Final = "postgres:18"
 
+_OBJECT_IN_USE: Final = "55006"
 _PING_SECONDS = 2
 _CONNECT_SECONDS: Final = 5
 _START_SECONDS: Final = 120.0  # for a container, after its image was pulled
@@ -38,6 +40,9 @@ _EXAMINE: Final = text("""
     SELECT current_setting('server_version') AS version, rolname AS role, rolcreatedb OR rolsuper AS may_create
     FROM pg_roles WHERE rolname = current_user
 """)
+# The names of the databases that `database` makes.
+_PREFIX: Final = "iot_models_test_"
+_OURS: Final = re.compile(rf"{_PREFIX}[0-9a-f]{{16}}")
 # PostgreSQL does not copy a database that has connections, and a pool that was not disposed of keeps its connections.
 _DISCONNECT: Final = text("""
     SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = :database AND usename = current_user
@@ -98,23 +103,34 @@ def database(server: PostgresServer, template: str | None = None) -> Iterator[st
 
     Args:
         server: The server to create it on.
-        template: URL of a database on the same server to copy; connections to it are ended first. None: the database is
-            empty.
+        template: URL of a database on the same server to copy. PostgreSQL copies only a database that nobody is
+            connected to: if `database` made this one, too, then connections to it are ended first. None: the new
+            database is empty.
 
     Yields:
         The URL of the database.
 
     Raises:
         DBAPIError: If the database cannot be created (SQLAlchemy's error).
+        NoServerError: If libpq's variables in the environment would lead to another server than the URL says.
     """
+    _require_own_address(make_url(server.url))
     admin = create_engine(server.url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
-    name = f"iot_models_test_{secrets.token_hex(8)}"
+    name = f"{_PREFIX}{secrets.token_hex(8)}"
     # template0, because the owner of a given server may have put something into template1.
     original = "template0" if template is None else str(make_url(template).database)
     with admin.connect() as connection:
-        connection.execute(_DISCONNECT, {"database": original})
+        if _OURS.fullmatch(original):
+            connection.execute(_DISCONNECT, {"database": original})
         quoted = connection.dialect.identifier_preparer.quote(original)
-        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {quoted}"))
+        try:
+            connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {quoted}"))
+        except DBAPIError as error:
+            if getattr(error.orig, "sqlstate", None) == _OBJECT_IN_USE:
+                error.add_detail(
+                    "iot_models.testing ends the sessions of its own databases only: close those of this one yourself."
+                )
+            raise
     try:
         yield make_url(server.url).set(database=name).render_as_string(hide_password=False)
     finally:
@@ -145,6 +161,13 @@ def _started(stack: ExitStack) -> PostgresServer:
         raise NoServerError(f"{IMAGE_VARIABLE} is set, but {container}. Unset it to take the throwaway server.")
     try:
         server = stack.enter_context(throwaway.postgres())
+        _version(make_url(server.url))
+    except DBAPIError as error:
+        variables = ", ".join(sorted(name for name in os.environ if name.startswith("PG")))
+        raise NoServerError(
+            f"The throwaway server runs, but no client can connect to it with libpq's variables in the environment "
+            f"({variables}): {str(error.orig).strip()}. Unset the one that it is about."
+        ) from error
     except throwaway.ThrowawayPostgresError as error:
         raise NoServerError(
             "There is no PostgreSQL to test on. Use one of these:\n"
@@ -195,14 +218,7 @@ def _run(stack: ExitStack, image: str) -> PostgresServer:
     with ExitStack() as attempt:
         attempt.enter_context(container)
         try:
-            url = URL.create(
-                "postgresql+psycopg",
-                username="postgres",
-                password=password,
-                host=container.get_container_host_ip(),
-                port=int(container.get_exposed_port(5432)),
-                database="postgres",
-            )
+            url = _container_url(container.get_container_host_ip(), container.get_exposed_port(5432), password)
             version = _await_version(url, container)
         except Exception as error:
             said = container.get_wrapped_container().logs(tail=5).decode(errors="replace").strip()
@@ -210,6 +226,15 @@ def _run(stack: ExitStack, image: str) -> PostgresServer:
         stack.push(attempt.pop_all())
     text_url = url.render_as_string(hide_password=False)
     return PostgresServer(text_url, f"PostgreSQL {version}, container {image} (testcontainers)")
+
+
+def _container_url(host: str, port: str | int, password: str) -> URL:
+    """Return the URL of the container at this address, whatever libpq's variables in the environment say."""
+    query = throwaway.url_options(host, str(port), require_auth="scram-sha-256")
+    url = URL.create("postgresql+psycopg", username="postgres", password=password, database="postgres", query=query)
+    if query["host"] != host:
+        return url
+    return url.set(host=host, port=int(port)).difference_update_query(["host", "port"])
 
 
 def _await_version(url: URL, container: DockerContainer) -> str:
@@ -235,11 +260,29 @@ def _version(url: URL) -> str:
 
     Raises:
         DBAPIError: If it does not accept the connection.
-        NoServerError: If this role may not create databases.
+        NoServerError: If this role may not create databases, or libpq would connect to another server.
     """
+    _require_own_address(url)
     engine = create_engine(url, poolclass=NullPool, connect_args={"connect_timeout": _CONNECT_SECONDS})
     with engine.connect() as connection:
         found = connection.execute(_EXAMINE).one()
     if not found.may_create:
         raise NoServerError(f"the role {found.role} may not create databases: ALTER ROLE {found.role} CREATEDB")
     return str(found.version).split()[0]
+
+
+def _require_own_address(url: URL) -> None:
+    """Make sure that a URL which names a host leads to that host: libpq goes to an address in the environment instead.
+
+    Raises:
+        NoServerError: If the environment has an address, and the URL has a host and no address.
+    """
+    from psycopg.pq import Conninfo  # noqa: PLC0415 - fails without libpq: `postgres_server` says so
+
+    host = url.host or url.query.get("host")
+    address = next(option.val for option in Conninfo.get_defaults() if option.keyword == b"hostaddr")
+    if host and address and "hostaddr" not in url.query:
+        raise NoServerError(
+            f"libpq would connect to the address given by PGHOSTADDR, or by the service in PGSERVICE "
+            f"({address.decode()}), and not to the host of the URL: unset the variable, or add hostaddr=... to the URL"
+        )

@@ -27,7 +27,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, Final, cast
 
 with contextlib.suppress(ImportError):  # Windows has neither; `postgres` raises there
     import fcntl
@@ -36,6 +36,7 @@ with contextlib.suppress(ImportError):  # Windows has neither; `postgres` raises
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+_PLACE = "run"  # the server's own folder: its data and its socket
 _START_SECONDS = 60.0  # for initdb, and the same again for the server
 
 _INITDB = ("--username=postgres", "--auth=trust", "--encoding=UTF8", "--no-locale", "--no-sync")
@@ -53,6 +54,30 @@ _THROWAWAY = {
     "synchronous_commit": "off",
 }
 
+# libpq takes from the environment what a URL leaves out. These options can keep a client from a server that has no TLS:
+# where one of the variables is set, the URL has the option with this value. Only there, because asyncpg does not know
+# all of them.
+_PINNED: Final[Mapping[str, tuple[str, ...]]] = {
+    "channel_binding": ("disable", "PGCHANNELBINDING"),
+    "client_encoding": ("utf8", "PGCLIENTENCODING"),
+    "connect_timeout": ("10", "PGCONNECT_TIMEOUT"),
+    "gssencmode": ("disable", "PGGSSENCMODE"),
+    "ssl_max_protocol_version": ("TLSv1.3", "PGSSLMAXPROTOCOLVERSION"),
+    "ssl_min_protocol_version": ("TLSv1.2", "PGSSLMINPROTOCOLVERSION"),
+    "sslmode": ("disable", "PGSSLMODE", "PGREQUIRESSL"),
+    "sslrootcert": ("none", "PGSSLROOTCERT"),  # the value "system" is refused with sslmode=disable
+    "target_session_attrs": ("any", "PGTARGETSESSIONATTRS"),
+}
+# libpq knows these from version 16 on. An older one ignores the variables and refuses the options.
+_PINNED_FROM_16_ON: Final[Mapping[str, tuple[str, str]]] = {
+    "load_balance_hosts": ("disable", "PGLOADBALANCEHOSTS"),
+    "max_protocol_version": ("3.0", "PGMAXPROTOCOLVERSION"),
+    "min_protocol_version": ("3.0", "PGMINPROTOCOLVERSION"),
+    "require_auth": ("none", "PGREQUIREAUTH"),
+    "sslcertmode": ("disable", "PGSSLCERTMODE"),
+    "sslnegotiation": ("postgres", "PGSSLNEGOTIATION"),
+}
+
 
 class ThrowawayPostgresError(RuntimeError):
     """The throwaway server cannot run here. The message says why, and what to do instead."""
@@ -66,14 +91,28 @@ class Server:
     """A throwaway server. It runs until the end of the `with` block that started it.
 
     Attributes:
-        url: SQLAlchemy URL of the database `postgres`, with the superuser `postgres`.
+        folder: The folder of its Unix socket.
+        port: The port, which is a part of the socket's name.
+        account: The user that the server runs as.
         bin: The folder with `psql`, `pg_dump` and `pgbench`.
         version: The server's version, for example `18.6`.
     """
 
-    url: str
+    folder: Path
+    port: str
+    account: str
     bin: Path
     version: str
+
+    @property
+    def url(self) -> str:
+        """SQLAlchemy URL of the database `postgres`, with the superuser `postgres`.
+
+        It leads to this server also where libpq's variables (PGHOSTADDR, PGSERVICE, PGSSLMODE and so on) name another
+        one, or ask for what this one does not have. If such a variable is set later, read the URL again.
+        """
+        options = url_options(str(self.folder), self.port, peer=self.account)
+        return f"postgresql+psycopg://postgres@/postgres?{'&'.join(f'{key}={options[key]}' for key in options)}"
 
 
 def wheel_binaries() -> Path:
@@ -117,8 +156,9 @@ def postgres(*, binaries: Path | None = None, settings: Mapping[str, str] | None
     if not (tools / "initdb").is_file():
         raise ThrowawayPostgresError(f"There is no initdb in {tools}.")
     # The parent chooses the folder's name, so that it can remove it even if the guard is killed before it answers.
-    folder = _temporary_folder() / f"iot_models_{secrets.token_hex(8)}"
-    server_settings = {**_THROWAWAY, **(settings or {}), "unix_socket_directories": str(folder)}
+    folder = _temporary_folder() / f"iot_models_{secrets.token_hex(6)}"
+    place = folder / _PLACE
+    server_settings = {**_THROWAWAY, **(settings or {}), "unix_socket_directories": str(place)}
     request = {
         "folder": str(folder),
         "binaries": str(tools),
@@ -143,20 +183,49 @@ def postgres(*, binaries: Path | None = None, settings: Mapping[str, str] | None
             answer = json.loads(line)
             if "error" in answer:
                 raise ThrowawayPostgresError(answer["error"])
-            # The port is in the URL, because otherwise PGPORT in the caller's environment would be used.
-            url = f"postgresql+psycopg://postgres@/postgres?host={folder}&port={server_settings['port']}"
-            yield Server(url=url, bin=Path(answer["bin"]), version=answer["version"])
+            yield Server(
+                place, server_settings["port"], place.owner(), bin=Path(answer["bin"]), version=answer["version"]
+            )
         finally:
             lifeline.close()
             if guard.wait() != 0:
                 _clean_up_after(guard.pid, folder)
 
 
+def url_options(host: str, port: str, *, require_auth: str = "none", peer: str | None = None) -> dict[str, str]:
+    """Return the options of a URL that leads to this host and port, whatever libpq's variables in the environment say.
+
+    Args:
+        host: A host's name, or the folder of a Unix socket.
+        port: The port. It is always in the URL, because libpq would take PGPORT otherwise.
+        require_auth: How the server asks for a password. "none": not at all.
+        peer: The user that runs the server, if it has a Unix socket.
+    """
+    options = {"host": host, "port": port}
+    service = "PGSERVICE" in os.environ  # a service can set every option that is not in the URL
+    if service or "PGHOSTADDR" in os.environ:
+        # libpq goes to this address instead of to the host. An empty address in a list means: go to the host at the
+        # same place of its list. Two, because SQLAlchemy drops an option that is empty.
+        options = {"host": f"{host},{host}", "port": f"{port},{port}", "hostaddr": ","}
+    for option, (value, *variables) in _PINNED.items():
+        if service or not os.environ.keys().isdisjoint(variables):
+            options[option] = value
+    for option, (value, variable) in _PINNED_FROM_16_ON.items():
+        if variable in os.environ:
+            options[option] = require_auth if option == "require_auth" else value
+    if peer and (service or "PGREQUIREPEER" in os.environ):
+        options["requirepeer"] = peer
+    if service:
+        options["replication"] = "false"  # has no variable
+    return options
+
+
 def _temporary_folder() -> Path:
     """Return the system's temporary folder, or `/tmp` where a server's socket cannot be in it."""
     folder = Path(tempfile.gettempdir()).resolve()
-    # 60, because the whole path of a socket must be shorter than 104 bytes (macOS; on Linux 108). These characters need
-    # no quoting in a URL and in PostgreSQL's list of socket folders.
+    # 60, because the whole path of a socket must be shorter than 104 bytes (macOS; on Linux 108), and with a port of
+    # five digits it is 43 longer than this. These characters need no quoting in a URL and in PostgreSQL's list of
+    # socket folders.
     plain = re.fullmatch(r"[\w./+-]{1,60}", str(folder), re.ASCII)
     # Some systems give root a temporary folder that the user `nobody` cannot enter.
     reachable = os.geteuid() != 0 or all(parent.stat().st_mode & 0o001 for parent in (folder, *folder.parents))
@@ -185,6 +254,7 @@ def _guard(*, folder: str, binaries: str, settings: dict[str, str], seconds: flo
     place.mkdir(mode=0o700)
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, place)
+        (place / "log").touch(mode=0o600)  # who can open it could lock it
         log = stack.enter_context((place / "log").open("a+b"))
         fcntl.flock(log, fcntl.LOCK_EX)
         try:
@@ -206,14 +276,24 @@ def _start(
     settings: dict[str, str],
     seconds: float,
 ) -> dict[str, str]:
-    """Start a server, which `stack` stops. Return its `bin` folder and version when it accepts connections."""
+    """Start a server, which `stack` stops. Return its `bin` folder and version when it accepts connections.
+
+    Root's server runs with another account. That account owns `run` only, and cannot write beside it: a process of the
+    account could make links in a folder of its own, and root would follow them when it copies the binaries.
+    """
+    place = folder / _PLACE
+    place.mkdir(mode=0o700)
+    account = _account(place)
+    if "group" in account:  # the account may pass through root's folder; nobody else may
+        os.chown(folder, -1, account["group"])
+        folder.chmod(0o710)
     options: dict[str, Any] = {
         # Not the caller's environment: PG* variables, LD_LIBRARY_PATH or an unknown LANG would break the programs.
         "env": {"LC_ALL": "C", "TZ": "UTC"},
-        "cwd": folder,
+        "cwd": place,
         "stdin": subprocess.DEVNULL,
         "stderr": log,
-        **_account(folder),
+        **account,
     }
     try:
         version = _version(binaries, options)
@@ -221,7 +301,7 @@ def _start(
         binaries = _copy(binaries, folder)
         version = _version(binaries, options)
 
-    data = folder / "data"
+    data = place / "data"
     initdb = [str(binaries / "initdb"), f"--pgdata={data}", *_INITDB]
     if int(version.partition(".")[0]) >= 17:  # noqa: PLR2004 - a name for 17 would not say more
         initdb += _BUILTIN_LOCALE
@@ -269,7 +349,9 @@ def _version(binaries: Path, options: dict[str, Any]) -> str:
 
 
 def _copy(binaries: Path, folder: Path) -> Path:
-    """Copy the folder tree of `binaries` into `folder`, executable by the folder's owner. Return the new `bin` folder.
+    """Copy the folder tree of `binaries` into `folder`, for all to execute. Return the new `bin` folder.
+
+    Nobody but this process's user can change the copy.
 
     Needed for a virtualenv in a home folder that other users cannot enter, for a virtualenv made with umask 077, and
     for installers that lose the executable bit.
@@ -277,14 +359,13 @@ def _copy(binaries: Path, folder: Path) -> Path:
     tree = binaries.parent
     package = tree.parent
     copy = folder / "copy"
+    copy.mkdir()  # an error if it exists, also as a link
     shutil.copytree(tree, copy / package.name / tree.name, copy_function=shutil.copyfile)
     libraries = package.with_name(f"{package.name}.libs")  # where auditwheel puts the libraries of a wheel
     if libraries.is_dir():
         shutil.copytree(libraries, copy / libraries.name, copy_function=shutil.copyfile)
-    owner = folder.stat().st_uid
     for path in (copy, *copy.rglob("*")):
-        path.chmod(0o700)
-        os.chown(path, owner, -1)
+        path.chmod(0o755)
     return copy / package.name / tree.name / binaries.name
 
 
@@ -306,8 +387,11 @@ def _await_ready(server: subprocess.Popen[bytes], pid_file: Path, seconds: float
 def _state(pid_file: Path) -> str:
     """Return the server's state from the eighth line of its pid file, which `pg_ctl` reads, too."""
     try:
-        return pid_file.read_text().splitlines()[7].strip()
-    except (FileNotFoundError, IndexError):  # not written yet, or not completely
+        # The folder is the account's: this must not follow a link as root, and not wait for the writer of a named pipe.
+        descriptor = os.open(pid_file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb") as file:
+            return file.read(4096).splitlines()[7].strip().decode(errors="replace")
+    except (OSError, IndexError):  # not written yet, or not completely
         return ""
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import JSON, Connection, Text, cast, literal, select, text
@@ -13,70 +12,14 @@ from sqlalchemy.orm import Session
 
 from iot_models import ShadowService
 from iot_models.engine import create_engine
-from tests.databases.async_engines import ASYNC_DRIVERS, async_engine, url_for
+from tests.databases.async_engines import ASYNC_DRIVERS
 from tests.databases.devices import DEVICE, TENANT, add_device
+from tests.databases.engines import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from sqlalchemy import Engine
 
-    from sqlalchemy import URL, Engine
-
-    Work = Callable[[], object]
-
-T = TypeVar("T")
-SETTINGS = ("application_name", "statement_timeout", "idle_in_transaction_session_timeout", "work_mem")
-
-
-class Kind:
-    """A synchronous or an async engine, asked in the same way: by a synchronous function of a connection."""
-
-    def __init__(self, name: str, url: URL) -> None:
-        self.asynchronous = name in ASYNC_DRIVERS
-        self.url = url_for(name if self.asynchronous else "psycopg", url)
-
-    def ask(self, question: Callable[[Connection], T], *, url: URL | None = None, **options: Any) -> T:
-        (answer,) = self.ask_each(question, url=url, **options)
-        return answer
-
-    def ask_each(
-        self, *questions: Callable[[Connection], T], url: URL | None = None, between: Work = int, **options: Any
-    ) -> list[T]:
-        """The answers, each on a connection newly taken from the pool; `between` runs before each but the first."""
-        if self.asynchronous:
-            return asyncio.run(_ask_async(url or self.url, questions, between, options))
-        return _ask_sync(url or self.url, questions, between, options)
-
-    def settings(self, **options: Any) -> dict[str, str]:
-        return self.ask(lambda c: {name: str(c.scalar(text(f"SHOW {name}"))) for name in SETTINGS}, **options)
-
-
-async def _ask_async(
-    url: URL, questions: Sequence[Callable[[Connection], T]], between: Work, options: dict[str, Any]
-) -> list[T]:
-    answers: list[T] = []
-    async with async_engine(url, **options) as engine:
-        for question in questions:
-            if answers:
-                between()
-            async with engine.connect() as connection:
-                answers.append(await connection.run_sync(question))
-    return answers
-
-
-def _ask_sync(
-    url: URL, questions: Sequence[Callable[[Connection], T]], between: Work, options: dict[str, Any]
-) -> list[T]:
-    answers: list[T] = []
-    engine = create_engine(url, **options)
-    try:
-        for question in questions:
-            if answers:
-                between()
-            with engine.connect() as connection:
-                answers.append(question(connection))
-    finally:
-        engine.dispose()
-    return answers
+SETTINGS = ("application_name", "statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout", "work_mem")
 
 
 @pytest.fixture(autouse=True)
@@ -102,50 +45,59 @@ def server_settings(kind: Kind, **settings: str) -> dict[str, Any]:
     return {"options": " ".join(f"-c {name}={value}" for name, value in settings.items())}
 
 
-def test_a_connection_has_a_name_and_the_two_timeouts(kind: Kind) -> None:
-    shown = kind.settings()
+def test_a_connection_has_a_name_and_the_three_timeouts(kind: Kind) -> None:
+    shown = kind.settings(*SETTINGS)
 
     assert shown["application_name"] == "iot_models"
     assert shown["statement_timeout"] == "30s"
+    assert shown["lock_timeout"] == "10s"
     assert shown["idle_in_transaction_session_timeout"] == "1min"
 
 
 def test_the_name_and_the_timeouts_are_keyword_arguments(kind: Kind) -> None:
     shown = kind.settings(
+        *SETTINGS,
         application_name="it's the fleet-api",
         statement_timeout=timedelta(milliseconds=1500),
+        lock_timeout=timedelta(seconds=2),
         idle_in_transaction_session_timeout=timedelta(hours=1),
     )
 
     assert shown["application_name"] == "it's the fleet-api"
     assert shown["statement_timeout"] == "1500ms"
+    assert shown["lock_timeout"] == "2s"
     assert shown["idle_in_transaction_session_timeout"] == "1h"
 
 
 def test_a_timeout_is_rounded_up_to_a_millisecond_so_that_it_is_never_switched_off(kind: Kind) -> None:
-    assert kind.settings(statement_timeout=timedelta(microseconds=1_000_001))["statement_timeout"] == "1001ms"
+    assert (
+        kind.settings(*SETTINGS, statement_timeout=timedelta(microseconds=1_000_001))["statement_timeout"] == "1001ms"
+    )
 
 
 def test_none_leaves_a_timeout_to_the_server(own_engine: Engine, kind: Kind) -> None:
+    database = own_engine.url.database
     with own_engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
-        connection.execute(text(f"ALTER DATABASE {own_engine.url.database} SET statement_timeout = '7s'"))
-        connection.execute(
-            text(f"ALTER DATABASE {own_engine.url.database} SET idle_in_transaction_session_timeout = '8s'")
-        )
-    kind.url = kind.url.set(database=own_engine.url.database)
+        connection.execute(text(f"ALTER DATABASE {database} SET statement_timeout = '7s'"))
+        connection.execute(text(f"ALTER DATABASE {database} SET lock_timeout = '6s'"))
+        connection.execute(text(f"ALTER DATABASE {database} SET idle_in_transaction_session_timeout = '8s'"))
+    kind.url = kind.url.set(database=database)
 
-    shown = kind.settings(statement_timeout=None, idle_in_transaction_session_timeout=None)
+    shown = kind.settings(
+        *SETTINGS, statement_timeout=None, lock_timeout=None, idle_in_transaction_session_timeout=None
+    )
 
     assert (shown["statement_timeout"], shown["idle_in_transaction_session_timeout"]) == ("7s", "8s")
-    assert (
-        kind.settings(statement_timeout=timedelta(0))["statement_timeout"] == "0"
-    )  # zero switches it off; None does not set it
+    assert shown["lock_timeout"] == "6s"
+    # Zero switches a timeout off. None does not set it.
+    off = kind.settings(*SETTINGS, statement_timeout=timedelta(0), lock_timeout=timedelta(0))
+    assert (off["statement_timeout"], off["lock_timeout"]) == ("0", "0")
 
 
 def test_connect_args_win_and_our_other_settings_stay(kind: Kind) -> None:
     given = server_settings(kind, work_mem="5MB", statement_timeout="5s")
 
-    shown = kind.settings(connect_args=given)
+    shown = kind.settings(*SETTINGS, connect_args=given)
 
     assert shown["work_mem"] == "5MB"
     assert shown["statement_timeout"] == "5s"
@@ -154,18 +106,19 @@ def test_connect_args_win_and_our_other_settings_stay(kind: Kind) -> None:
     assert given == server_settings(kind, work_mem="5MB", statement_timeout="5s")  # the caller's dict has not changed
 
 
-def test_the_url_wins_over_our_settings_and_connect_args_win_over_the_url(libpq: Kind) -> None:
-    url = libpq.url.update_query_dict(
-        {"application_name": "from-the-url", "options": "-c work_mem=5MB -c statement_timeout=5s"}
+def test_the_url_wins_over_our_settings_and_connect_args_win_over_the_url(kind: Kind) -> None:
+    url = kind.url.update_query_dict(
+        {"application_name": "from-the-url", "options": "-c work_mem=5MB -c statement_timeout=5s --lock-timeout=4s"}
     )
 
-    assert libpq.settings(url=url) == {
+    assert kind.settings(*SETTINGS, url=url) == {
         "application_name": "from-the-url",
         "statement_timeout": "5s",
+        "lock_timeout": "4s",
         "idle_in_transaction_session_timeout": "1min",
         "work_mem": "5MB",
     }
-    both = libpq.settings(url=url, connect_args={"options": "-c statement_timeout=6s"})
+    both = kind.settings(*SETTINGS, url=url, connect_args=server_settings(kind, statement_timeout="6s"))
     assert (both["statement_timeout"], both["work_mem"]) == ("6s", "5MB")
 
 
@@ -176,18 +129,31 @@ def test_the_environment_variables_of_libpq_win_over_our_settings(
     monkeypatch.setenv("PGOPTIONS", "-c work_mem=5MB -c statement_timeout=5s")
     monkeypatch.setenv("PGAPPNAME", "from-the-environment")
 
-    shown = libpq.settings(statement_timeout=timeout, idle_in_transaction_session_timeout=timeout)
+    shown = libpq.settings(*SETTINGS, statement_timeout=timeout, idle_in_transaction_session_timeout=timeout)
 
     assert (shown["work_mem"], shown["statement_timeout"]) == ("5MB", "5s")
     assert shown["application_name"] == "from-the-environment"
 
     # libpq's own rule: PGOPTIONS counts only if nothing else is given.
-    assert libpq.settings(connect_args={"options": "-c statement_timeout=6s"})["work_mem"] != "5MB"
+    assert libpq.settings(*SETTINGS, connect_args={"options": "-c statement_timeout=6s"})["work_mem"] != "5MB"
 
 
 def test_a_statement_that_takes_longer_than_the_timeout_is_cancelled(kind: Kind) -> None:
     with pytest.raises(DBAPIError, match="statement timeout"):
         kind.ask(lambda c: c.execute(text("SELECT pg_sleep(5)")), statement_timeout=timedelta(milliseconds=20))
+
+
+def test_a_statement_that_waits_too_long_for_a_row_is_cancelled(own_engine: Engine, kind: Kind) -> None:
+    with Session(own_engine) as session, session.begin():
+        add_device(session)
+    kind.url = kind.url.set(database=own_engine.url.database)
+    with own_engine.begin() as lock:
+        lock.execute(text("SELECT FROM device_state FOR UPDATE"))
+        with pytest.raises(DBAPIError, match="lock timeout"):
+            kind.ask(
+                lambda c: c.execute(text("UPDATE device_state SET status = status")),
+                lock_timeout=timedelta(milliseconds=20),
+            )
 
 
 def test_a_connection_that_the_server_ended_is_replaced_without_an_error(kind: Kind, engine: Engine) -> None:

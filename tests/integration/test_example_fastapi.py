@@ -46,11 +46,12 @@ SLOW_COMMIT = """
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back: the status, the entity tag if there is one, and the body."""
+    """What came back: the status, the entity tag if there is one, the body, and when to try again."""
 
     status: int
     etag: str | None
     body: Any
+    retry_after: str | None = None
 
     @property
     def error(self) -> str:
@@ -73,7 +74,8 @@ class Client:
         with closing(HTTPConnection("127.0.0.1", self.port, timeout=10)) as connection:
             connection.request(method, path, body, {"X-Tenant-Id": self.tenant} | self.headers | named)
             response = connection.getresponse()
-            return Answer(response.status, response.headers["ETag"], json.loads(response.read()))
+            etag, retry_after = response.headers["ETag"], response.headers["Retry-After"]
+            return Answer(response.status, etag, json.loads(response.read()), retry_after)
 
     def twin(self, device_id: str = "t-1", **headers: str) -> Answer:
         return self.send("GET", f"/devices/{device_id}/twin", **headers)
@@ -158,7 +160,7 @@ def operator(port: int, database: Engine, log: Path) -> Iterator[Client]:
 
 
 def test_the_example_is_short_enough_to_be_copied() -> None:
-    assert len(EXAMPLE.read_text().splitlines()) < 120
+    assert len(EXAMPLE.read_text().splitlines()) < 250
 
 
 def test_a_shadow_lives_its_whole_life_over_http(operator: Client) -> None:
@@ -198,6 +200,18 @@ def test_the_delta_says_in_words_why_the_device_is_out_of_sync(operator: Client)
     assert answer.body["explanation"].startswith("t-1 has drifted: version 1 is acknowledged, but 'mode' differs")
 
 
+def test_the_delta_has_the_versions_that_it_is_about(operator: Client) -> None:
+    for _ in range(3):
+        operator.patch({"mode": "eco"}, if_match="*")
+    operator.device().report({"reported": {}, "acked_version": 2})
+
+    answer = operator.send("GET", "/devices/t-1/twin/delta")
+
+    assert (answer.status, answer.etag, answer.body["delta"]) == (200, '"3"', {"mode": "eco"})
+    assert (answer.body["desired_version"], answer.body["reported_version"]) == (3, 2)
+    assert operator.patch({"mode": "auto"}, if_match=answer.etag or "").etag == '"4"'
+
+
 def test_a_patch_removes_what_is_null_and_leaves_what_it_does_not_name(operator: Client) -> None:
     operator.patch({"mode": "auto", "limits": {"min": 5, "max": 30}}, if_match="*")
 
@@ -228,11 +242,42 @@ def test_a_patch_with_an_asterisk_is_written_over_any_version(operator: Client) 
 
 
 @pytest.mark.parametrize(
-    "if_match", ["0", '0"', '"0', '"x"', 'W/"0"', '"0", "1"', '"-1"', '"00"', '""', '"' + "9" * 30 + '"']
+    "if_match",
+    ['0"', '"0', '"x"', 'W/"0"', '"0", "1"', '"-1"', "-1", '"00"', "00", "0,1", "0x0", '""', '"' + "9" * 30 + '"'],
 )
 def test_an_if_match_that_is_no_etag_of_ours_is_a_bad_request(operator: Client, if_match: str) -> None:
     assert operator.patch({"mode": "eco"}, if_match=if_match).status == 400
     assert operator.twin().etag == '"0"'
+
+
+def test_a_bare_version_in_if_match_is_understood_like_the_etag(operator: Client) -> None:
+    assert operator.patch({"mode": "auto"}, if_match="0").etag == '"1"'
+    assert operator.patch({"mode": "eco"}, if_match="0").error == "409 VersionConflict"
+    assert operator.patch({"mode": "eco"}, if_match="1").etag == '"2"'
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "path"),
+    [
+        ({"desired": {"mode": "eco"}}, "/desired"),
+        ({"desired": {"mode": "eco"}, "expected_version": 0}, "/desired"),
+        ({"desired": {}}, "/desired"),
+        ({"state": {"desired": {"mode": "eco"}}, "version": 3}, "/state/desired"),
+        ({"properties": {"desired": {"mode": "eco"}}}, "/properties/desired"),
+    ],
+    ids=json.dumps,
+)
+def test_a_document_in_a_wrapper_is_refused_with_what_to_send(operator: Client, wrapped: Any, path: str) -> None:
+    answer = operator.patch(wrapped, if_match="*")
+
+    assert (answer.error, answer.body["path"]) == ("400 InvalidDocument", path)
+    assert 'send the patch itself, as in {"target_c": 21.5}' in answer.body["message"]
+    assert operator.twin().etag == '"0"'
+
+
+def test_a_key_that_only_looks_like_a_wrapper_is_stored(operator: Client) -> None:
+    patch = {"state": "on", "properties": {"colour": "red"}, "desired": None}
+    assert operator.patch(patch, if_match="*").body["desired"] == {"state": "on", "properties": {"colour": "red"}}
 
 
 def test_of_two_racing_patches_with_one_etag_exactly_one_is_written(operator: Client) -> None:
@@ -319,6 +364,115 @@ def test_who_does_not_say_who_it_is_is_turned_away(operator: Client) -> None:
 
     for answer in (operator.shadow(), operator.report({"reported": {}})):
         assert (answer.status, answer.body) == (401, {"detail": "X-Device-Id is missing"})
+
+
+@pytest.mark.parametrize("name", ["X-Tenant-Id", "X-Device-Id", "If-Match"])
+@pytest.mark.parametrize("others", [["globex", "acme"], ["acme", "acme"]])
+def test_a_header_that_is_there_twice_is_a_bad_request(operator: Client, name: str, others: list[str]) -> None:
+    mine = {"X-Tenant-Id": operator.tenant, "X-Device-Id": "t-1", "If-Match": "*"}
+    for method, path in (
+        ("GET", "/devices/t-1/twin"),
+        ("PATCH", "/devices/t-1/twin/desired"),
+        ("GET", "/devices/t-1/twin/delta"),
+        ("GET", "/device/v1/shadow"),
+        ("POST", "/device/v1/shadow/reported"),
+    ):
+        with closing(HTTPConnection("127.0.0.1", operator.port, timeout=10)) as connection:
+            connection.putrequest(method, path)
+            for header, value in mine.items():
+                for each in (value, *others) if header == name else (value,):
+                    connection.putheader(header, each)
+            connection.putheader("Content-Length", "2")
+            connection.endheaders(b"{}")
+            response = connection.getresponse()
+            assert (response.status, json.loads(response.read())) == (400, {"detail": f"{name} must be there once"})
+    assert operator.twin().etag == '"0"'
+
+
+def test_a_locked_device_is_answered_with_try_again_and_holds_up_no_other_tenant(
+    operator: Client, database: Engine
+) -> None:
+    other = f"other-{secrets.token_hex(4)}"
+    with Session(database) as session, session.begin():
+        add_device(session, "t-1", tenant_id=other)
+    mine = {"tenant": operator.tenant}
+    with database.connect() as lock, ThreadPoolExecutor(60) as pool:
+        lock.execute(text("SELECT FROM device_state WHERE tenant_id = :tenant FOR UPDATE"), mine)
+        patches = [pool.submit(operator.patch, {"mode": "eco"}, if_match="*") for _ in range(60)]
+        waiting = text(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        )
+        at_once = database.execution_options(isolation_level="AUTOCOMMIT")
+        with at_once.connect() as observer:
+            while observer.scalars(waiting).one() < 30:
+                assert not all(patch.done() for patch in patches)
+        began = time.monotonic()
+        assert Client(operator.port, other).twin().status == 200
+        assert time.monotonic() - began < 8  # twice lock_timeout where there is nothing else to do
+        answers = [patch.result() for patch in patches]
+
+    assert {answer.error for answer in answers} == {"503 Busy"}
+    assert {answer.retry_after for answer in answers} == {"1"}
+    assert operator.twin().etag == '"0"'
+
+
+def test_an_error_of_the_database_that_no_repetition_mends_is_a_server_error(
+    port: int, database: Engine, log: Path
+) -> None:
+    tenant = f"tenant-{secrets.token_hex(4)}"
+    with Session(database) as session, session.begin():
+        add_device(session, "t-1", tenant_id=tenant)
+    with database.begin() as connection:
+        connection.execute(
+            text(f"ALTER TABLE device_state ADD CONSTRAINT no CHECK (tenant_id <> '{tenant}') NOT VALID")
+        )
+    said = log.stat().st_size
+    with closing(HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
+        connection.request("PATCH", "/devices/t-1/twin/desired", "{}", {"X-Tenant-Id": tenant, "If-Match": "*"})
+        assert connection.getresponse().status == 500
+    with database.begin() as connection:
+        connection.execute(text("ALTER TABLE device_state DROP CONSTRAINT no"))
+    # The traceback is written after the answer is sent; this is its last line. The next test wants to see none.
+    until = time.monotonic() + START_SECONDS
+    while b"Background on this error at" not in log.read_bytes()[said:]:
+        assert time.monotonic() < until
+
+
+def test_openapi_shows_the_bodies_the_answers_and_the_errors_of_each_endpoint(operator: Client) -> None:
+    document = operator.send("GET", "/openapi.json").body
+    operations = {
+        f"{method} {path}": operation for path, item in document["paths"].items() for method, operation in item.items()
+    }
+    assert operations.keys() == {
+        "get /devices/{device_id}/twin",
+        "patch /devices/{device_id}/twin/desired",
+        "get /devices/{device_id}/twin/delta",
+        "get /device/v1/shadow",
+        "post /device/v1/shadow/reported",
+    }
+    for name, operation in operations.items():
+        answers = operation["responses"]
+        writes = not name.startswith("get")
+        expected = {"200", "400", "401", "404", "503", "default"} | ({"409", "413"} if writes else set())
+        assert answers.keys() == expected | ({"428"} if name.startswith("patch") else set())
+        assert answers["200"]["headers"].keys() == {"ETag"}
+        assert answers["503"]["headers"].keys() == {"Retry-After"}
+        assert all(answers[status]["content"]["application/json"]["schema"] for status in answers.keys() - {"default"})
+        assert ("requestBody" in operation) == writes
+        headers = {one["name"] for one in operation["parameters"] if one["in"] == "header"}
+        assert headers >= ({"X-Device-Id"} if "/device/v1" in name else set()) | {"X-Tenant-Id"}
+    patch = operations["patch /devices/{device_id}/twin/desired"]
+    assert patch["requestBody"]["content"]["application/json"]["schema"]["type"] == "object"
+    report = operations["post /device/v1/shadow/reported"]["requestBody"]["content"]["application/json"]
+    assert report["schema"]["required"] == ["reported"]
+    assert operator.device().report(report["example"] | {"acked_version": 0}).status == 200
+
+
+@pytest.mark.parametrize(("path", "name"), [("/devices/t-1/twin", "Twin"), ("/devices/t-1/twin/delta", "Delta")])
+def test_what_openapi_says_of_an_answer_is_what_is_answered(operator: Client, path: str, name: str) -> None:
+    documented = operator.send("GET", "/openapi.json").body["components"]["schemas"][name]["properties"]
+
+    assert operator.send("GET", path).body.keys() == documented.keys()
 
 
 # No document of these can be stored; each with the JSON Pointer to what is wrong.

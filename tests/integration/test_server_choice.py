@@ -13,6 +13,7 @@ import time
 from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
@@ -94,7 +95,7 @@ def works(server: PostgresServer) -> bool:
 @pytest.fixture
 def throwaway_is_there(server: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The throwaway server is this run's server, whatever that is: which one is chosen is the question, not its start."""
-    started = throwaway.Server(server.url, Path("/nowhere"), "18.0")
+    started = SimpleNamespace(url=server.url, version="18.0")
     monkeypatch.setattr(throwaway, "postgres", lambda: nullcontext(started))
 
 

@@ -171,7 +171,7 @@ def test_a_broken_environment_and_a_temporary_folder_with_spaces_do_no_harm(
     monkeypatch.setenv("PGOPTIONS", "-c work_mem=7MB")
 
     with postgres() as server:
-        assert str(folder_of(server).parent) == SHORT
+        assert str(folder_of(server).parents[1]) == SHORT
         assert ask(server, "SHOW work_mem") == "7MB"  # libpq's own variables count for clients
     assert not folder_of(server).exists()
 
@@ -238,7 +238,7 @@ def test_nothing_is_left_when_a_signal_ends_the_parent(number: signal.Signals, t
 
 def test_nothing_is_left_when_the_parent_is_killed_while_the_server_is_being_made(temporary: Path) -> None:
     with parent() as process:
-        assert eventually(lambda: list(temporary.glob("*/data/base")))
+        assert eventually(lambda: list(temporary.glob("*/run/data/base")))
         process.kill()
 
 
@@ -268,7 +268,7 @@ def test_a_guard_that_is_killed_before_the_server_is_ready_is_an_error_that_leav
     fake = fake_postgres(tmp_path, initdb="touch started; exec sleep 60")
 
     def kill_the_guard() -> None:
-        assert eventually(lambda: list(temporary.glob("*/started")))
+        assert eventually(lambda: list(temporary.glob("*/run/started")))
         os.kill(guard_in(temporary), signal.SIGKILL)
 
     killer = threading.Thread(target=kill_the_guard)

@@ -247,3 +247,14 @@ def test_a_naive_time_is_refused_by_the_flush(session: Session, name: str) -> No
     setattr(device, name, datetime(2026, 1, 1, 12))  # noqa: DTZ001 - the fault
     with pytest.raises(Exception, match="a time must be timezone-aware"):
         session.flush()
+
+
+@pytest.mark.parametrize("style", ["German", "SQL, DMY", "Postgres, MDY"])
+def test_times_are_written_and_read_whatever_the_sessions_date_style_is(
+    service: ShadowService, session: Session, style: str
+) -> None:
+    session.execute(text(f"SET LOCAL DateStyle = '{style}'"))
+    written = service.replace_reported("a", {}).last_seen_at
+    assert written == service.get("a").last_seen_at == session.get_one(DeviceState, (TENANT, "a")).last_seen_at
+    assert written
+    assert abs(written - datetime.now(UTC)) < timedelta(minutes=5)
