@@ -14,6 +14,7 @@ import sqlalchemy
 from sqlalchemy import URL, event, make_url
 from sqlalchemy.exc import ArgumentError
 
+from iot_models._core import statement_names
 from iot_models._core.asyncpg_options import connect_arguments
 from iot_models._core.server_settings import CLIENT_ENCODING, pinned, require_readable, settings_in
 from iot_models._core.validation import storable_text
@@ -335,3 +336,22 @@ def database_url(explicit: str | URL | None = None, *, fallback: str | None = No
     raise ValueError(
         "no database URL: set IOT_MODELS_DATABASE_URL (or DATABASE_URL) to postgresql://user:password@host:5432/database"
     )
+
+
+def name_statements(engine: Engine | AsyncEngine) -> None:
+    """Begin each statement of `ShadowService` on this engine with a comment: `/* iot_models.patch_desired_many */`.
+
+    So a trace, `pg_stat_activity` and the server's log say which method a statement belongs to; without it all batches
+    begin with `WITH`. Off unless called, because it also is in the names that tools group statements by.
+
+    Without comments, a listener of SQLAlchemy's `before_cursor_execute` finds the name of the method in
+    `context.execution_options["iot_models_method"]`.
+
+    Args:
+        engine: Any engine, also one that `iot_models.engine` did not make.
+
+    Example:
+        >>> engine = create_engine()
+        >>> name_statements(engine)
+    """
+    statement_names.name_statements(getattr(engine, "sync_engine", engine))
