@@ -135,11 +135,11 @@ def test_a_version_that_arrives_between_the_write_and_the_diagnosis_lets_the_wri
         asked: list[str] = []
         real = service._versions  # noqa: SLF001 - the seam between the two statements
 
-        def versions_after_a_commit(named: str, device_id: str) -> Any:
+        def versions_after_a_commit(method: str, device_id: str) -> Any:
             asked.append(device_id)
             with fleet.begin() as other:
                 other.execute(text(f"UPDATE device_state SET {change}"))
-            return real(named, device_id)
+            return real(method, device_id)
 
         service._versions = versions_after_a_commit  # type: ignore[method-assign]  # noqa: SLF001
         getattr(service, method)(DEVICE, {"a": 1}, **arguments)
