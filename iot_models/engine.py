@@ -354,4 +354,4 @@ def name_statements(engine: Engine | AsyncEngine) -> None:
         >>> engine = create_engine()
         >>> name_statements(engine)
     """
-    statement_names.name_statements(getattr(engine, "sync_engine", engine))
+    statement_names.name_statements(engine if isinstance(engine, sqlalchemy.Engine) else engine.sync_engine)
