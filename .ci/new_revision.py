@@ -56,7 +56,8 @@ def main() -> int:
         copy_checkout(copy)
         add_revision(copy)
         done = python(
-            copy, "-m", "pytest", "-q", "--numprocesses=logical", "--maxprocesses=4", "-p", "no:cacheprovider", *tests,
+            copy, "-m", "pytest", "-q", "--numprocesses=logical", "--maxprocesses=4", "--dist=worksteal",
+            "-p", "no:cacheprovider", *tests,
             seconds=SECONDS,
         )  # fmt: skip
         lint = python(copy, ".ci/lint_sql.py", seconds=60)

@@ -19,7 +19,7 @@ from urllib.parse import unquote
 
 import psycopg
 import pytest
-from sqlalchemy import NullPool, create_engine, make_url, text
+from sqlalchemy import URL, NullPool, create_engine, make_url, text
 
 from iot_models import testing
 from iot_models.testing import NoServerError, PostgresServer, postgres_server, servers, throwaway
@@ -248,11 +248,13 @@ def test_a_container_that_ends_is_not_waited_for_and_its_last_words_are_told(
 ) -> None:
     monkeypatch.setenv("IOT_MODELS_TEST_IMAGE", "postgres:18")
 
-    def end() -> None:
+    def ends_meanwhile(url: URL) -> str:
         container_at["GET /containers/c0ffee/json"]["State"]["Status"] = "exited"
+        return version_at(url)
 
+    version_at = servers._version  # noqa: SLF001 - the moment at which it has started and does not take connections yet
+    monkeypatch.setattr(servers, "_version", ends_meanwhile)
     with engine_at(socket_path, container_at) as engine:
-        threading.Timer(0.3, end).start()
         began = time.monotonic()
         with pytest.raises(NoServerError) as caught, postgres_server():
             pass
