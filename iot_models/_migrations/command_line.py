@@ -65,8 +65,7 @@ def _run_history(_: argparse.Namespace, __: str | None, ___: Options) -> tuple[i
 
 def _run_check(_: argparse.Namespace, url: str | None, options: Options) -> tuple[int, str]:
     found = examine(url, options)
-    if found.note:
-        sys.stderr.write(f"note: {found.note}\n")
+    sys.stderr.write("".join(f"note: {note}\n" for note in found.notes))
     lines = found.problems or [found.verdict]
     return (1 if found.problems else 0), "".join(f"{line}\n" for line in lines)
 

@@ -18,7 +18,7 @@ from alembic.util import CommandError
 from iot_models._migrations.targets import engine_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from alembic.runtime.migration import MigrationContext
     from alembic.script import Script
@@ -100,6 +100,12 @@ def sql(revision_range: str, options: Options) -> str:
 def revisions() -> list[str]:
     """All revisions, the oldest first."""
     return [script.revision for script in _directory().walk_revisions()][::-1]
+
+
+def scripts(names: Sequence[str]) -> list[Script]:
+    """The files of these revisions, in the order of their names."""
+    directory = _directory()
+    return [cast("Script", directory.get_revision(name)) for name in names]
 
 
 def history() -> str:
