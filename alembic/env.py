@@ -15,10 +15,10 @@ from alembic.util import CommandError
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
-import iot_models._migrations.operations  # noqa: F401 - registers the operations that revisions use
 from iot_models._core.database_errors import LOCK_NOT_AVAILABLE, sqlstate
 from iot_models._migrations.comparison import TABLE
 from iot_models._migrations.obstacles import Plan, obstacles, refuse, warnings
+from iot_models._migrations.operations import LockTable  # registers, too, what the revisions use
 from iot_models._migrations.options import LOCK_TIMEOUT, require_known
 from iot_models._migrations.session import set_all
 from iot_models._migrations.targets import engine_for
@@ -117,7 +117,7 @@ def _look_ahead(connection: Connection, options: dict[str, str]) -> None:
             if sqlstate(error) != LOCK_NOT_AVAILABLE:
                 raise
             connection.rollback()
-            Operations(migration).lock_table(TABLE, "ACCESS SHARE")  # tries again, and names who holds the lock
+            Operations(migration).invoke(LockTable(TABLE, "ACCESS SHARE"))  # tries again, and names the holder
             found = obstacles(connection, plan)
         refuse(found)
         for warning in warnings(connection, plan):

@@ -156,7 +156,8 @@ def _create_parked() -> None:
         DECLARE granted record;
         BEGIN
           FOR granted IN
-            SELECT DISTINCT CASE WHEN a.grantee = 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(a.grantee)) END AS role
+            SELECT DISTINCT
+                   CASE WHEN a.grantee = 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(a.grantee)) END AS role
               FROM pg_class c
              CROSS JOIN LATERAL (
                SELECT grantee FROM aclexplode(c.relacl)
@@ -172,7 +173,8 @@ def _create_parked() -> None:
     op.execute(f"""
         DO $$ BEGIN
           IF NOT EXISTS (
-            SELECT FROM pg_constraint WHERE conrelid = to_regclass('{PARKED}') AND confrelid = to_regclass('device_state'))
+            SELECT FROM pg_constraint
+             WHERE conrelid = to_regclass('{PARKED}') AND confrelid = to_regclass('device_state'))
           THEN
             DELETE FROM {PARKED} p WHERE NOT EXISTS (
               SELECT FROM device_state d WHERE (d.tenant_id, d.device_id) = (p.tenant_id, p.device_id));
@@ -342,7 +344,8 @@ def _put_back_offline() -> None:
             DELETE FROM {PARKED} p USING moved d WHERE {keys};
             IF EXISTS (SELECT FROM {PARKED}) THEN
               RAISE WARNING USING MESSAGE = (SELECT count(*) FROM {PARKED})
-                || ' parked shadows stay in {PARKED}: their devices have a newer shadow, or were removed by logical '
+                || ' parked shadows stay in {PARKED}: their devices have a newer shadow, '
+                || 'or were removed by logical '
                 || 'replication';
             ELSE
               DROP TABLE {PARKED};

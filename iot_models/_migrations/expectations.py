@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 UNEXPECTED: Final = "{table} is not the table that this migration expects"
 REMEDY: Final = (
-    "change the table so that it fits (python -m iot_models.migrate upgrade --help shows how), then run the same command "
-    "again"
+    "change the table so that it fits (python -m iot_models.migrate upgrade --help shows how), then run the same "
+    "command again"
 )
 
 
@@ -155,15 +155,19 @@ def differences(
             {"table": table},
         )
     }
-    for name, column in {**optional, **required}.items():
+    for name in required:
         if name not in actual:
-            if name in required:
-                yield f"column {name} is missing: expected {_describe(column)}"
-        elif actual[name] != column:
+            yield f"column {name} is missing: expected {_describe(required[name])}"
+    for name, column in {**optional, **required}.items():
+        if name in actual and actual[name] != column:
             yield f"column {name} is {_describe(actual[name])}: expected {_describe(column)}"
     yield from unfit(connection, table, [name for name in actual if name in required or name in optional])
     if primary_key:
         yield from _key_difference(connection, table, primary_key)
+    yield from _index_differences(connection, table, indexes)
+
+
+def _index_differences(connection: Connection, table: str, indexes: Mapping[str, str]) -> Iterator[str]:
     for name, definition in indexes.items():
         row = find_index(connection, table, name)
         if row is not None and not row.ours:
@@ -180,8 +184,8 @@ def unfit(connection: Connection, table: str, columns: Sequence[str]) -> Iterato
     """
     yield from connection.scalars(
         text("""
-            SELECT format('column %s may hold NULL, because its NOT NULL is NOT VALID: replace the NULLs, then ALTER TABLE '
-                          '%s VALIDATE CONSTRAINT %I', a.attname, k.conrelid::regclass, k.conname)
+            SELECT format('column %s may hold NULL, because its NOT NULL is NOT VALID: replace the NULLs, then ALTER '
+                          'TABLE %s VALIDATE CONSTRAINT %I', a.attname, k.conrelid::regclass, k.conname)
               FROM pg_constraint k JOIN pg_attribute a ON a.attrelid = k.conrelid AND a.attnum = k.conkey[1]
              WHERE k.conrelid = to_regclass(:table) AND CAST(k.contype AS text) = 'n' AND NOT k.convalidated
                AND a.attname = ANY (CAST(:columns AS text[]))

@@ -26,8 +26,10 @@ _FAULTS: Final = {
     # What a fault is called, the rows that have it, and what mends them. A mended desired section is a desired write.
     "desired_state is no JSON object": (
         "jsonb_typeof(desired_state) <> 'object'",
-        "desired_state = '{}', desired_version = greatest(desired_version, reported_version) + 1, "
-        "shadow_updated_at = now()",
+        (
+            "desired_state = '{}', desired_version = greatest(desired_version, reported_version) + 1, "
+            "shadow_updated_at = now()"
+        ),
     ),
     "reported_state is no JSON object": ("jsonb_typeof(reported_state) <> 'object'", "reported_state = '{}'"),
     # Nobody knows what such a device has applied. At 0 it is pending if there is anything to apply.
@@ -64,7 +66,7 @@ def faulty_rows(connection: Connection) -> list[str]:
             f"among the {_ROWS:,} rows of {TABLE} that were looked at (the whole table takes longer than {_SECONDS} s)"
         )
     return [
-        f"{count:,} rows {where} are no shadows, because {fault}: UPDATE {TABLE} SET {mend} WHERE {condition};"
+        f"{count:,} rows {where} are no shadows, because {fault}: UPDATE {TABLE} SET {mend} WHERE {condition};"  # noqa: S608
         for count, (fault, (condition, mend)) in zip(counts, _FAULTS.items(), strict=True)
         if count
     ]
@@ -79,7 +81,7 @@ def _counts(connection: Connection, source: str, *, limit: str) -> list[int] | N
                 text("SELECT set_config('statement_timeout', :limit, true), set_config('lock_timeout', '1s', true)"),
                 {"limit": limit},
             )
-            counts = [*connection.execute(text(f"SELECT {numbers} FROM {source}")).one()]
+            counts = [*connection.execute(text(f"SELECT {numbers} FROM {source}")).one()]  # noqa: S608 - ours
             savepoint.rollback()  # the settings end with it
     except DBAPIError as error:
         if sqlstate(error) not in {_QUERY_CANCELED, LOCK_NOT_AVAILABLE}:

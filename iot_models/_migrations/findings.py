@@ -141,10 +141,11 @@ def _encoding(connection: Connection) -> list[str]:
     encoding = connection.scalar(text("SELECT current_setting('server_encoding')"))
     if encoding == "UTF8":
         return []
-    return [
-        f"the encoding of this database is {encoding}: PostgreSQL refuses documents and ids with characters that it does "
-        "not have. A database with ENCODING 'UTF8' has all of them"
-    ]
+    note = (
+        f"the encoding of this database is {encoding}: PostgreSQL refuses documents and ids with characters that it "
+        "does not have. A database with ENCODING 'UTF8' has all of them"
+    )
+    return [note]
 
 
 def _slow_locks(connection: Connection) -> list[str]:
@@ -157,8 +158,9 @@ def _slow_locks(connection: Connection) -> list[str]:
     ).one_or_none()
     if slow is None or not _owns(connection):
         return []
-    return [
-        f"while autovacuum works on {TABLE}, one try for a lock holds writers up for {slow.timeout}, because {slow.role} "
-        f"may not set deadlock_timeout. A superuser's GRANT SET ON PARAMETER deadlock_timeout TO {slow.role} makes that "
-        "20ms"
-    ]
+    note = (
+        f"while autovacuum works on {TABLE}, one try for a lock holds writers up for {slow.timeout}, because "
+        f"{slow.role} may not set deadlock_timeout. A superuser's GRANT SET ON PARAMETER deadlock_timeout TO "
+        f"{slow.role} makes that 20ms"
+    )
+    return [note]

@@ -178,12 +178,12 @@ def _settings(connection: Connection, plan: Plan) -> Iterator[Obstacle]:
 def _differences(connection: Connection, plan: Plan, *, parked: bool) -> Iterator[Obstacle]:
     tables: dict[str, dict[str, Any]] = {}
     if plan.upgrade:
-        expected = {"required": {}, "optional": {}, "primary_key": [], "indexes": {}}
+        expected: dict[str, Any] = {"required": {}, "optional": {}, "primary_key": [], "indexes": {}}
         for script in plan.scripts:
             adds = getattr(script.module, "ADDS", {}).get(TABLE, {})
             adopted = script.down_revision is None
-            expected["required" if adopted else "optional"] |= adds.get("columns", {})  # type: ignore[operator]
-            expected["indexes"] |= adds.get("indexes", {})  # type: ignore[operator]
+            expected["required" if adopted else "optional"] |= adds.get("columns", {})
+            expected["indexes"] |= adds.get("indexes", {})
             if adopted:
                 expected["primary_key"] = [*KEY]
         tables[TABLE] = expected
@@ -192,8 +192,8 @@ def _differences(connection: Connection, plan: Plan, *, parked: bool) -> Iterato
     if plan.has_shadows and parked and not plan.discard:
         module = next(script.module for script in plan.scripts if script.revision == SHADOWS)
         tables[PARKED] = {"required": module.PARKED_COLUMNS, "primary_key": [*module.KEY]}
-    for table, expected in tables.items():
-        found = [*expectations.differences(connection, table, **expected)]
+    for table, arguments in tables.items():
+        found = [*expectations.differences(connection, table, **arguments)]
         if found:
             yield Obstacle(expectations.UNEXPECTED.format(table=table), found, expectations.REMEDY)
 
@@ -251,8 +251,8 @@ def _rows(connection: Connection, *, parked: bool) -> Iterator[Obstacle]:
             )
 
 
-# DROP COLUMN fails because of some of these ('n'), and silently drops others ('a'): an index, a CHECK, statistics. What a
-# team made is theirs, so neither may happen. A view depends by its rule, and a generated column by its expression.
+# DROP COLUMN fails because of some of these ('n'), and silently drops others ('a'): an index, a CHECK, statistics.
+# What a team made is theirs, so neither may happen. A view depends by its rule, a generated column by its expression.
 _DEPENDENTS: Final = text("""
     WITH ours AS (SELECT CAST(to_regclass(:table) AS oid) AS oid),
     columns AS (
@@ -346,6 +346,6 @@ def _dependents(connection: Connection, plan: Plan) -> Iterator[Obstacle]:
         yield Obstacle(
             f"objects depend on {what} of {TABLE} that this downgrade drops",
             [f"{name} ({statement or 'drop it'})" for name, statement in found.items()],
-            "drop each of them, with what depends on it, or change it so that it does not need them; make it again after "
-            "the next upgrade",
+            "drop each of them, with what depends on it, or change it so that it does not need them; make it again "
+            "after the next upgrade",
         )

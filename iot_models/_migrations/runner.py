@@ -105,7 +105,7 @@ def revisions() -> list[str]:
 def scripts(names: Sequence[str]) -> list[Script]:
     """The files of these revisions, in the order of their names."""
     directory = _directory()
-    return [cast("Script", directory.get_revision(name)) for name in names]
+    return [directory.get_revision(name) for name in names]
 
 
 def history() -> str:

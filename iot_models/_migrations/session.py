@@ -32,7 +32,7 @@ def set_all(lock_timeout: str) -> str:
     autovacuum leave at once, if the role may not set it.
     """
     values = ", ".join(f"('{name}', '{value}')" for name, value in {"lock_timeout": lock_timeout, **_SETTINGS}.items())
-    return (
+    return (  # noqa: S608 - our names and values
         "SELECT count(set_config(wanted.name, wanted.value, false)) "
         f"FROM (VALUES {values}, ('deadlock_timeout', '{_DEADLOCK_TIMEOUT_MS}ms')) AS wanted (name, value) "
         "JOIN pg_settings s ON s.name = wanted.name "
