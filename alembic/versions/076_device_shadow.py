@@ -302,8 +302,8 @@ def _move(connection, statement: str, done: str) -> None:  # noqa: ANN001 - a Co
         pause *= 2
     raise CommandError(
         f"{held} rows of device_state stayed locked by other transactions over {ROUNDS} rounds. "
-        f"{total:,} shadows are {done}; end those transactions (pg_stat_activity, or pg_prepared_xacts) and run the same "
-        "command again."
+        f"{total:,} shadows are {done}; end those transactions (pg_stat_activity, or pg_prepared_xacts) and run the "
+        "same command again."
     )
 
 

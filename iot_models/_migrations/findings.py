@@ -16,6 +16,7 @@ from iot_models._migrations.faulty_rows import faulty_rows
 from iot_models._migrations.obstacles import PARKED, SHADOWS, Plan, interrupted_downgrade, obstacles, row_security_hides
 
 if TYPE_CHECKING:
+    from alembic.script import Script
     from sqlalchemy import Connection
 
     from iot_models._migrations.options import Options
@@ -47,7 +48,8 @@ def examine(target: Target, options: Options) -> Findings:
         CommandError: As for `runner.ask`, or as for `comparison.differences`.
         sqlalchemy.exc.DBAPIError: As for `runner.ask`.
     """
-    known = runner.revisions()
+    scripts = runner.scripts()
+    known = [script.revision for script in scripts]
     head = known[-1]
 
     def answer(revision: str | None, connection: Connection) -> Findings:
@@ -59,13 +61,13 @@ def examine(target: Target, options: Options) -> Findings:
                 *([] if at_head else [f"{database} {_elsewhere(revision, known)}"]),
                 *([f"{database}: {interrupted}"] if interrupted else []),
                 # At any other revision than head the schema has to differ.
-                *(_differences(connection) if at_head else _stops_upgrade(connection, revision, known)),
+                *(_differences(connection) if at_head else _stops_upgrade(connection, revision, scripts)),
                 *faulty_rows(connection),
             ],
             verdict=f"{database} stands at head ({head}) and equals the models",
             notes=[
                 *_parked_shadows(connection, below=revision in {None, *known[: known.index(SHADOWS)]}),
-                *_stops_downgrade(connection, revision, known),
+                *_stops_downgrade(connection, revision, scripts),
                 *_encoding(connection),
                 *_slow_locks(connection),
             ],
@@ -78,20 +80,21 @@ def _differences(connection: Connection) -> list[str]:
     return [*differences(connection), *unfit(connection, TABLE, COLUMNS)]
 
 
-def _stops_upgrade(connection: Connection, revision: str | None, known: list[str]) -> list[str]:
+def _stops_upgrade(connection: Connection, revision: str | None, scripts: list[Script]) -> list[str]:
     """What an upgrade to head would be refused for."""
-    if revision is not None and revision not in known:
+    known = [None, *(script.revision for script in scripts)]
+    if revision not in known:
         return []
-    ahead = known[known.index(revision) + 1 :] if revision else known
-    return _found(connection, Plan(runner.scripts(ahead), upgrade=True))
+    return _found(connection, Plan(scripts[known.index(revision) :], upgrade=True))
 
 
-def _stops_downgrade(connection: Connection, revision: str | None, known: list[str]) -> list[str]:
+def _stops_downgrade(connection: Connection, revision: str | None, scripts: list[Script]) -> list[str]:
     """What the rollback below the shadows would be refused for, if this is the role that would do it."""
-    if revision not in known[known.index(SHADOWS) :] or not _owns(connection):
+    known = [script.revision for script in scripts]
+    first = known.index(SHADOWS)
+    if revision not in known[first:] or not _owns(connection):
         return []
-    behind = known[known.index(SHADOWS) : known.index(revision) + 1]
-    found = _found(connection, Plan(runner.scripts(behind)[::-1], upgrade=False))
+    found = _found(connection, Plan(scripts[first : known.index(revision) + 1][::-1], upgrade=False))
     return [f"a downgrade below {SHADOWS} would be refused: {obstacle}" for obstacle in found]
 
 

@@ -92,7 +92,8 @@ def _lock_holders(connection: Connection, table: str) -> str:
                    CASE WHEN p.gid IS NULL THEN concat('pid ', a.pid, ' (', coalesce(nullif(a.application_name, ''),
                      CAST(a.usename AS text), a.backend_type), ', ', coalesce(a.state, 'at work'))
                    ELSE concat('the prepared transaction ', quote_literal(p.gid),
-                     ' (which stays until ROLLBACK PREPARED ', quote_literal(p.gid), ' or COMMIT PREPARED ', quote_literal(p.gid)) END AS holder,
+                     ' (which stays until ROLLBACK PREPARED ', quote_literal(p.gid),
+                     ' or COMMIT PREPARED ', quote_literal(p.gid)) END AS holder,
                    round(extract(epoch FROM clock_timestamp() - coalesce(a.xact_start, p.prepared))) AS seconds
               FROM pg_locks l LEFT JOIN pg_stat_activity a USING (pid)
               LEFT JOIN pg_prepared_xacts p ON l.pid IS NULL AND l.virtualtransaction = concat('-1/', p.transaction)

@@ -18,7 +18,7 @@ from alembic.util import CommandError
 from iot_models._migrations.targets import engine_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from alembic.runtime.migration import MigrationContext
     from alembic.script import Script
@@ -99,13 +99,12 @@ def sql(revision_range: str, options: Options) -> str:
 
 def revisions() -> list[str]:
     """All revisions, the oldest first."""
-    return [script.revision for script in _directory().walk_revisions()][::-1]
+    return [script.revision for script in scripts()]
 
 
-def scripts(names: Sequence[str]) -> list[Script]:
-    """The files of these revisions, in the order of their names."""
-    directory = _directory()
-    return [directory.get_revision(name) for name in names]
+def scripts() -> list[Script]:
+    """The files of all revisions, the oldest first."""
+    return [*_directory().walk_revisions()][::-1]
 
 
 def history() -> str:

@@ -32,8 +32,8 @@ def set_all(lock_timeout: str) -> str:
     autovacuum leave at once, if the role may not set it.
     """
     values = ", ".join(f"('{name}', '{value}')" for name, value in {"lock_timeout": lock_timeout, **_SETTINGS}.items())
-    return (  # noqa: S608 - our names and values
-        "SELECT count(set_config(wanted.name, wanted.value, false)) "
+    return (
+        "SELECT count(set_config(wanted.name, wanted.value, false)) "  # noqa: S608 - our names and values
         f"FROM (VALUES {values}, ('deadlock_timeout', '{_DEADLOCK_TIMEOUT_MS}ms')) AS wanted (name, value) "
         "JOIN pg_settings s ON s.name = wanted.name "
         "WHERE CASE WHEN s.name <> 'deadlock_timeout' THEN TRUE "
