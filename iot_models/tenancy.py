@@ -253,7 +253,7 @@ def _lock(connection: Connection) -> None:
     connection.execute(
         text("SELECT set_config('lock_timeout', '4s', true) WHERE current_setting('lock_timeout') = '0'")
     )
-    # PostgreSQL asks autovacuum to leave the table after deadlock_timeout, and writers queue behind this lock until then.
+    # PostgreSQL asks autovacuum to leave the table after deadlock_timeout; until then writers queue behind this lock.
     connection.execute(
         text("""
             SELECT set_config('deadlock_timeout', '20ms', true) FROM pg_settings

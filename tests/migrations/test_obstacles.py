@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
+from alembic.runtime.environment import EnvironmentContext
+from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import NullPool, create_engine, make_url, text
 
 from iot_models import migrate
-from iot_models._migrations import expectations, faulty_rows, operations
+from iot_models._migrations import expectations, faulty_rows, operations, runner
 from iot_models._migrations.command_line import main
-from tests.databases.alembic_runs import downgrade, upgrade
+from iot_models.testing import throwaway
+from tests.databases.alembic_runs import config, downgrade, upgrade
+from tests.databases.async_engines import async_engine, url_for
 from tests.migrations.raw_sql import (
     ADD_SHADOW,
     FLEET,
@@ -31,6 +41,8 @@ from tests.migrations.revisions import HEAD
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from sqlalchemy import Connection
 
 TRIGGER = "device_state_shadow_076_park"
 # What a team may have made on the columns of a shadow, and how the refusal names it.
@@ -535,3 +547,128 @@ def test_a_row_fault_of_a_table_without_shadows_is_not_looked_for(raw_fleet: str
     run_sql(raw_fleet, ADD_SHADOW, SHADOWS)
     assert len(migrate.check(raw_fleet)) == 1
     assert f"trigger {TRIGGER}" not in migrate.check(raw_fleet)[0]
+
+
+# Locks.
+
+
+def test_a_prepared_transaction_that_holds_the_table_is_named_with_what_ends_it() -> None:
+    with throwaway.postgres(settings={"max_prepared_transactions": "2"}) as server:
+        run_sql(server.url, RAW_075, FLEET)
+        migrate.upgrade(server.url, "075")
+        run_sql(server.url, "UPDATE device_state SET status = 'STALE'; PREPARE TRANSACTION 'it''s'")
+
+        with pytest.raises(CommandError) as caught:
+            migrate.upgrade(server.url, lock_timeout="10ms")
+
+        assert (
+            "It is held by: the prepared transaction 'it''s' (which stays until ROLLBACK PREPARED 'it''s' "
+            "or COMMIT PREPARED 'it''s'), for "
+        ) in str(caught.value)
+        engine = create_engine(server.url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+        with engine.connect() as connection:
+            connection.exec_driver_sql("ROLLBACK PREPARED 'it''s'")
+        migrate.upgrade(server.url)
+        assert migrate.check(server.url) == []
+
+
+def test_the_role_that_may_set_it_makes_autovacuum_leave_at_once(url: str, server_role: str) -> None:
+    owner = as_role(url, server_role)
+    run_sql(url, f"ALTER TABLE device_state OWNER TO {server_role}; ALTER TABLE alembic_version OWNER TO {server_role};"
+                 f"GRANT ALL ON SCHEMA public TO {server_role}")  # fmt: skip
+    assert seen_by_a_migration(url) == "20ms"
+    assert seen_by_a_migration(owner) == "1s"
+    run_sql(url, f"GRANT SET ON PARAMETER deadlock_timeout TO {server_role}")
+    try:
+        assert seen_by_a_migration(owner) == "20ms"
+    finally:
+        run_sql(url, f"REVOKE SET ON PARAMETER deadlock_timeout FROM {server_role}")
+
+
+def seen_by_a_migration(url: str) -> str:
+    """`deadlock_timeout` in the session of a migration."""
+    return runner.ask(url, {}, lambda _, connection: str(connection.scalar(text("SHOW deadlock_timeout"))))
+
+
+def test_check_says_what_a_grant_would_gain(url: str, server_role: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run_sql(url, f"ALTER TABLE device_state OWNER TO {server_role}; GRANT SELECT ON alembic_version TO {server_role}")
+    assert main(["check", "--url", as_role(url, server_role)]) == 0
+    assert f"GRANT SET ON PARAMETER deadlock_timeout TO {server_role} makes that 20ms" in capsys.readouterr().err
+    assert main(["check", "--url", url]) == 0
+    assert "deadlock_timeout" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pool_timeout", [5, None])
+def test_the_progress_of_an_index_build_needs_no_room_in_the_pool(
+    raw_fleet: str, pool_timeout: float | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(operations, "_PROGRESS_EVERY", 0.05)
+    migrate.upgrade(raw_fleet, "076")
+    engine = create_engine(raw_fleet, pool_size=1, max_overflow=0, pool_timeout=pool_timeout)
+    with ThreadPoolExecutor(1) as threads, caplog.at_level(logging.INFO):
+        with create_engine(raw_fleet, poolclass=NullPool).connect() as writer:
+            writer.execute(text("UPDATE device_state SET status = 'STALE' WHERE device_id = 'd2'"))
+            migrating = threads.submit(migrate.upgrade, engine)
+            deadline = time.monotonic() + 20
+            while "waiting for the transaction of pid" not in caplog.text and time.monotonic() < deadline:
+                time.sleep(0.01)
+        began = time.monotonic()
+        migrating.result(timeout=30)
+    assert time.monotonic() - began < 4
+    assert "waiting for the transaction of pid" in caplog.text
+    engine.dispose()
+
+
+# What a team's application does.
+
+
+def test_check_does_not_demand_the_column_of_a_class_that_extends_ours(at_head: str) -> None:
+    program = (
+        "import sys\n"
+        "from sqlalchemy.orm import Mapped\n"
+        "from iot_models import DeviceState\n"
+        "class Machine(DeviceState):\n"
+        "    firmware: Mapped[str | None]\n"
+        "    __mapper_args__ = {'polymorphic_identity': None}\n"
+        "from iot_models import migrate\n"
+        "assert 'firmware' in DeviceState.__table__.columns\n"
+        "print(migrate.check(sys.argv[1]))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program, at_head], check=False, capture_output=True, text=True)
+    assert (run.stdout, run.returncode) == ("[]\n", 0), run.stderr
+
+
+def test_an_async_env_with_asyncpg_migrates_there_and_back(shadow_fleet_at_head: str) -> None:
+    """The operations on an asyncpg connection, as an async env.py gives them by run_sync."""
+    before = rows_of(shadow_fleet_at_head)
+
+    def move(connection: Connection, revision: str, direction: str) -> None:
+        made = config(shadow_fleet_at_head)
+        script = ScriptDirectory.from_config(made)
+        steps = script._downgrade_revs if direction == "down" else script._upgrade_revs  # noqa: SLF001
+        with EnvironmentContext(made, script, fn=lambda heads, _: steps(revision, heads)) as environment:
+            environment.configure(connection=connection, transaction_per_migration=True)
+            with environment.begin_transaction():
+                environment.run_migrations()
+
+    async def run() -> None:
+        async with async_engine(url_for("asyncpg", make_url(shadow_fleet_at_head)), poolclass=NullPool) as engine:
+            for revision, direction in (("075", "down"), ("head", "up")):
+                async with engine.connect() as connection:
+                    await connection.run_sync(move, revision, direction)
+                    await connection.commit()
+                assert revision_of(shadow_fleet_at_head) == (HEAD if direction == "up" else "075")
+
+    asyncio.run(run())
+    assert rows_of(shadow_fleet_at_head) == before
+
+
+def test_the_message_about_another_table_names_a_help_that_is_installed(
+    empty: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_sql(empty, RAW_075, "ALTER TABLE device_state DROP state")
+    with pytest.raises(CommandError, match=r"python -m iot_models\.migrate upgrade --help shows how"):
+        migrate.upgrade(empty)
+    with pytest.raises(SystemExit, match="0"):
+        main(["upgrade", "--help"])
+    assert "column X is missing" in capsys.readouterr().out
