@@ -96,7 +96,10 @@ def _lock_holders(connection: Connection, table: str) -> str:
                      ' or COMMIT PREPARED ', quote_literal(p.gid)) END AS holder,
                    round(extract(epoch FROM clock_timestamp() - coalesce(a.xact_start, p.prepared))) AS seconds
               FROM pg_locks l LEFT JOIN pg_stat_activity a USING (pid)
-              LEFT JOIN pg_prepared_xacts p ON l.pid IS NULL AND l.virtualtransaction = concat('-1/', p.transaction)
+              -- A prepared transaction has no process. Its other lock, on its own id, says which one it is.
+              LEFT JOIN pg_locks own ON l.pid IS NULL AND own.pid IS NULL AND own.locktype = 'transactionid'
+                    AND own.virtualtransaction = l.virtualtransaction
+              LEFT JOIN pg_prepared_xacts p ON p.transaction = own.transactionid
              WHERE l.relation = to_regclass(:table) AND l.granted AND l.pid IS DISTINCT FROM pg_backend_pid()
                AND (a.pid IS NOT NULL OR p.gid IS NOT NULL)
                AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
