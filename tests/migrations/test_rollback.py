@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 from alembic.util import CommandError
-from sqlalchemy.exc import DBAPIError
 
 from iot_models.testing import database
 from tests.databases.alembic_runs import downgrade, upgrade
@@ -132,7 +131,7 @@ def test_the_shadow_of_a_device_that_is_renamed_during_a_rollback_goes_with_it(u
 
 def test_truncate_does_not_leave_the_shadows_of_devices_that_are_gone(url: str) -> None:
     downgrade(url, "075")
-    with pytest.raises(DBAPIError, match="cannot truncate a table referenced in a foreign key constraint"):
+    with pytest.raises(Exception, match="cannot truncate a table referenced in a foreign key constraint"):
         run_sql(url, "TRUNCATE device_state")
 
     run_sql(url, f"TRUNCATE device_state, {PARKED}")
