@@ -9,6 +9,7 @@ from sqlalchemy import text
 
 from iot_models._migrations import runner
 from iot_models._migrations.comparison import TABLE, differences
+from iot_models._migrations.options import LOCK_TIMEOUT
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -88,7 +89,7 @@ def _interrupted_downgrade(connection: Connection) -> list[str]:
     if not found:
         return []
     copies = f"{_PARKED} p USING {TABLE} d WHERE (p.tenant_id, p.device_id) = (d.tenant_id, d.device_id)"
-    stay = f"SET lock_timeout = '4s'; DROP FUNCTION {_TRIGGER}() CASCADE; DELETE FROM {copies};"  # noqa: S608 - our names
+    stay = f"SET lock_timeout = '{LOCK_TIMEOUT}'; DROP FUNCTION {_TRIGGER}() CASCADE; DELETE FROM {copies};"  # noqa: S608 - our names
     at_work = f"a downgrade to 075 is at work or was interrupted (trigger {_TRIGGER} on {TABLE})"
     return [f"{at_work}: to finish it, run it again; to stay at 076, run one by one: {stay}"]
 

@@ -96,7 +96,8 @@ def _lock_holders(connection: Connection, table: str) -> str:
         """),
         {"table": table},
     )
-    return "; ".join(f"pid {row.pid} ({row.name}, {row.state}, for {row.seconds} s)" for row in rows) or "nobody now"
+    holders = [f"pid {row.pid} ({row.name}, {row.state}, for {row.seconds} s)" for row in rows]
+    return "; ".join(holders) or "no transaction any more"
 
 
 @Operations.register_operation("ensure_index")
