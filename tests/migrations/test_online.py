@@ -127,7 +127,7 @@ def test_another_error_than_the_lock_is_passed_on(url: str) -> None:
 
 def test_a_lock_that_is_no_longer_held_is_reported_as_such(url: str) -> None:
     with connected(url) as connection:
-        assert operations._lock_holders(connection, "device_state") == "nobody now"  # noqa: SLF001
+        assert operations._lock_holders(connection, "device_state") == "no transaction any more"  # noqa: SLF001
 
 
 def test_the_index_build_waits_for_an_open_transaction_while_other_writers_go_on(
