@@ -5,7 +5,7 @@
 # make bench   how fast it is, beside the limit and beside what one would write instead; writes benchmarks/results.md
 # make bench-stall   how long a migration keeps a writer waiting; writes benchmarks/stall.md
 # make soak    load with faults for half an hour (MINUTES=30), then proof that nothing was lost
-# make fuzz    hostile input for ten minutes (MINUTES=10)
+# make fuzz    hostile input for ten minutes (MINUTES=10), then histories of objects for as long
 # make breaks  breaks the code in the ways that would break a promise; a test has to notice each
 # make revision   adds a revision and a column to a copy of the checkout; no test fails but what is about the history
 # make check   ruff, mypy, pyright, import-linter, and squawk on the migrations' SQL
@@ -53,6 +53,7 @@ soak: .venv/installed
 
 fuzz: .venv/installed
 	@$(BIN)/python -m tests.fuzz.fuzz --minutes $(or $(MINUTES),10)
+	@$(BIN)/python -m tests.fuzz.histories --minutes $(or $(MINUTES),10)
 
 breaks: .venv/installed
 	@$(BIN)/python .ci/breaks.py

@@ -49,6 +49,7 @@ GUARD = "tests/service/test_the_version_that_guards.py"
 HISTORIES = "tests/guarantees/test_orm_histories.py"
 EXTENDED = "tests/service/test_classes_that_extend_device_state.py"
 UNREADABLE = "tests/service/test_unreadable_rows.py"
+OBSTACLES = "tests/migrations/test_obstacles.py"
 ROLLBACK = "tests/migrations/test_rollback.py"
 TWIN = "tests/unit/test_twin.py"
 
@@ -174,8 +175,8 @@ BREAKS = [
     Break(
         "a patch of desired writes over what was written since it read",
         "iot_models/service.py",
-        "self._execute(statements.write_desired(guarded=True), binds)",
-        "self._execute(statements.write_desired(guarded=False), binds)",
+        'self._execute("patch_desired", statements.write_desired(guarded=True), binds)',
+        'self._execute("patch_desired", statements.write_desired(guarded=False), binds)',
         (CONCURRENCY,),
     ),
     Break(
@@ -383,6 +384,21 @@ BREAKS = [
         "alembic/versions/076_device_shadow.py",
         "            _put_back(op.get_bind())\n",
         "            pass\n",
+        (ROLLBACK,),
+    ),
+    # What would stop a migration
+    Break(
+        "what would stop a migration is found half-way",
+        "alembic/env.py",
+        "        refuse(found)\n",
+        "        pass\n",
+        (OBSTACLES,),
+    ),
+    Break(
+        "a shadow outlives its device in a rollback",
+        "alembic/versions/076_device_shadow.py",
+        "ON DELETE CASCADE ON UPDATE CASCADE;",
+        "ON DELETE NO ACTION NOT VALID;",
         (ROLLBACK,),
     ),
 ]
