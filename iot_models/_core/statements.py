@@ -119,7 +119,7 @@ def _not_before(time: ColumnElement[Any]) -> ColumnElement[Any]:
     more than a minute ahead (SQL by hand, a clock that was wrong) counts as one minute ahead, so that no time from the
     far future stays.
     """
-    # coalesce without a function of time in it, and no CASE: Citus takes these in an UPDATE, and no others.
+    # No CASE, and no function of time inside coalesce: Citus refuses both in an UPDATE.
     known = func.coalesce(time, literal_column("TIMESTAMPTZ '-infinity'", TIMESTAMP(timezone=True)))
     now = func.now()
     return func.greatest(func.least(known, now + literal_column("INTERVAL '1 minute'", Interval)), now)
@@ -252,7 +252,7 @@ def write_reported_many(*, decided: bool) -> ReturningUpdate[str, int, int]:
     Returns the devices written, and both versions.
 
     All rows are locked, in order, before the first one is written, including those that the guard then refuses. So a
-    statement that reads them afterwards does not lock out of order, and finds the versions that the guard found.
+    statement that reads them afterwards has their locks already, and finds the versions that the guard found.
 
     The documents pass through the CTE that locks. A join of the locked rows with a second table of documents would be
     slow: in a generic plan (psycopg prepares a statement at its fifth run) PostgreSQL expects ten rows of each and

@@ -1,8 +1,8 @@
 """The rule that no object writes past `desired_version`: what happens to a `DeviceState` when it is flushed.
 
 A flush writes a changed `desired_state` by the service's own guarded UPDATE, before everything else that it writes to
-the table. That UPDATE alone can lose a race. SQLAlchemy's `version_id_col` would guard every write of the row, and a
-heartbeat would fail because an operator was quicker.
+the table. Only that UPDATE can be refused because another transaction was quicker. SQLAlchemy's `version_id_col` would
+guard every write of the row, and a heartbeat would fail because an operator wrote.
 
 **The version that guards a write is the one that its document was read at.** It is remembered for each object when the
 document is read (`_remember`), and not taken from `desired_version` when the object is flushed: by then that may show
@@ -42,8 +42,8 @@ _DOCUMENTS: Final = ("state", "desired_state", "reported_state")
 def _remember(state: InstanceState[DeviceState], _context: object = None, names: Collection[str] | None = None) -> None:
     """Remember the version that the object shows when its document is read: from the same row, or from before.
 
-    A version from before is as good: no desired write came between it and the row's current version if the guard finds
-    the row at it, and so the document is that version's too.
+    A version that was read before the document can guard it, too. If the row is still at that version when the guard
+    asks, no desired write happened since the version was read, and so none since the document was read.
     """
     if names is not None and "desired_state" not in names:
         return

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class Fleet:
     """One tenant's devices. Methods have the names and errors of the service's; a refused call changes nothing.
 
-    Writes take the time of the transaction first, known as well as it can be from outside.
+    The first argument of a write is the time of its transaction, as far as it is known from outside.
     """
 
     def __init__(self, tenant_id: str, limits: Limits = LIMITS) -> None:
