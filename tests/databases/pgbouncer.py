@@ -58,18 +58,20 @@ def pgbouncer(url: str, **settings: str) -> Iterator[str]:
         words = " ".join(f"{key}={value}" for key, value in server.items() if value is not None)
         lines = [f"{key} = {value}" for key, value in values.items()]
         (folder / "ini").write_text("\n".join(["[databases]", f"* = {words}", "[pgbouncer]", *lines, ""]))
+        # Opened before the folder is the account's: later, a process of the account could put a link in its place.
+        log = (folder / "log").open("w+")
         for path in (folder / "ini", folder):
             os.chown(path, account.pw_uid, -1)
         become: dict[str, Any] = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
         if os.geteuid() != 0:
             become = {}
-        log = (folder / "log").open("wb")
         with log, subprocess.Popen([PGBOUNCER, "-q", name + "/ini"], stdout=log, stderr=log, **become) as process:
             try:
                 until = time.monotonic() + _SECONDS
                 while not (folder / ".s.PGSQL.6432").exists():
-                    assert process.poll() is None, (folder / "log").read_text()
-                    assert time.monotonic() < until, (folder / "log").read_text()
+                    log.seek(0)
+                    assert process.poll() is None, log.read()
+                    assert time.monotonic() < until, log.read()
                     time.sleep(0.01)
                 reached = target.set(host=None, port=None, password=None, query={"host": name, "port": "6432"})
                 yield reached.render_as_string()
