@@ -9,15 +9,21 @@ from logging.config import fileConfig
 from typing import TYPE_CHECKING
 
 from alembic import context
+from alembic.operations import Operations
+from alembic.runtime.migration import RevisionStep
 from alembic.util import CommandError
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
-import iot_models._migrations.operations  # noqa: F401 - registers the operations that revisions use
+from iot_models._core.database_errors import LOCK_NOT_AVAILABLE, sqlstate
+from iot_models._migrations.comparison import TABLE
+from iot_models._migrations.obstacles import Plan, obstacles, refuse, warnings
+from iot_models._migrations.operations import LockTable  # registers, too, what the revisions use
 from iot_models._migrations.options import LOCK_TIMEOUT, require_known
+from iot_models._migrations.session import set_all
 from iot_models._migrations.targets import engine_for
 from iot_models.engine import masked
-from iot_models.models import Base
+from iot_models.models import DEFINED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,15 +65,7 @@ def _connection(options: dict[str, str]) -> Iterator[Connection]:
             "Start the server, or correct the URL (-x url=..., IOT_MODELS_DATABASE_URL, DATABASE_URL)."
         ) from error
     with connection:
-        settings = {
-            "lock_timeout": options.get("lock_timeout", LOCK_TIMEOUT),
-            "statement_timeout": "0",  # a default of the role is meant for requests, not for building an index
-            "idle_in_transaction_session_timeout": "0",
-            # If a policy hides rows from this role, fail instead of parking or restoring only the visible ones.
-            "row_security": "off",
-        }
-        for name, value in settings.items():
-            connection.execute(text("SELECT set_config(:name, :value, false)"), {"name": name, "value": value})
+        connection.execute(text(set_all(options.get("lock_timeout", LOCK_TIMEOUT))))
         connection.commit()
         try:
             yield connection
@@ -88,11 +86,43 @@ def _wait_for_other_deployers(connection: Connection) -> None:
     connection.commit()
 
 
-def _run(connection: Connection) -> None:
+def _run(connection: Connection, options: dict[str, str]) -> None:
     # A transaction for each revision: an interrupted upgrade keeps the revisions that are finished.
-    context.configure(connection=connection, target_metadata=Base.metadata, transaction_per_migration=True)
+    context.configure(connection=connection, target_metadata=DEFINED.metadata, transaction_per_migration=True)
+    if _migrates():
+        _look_ahead(connection, options)
     with context.begin_transaction():
         context.run_migrations()
+
+
+def _look_ahead(connection: Connection, options: dict[str, str]) -> None:
+    """Refuse, before the first revision changes anything, what one of the revisions would refuse or fail at.
+
+    Raises:
+        CommandError: With everything that was found.
+    """
+    migration = context.get_context()
+    steps = migration.opts["fn"](migration.get_current_heads(), migration)
+    moves = [step for step in steps if isinstance(step, RevisionStep)]  # `stamp` changes nothing
+    if moves:
+        plan = Plan(
+            scripts=[step.revision for step in moves],
+            upgrade=moves[0].is_upgrade,
+            discard=options.get("shadow") == "discard",
+            drop=options.get("device_state") == "drop",
+        )
+        try:
+            found = obstacles(connection, plan)
+        except DBAPIError as error:
+            if sqlstate(error) != LOCK_NOT_AVAILABLE:
+                raise
+            connection.rollback()
+            Operations(migration).invoke(LockTable(TABLE, "ACCESS SHARE"))  # tries again, and names the holder
+            found = obstacles(connection, plan)
+        refuse(found)
+        for warning in warnings(connection, plan):
+            log.warning("%s", warning)
+    connection.rollback()
 
 
 def _migrates() -> bool:
@@ -105,11 +135,12 @@ def _migrates() -> bool:
 
 
 def _run_online() -> None:
+    options = _options()
     try:
-        with _connection(_options()) as connection:
+        with _connection(options) as connection:
             if _migrates():
                 _wait_for_other_deployers(connection)
-            _run(connection)
+            _run(connection, options)
     except SQLAlchemyError as error:
         lost = _disconnect(error)
         if lost is None:
@@ -134,6 +165,8 @@ def _print_sql() -> None:
     # The SQL is always PostgreSQL's, so printing it needs no URL.
     context.configure(dialect_name="postgresql", literal_binds=True, transaction_per_migration=True)
     context.execute(f"SET lock_timeout = '{lock_timeout}'")
+    # No query, whose result psql would print.
+    context.execute(f"DO $$ BEGIN\n  PERFORM {set_all(lock_timeout).removeprefix('SELECT ')};\nEND $$")
     context.run_migrations()
 
 

@@ -10,7 +10,7 @@ http://127.0.0.1:8000/docs shows the bodies, answers and errors.
 import json
 import re
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Header, HTTPException, Request, Response
@@ -27,11 +27,7 @@ from iot_models.twin import SyncStatus
 # A request that waits for a locked row holds a thread and a connection, which other tenants need: it waits for a short
 # time, then it is answered with 503. Forty connections, because FastAPI has forty threads.
 engine = create_engine(
-    application_name="fastapi_twin",
-    pool_size=10,
-    max_overflow=30,
-    pool_timeout=2,
-    connect_args={"options": "-c lock_timeout=2s"},
+    application_name="fastapi_twin", lock_timeout=timedelta(seconds=2), pool_size=10, max_overflow=30, pool_timeout=2
 )
 BUSY = {"40P01": "deadlock", "55P03": "lock_timeout", "57014": "statement_timeout"}
 MAX_BODY = 131_072  # bytes on the wire: room for a document of 32 KiB with indentation and \u escapes

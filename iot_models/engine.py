@@ -14,6 +14,7 @@ import sqlalchemy
 from sqlalchemy import URL, event, make_url
 from sqlalchemy.exc import ArgumentError
 
+from iot_models._core import statement_names
 from iot_models._core.asyncpg_options import connect_arguments
 from iot_models._core.server_settings import CLIENT_ENCODING, pinned, require_readable, settings_in
 from iot_models._core.validation import storable_text
@@ -211,15 +212,15 @@ def _for_libpq(
     theirs = [*url.normalized_query.get("options", ()), *filter(None, [given.get("options")])]
     settings = settings_in(" ".join(theirs))
     require_readable(settings)
-    for encodings in (url.normalized_query.get("client_encoding", ()), [given.get("client_encoding")]):
-        for encoding in filter(None, [*encodings, options.get("client_encoding")]):
-            require_readable({"client_encoding": encoding})
+    encodings = url.normalized_query.get("client_encoding", ())
+    for encoding in filter(None, [*encodings, given.get("client_encoding"), options.get("client_encoding")]):
+        require_readable({"client_encoding": encoding})
     # libpq takes it only if nothing else sets application_name, PGAPPNAME included.
     connect_args = {"fallback_application_name": application_name, **given, "client_encoding": CLIENT_ENCODING}
     if pgbouncer:
-        connect_args["options"] = " ".join(theirs)  # also if there are none: libpq would read PGOPTIONS
-        if url.get_driver_name() != "psycopg2":  # which never prepares a statement
-            connect_args.setdefault("prepare_threshold", None)
+        never = {} if url.get_driver_name() == "psycopg2" else {"prepare_threshold": None}  # psycopg2 never prepares
+        # Also if there are no options: libpq would read PGOPTIONS.
+        connect_args = never | connect_args | {"options": " ".join(theirs)}
     else:
         # The server takes the last value of a setting. libpq reads PGOPTIONS only if there are no options.
         ours = [f"-c {name}={value}" for name, value in timeouts.items()]
@@ -245,10 +246,15 @@ def _for_asyncpg(
     # PgBouncer compares client_encoding with PostgreSQL's name for it. asyncpg has another name: this saves a SET in
     # each transaction.
     ours = {"application_name": application_name, "client_encoding": "UTF8", **timeouts}
-    # Without a cache, asyncpg sends each statement without a name, in one piece with its execution: PgBouncer hands
-    # both to the same server. Statements with unique names would stay on the server.
-    caches = {"statement_cache_size": 0, "prepared_statement_cache_size": 0} if pgbouncer else {}
-    return target, caches | arguments | dict(given) | {"server_settings": ours | theirs}, pinned(theirs)
+    # A statement without a name and without a cache is sent in one piece with its execution: PgBouncer hands both to
+    # the same server, also in AUTOCOMMIT mode. Statements with unique names would fail there, and stay on the server.
+    unnamed = {
+        "statement_cache_size": 0,
+        "prepared_statement_cache_size": 0,
+        "prepared_statement_name_func": lambda: "",
+    }
+    connect_args = (unnamed if pgbouncer else {}) | arguments | dict(given) | {"server_settings": ours | theirs}
+    return target, connect_args, pinned(theirs)
 
 
 def _prepare_connections(engine: Engine, settings: Mapping[str, str]) -> None:
@@ -335,3 +341,22 @@ def database_url(explicit: str | URL | None = None, *, fallback: str | None = No
     raise ValueError(
         "no database URL: set IOT_MODELS_DATABASE_URL (or DATABASE_URL) to postgresql://user:password@host:5432/database"
     )
+
+
+def name_statements(engine: Engine | AsyncEngine) -> None:
+    """Begin each statement of `ShadowService` on this engine with a comment: `/* iot_models.patch_desired_many */`.
+
+    So a trace, `pg_stat_activity` and the server's log say which method a statement belongs to; without it all batches
+    begin with `WITH`. Off unless called, because it also is in the names that tools group statements by.
+
+    Without comments, a listener of SQLAlchemy's `before_cursor_execute` finds the name of the method in
+    `context.execution_options["iot_models_method"]`.
+
+    Args:
+        engine: Any engine, also one that `iot_models.engine` did not make.
+
+    Example:
+        >>> engine = create_engine()
+        >>> name_statements(engine)
+    """
+    statement_names.name_statements(engine if isinstance(engine, sqlalchemy.Engine) else engine.sync_engine)

@@ -159,3 +159,5 @@ TABLE: Final = typing.cast("Table", DeviceState.__table__)
 # argument for the storage parameters of a table.)
 _FILLFACTOR: Final = DDL("ALTER TABLE %(fullname)s SET (fillfactor = 75)")  # type: ignore[no-untyped-call]
 event.listen(TABLE, "after_create", _FILLFACTOR)
+# What the migrations make, and no more: a team's class that extends DeviceState adds its columns to TABLE.
+DEFINED: Final = TABLE.to_metadata(MetaData(naming_convention=Base.metadata.naming_convention))

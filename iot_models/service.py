@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.orm import scoped_session
@@ -14,6 +15,7 @@ from iot_models._core.database_errors import explained
 from iot_models._core.documents import DocumentLimits, check_document, decode_document, encode_document
 from iot_models._core.report_rules import Versions
 from iot_models._core.retries import device_not_written, until_written
+from iot_models._core.statement_names import METHOD
 from iot_models._core.stored_json import why_no_document
 from iot_models.errors import DeviceNotFound, UnreadableShadow, VersionConflict
 from iot_models.models import DeviceState
@@ -85,7 +87,7 @@ class ShadowService:
             DeviceNotFound: If this tenant has no such device.
             UnreadableShadow: If its row holds what is no shadow.
         """
-        return self._shadow(self._one(statements.one_shadow(), device_id))
+        return self._shadow(self._one("get", statements.one_shadow(), device_id))
 
     def get_many(self, device_ids: Iterable[str]) -> dict[str, Shadow]:
         """Read several shadows in one statement, in the order asked for; devices that do not exist are left out.
@@ -97,7 +99,7 @@ class ShadowService:
         """
         wanted = validation.device_id_list(device_ids)
         binds = {"tenant": self.tenant_id, "devices": validation.findable(wanted)}
-        rows = self._execute(statements.many_shadows(), binds)
+        rows = self._execute("get_many", statements.many_shadows(), binds)
         found = {shadow.device_id: shadow for shadow in self._readable(rows)}
         return {device_id: found[device_id] for device_id in wanted if device_id in found}
 
@@ -119,10 +121,10 @@ class ShadowService:
         statement = statements.write_desired(guarded=expected is not None)
 
         def attempt() -> _Row | None:
-            row = self._execute(statement, binds).one_or_none()
+            row = self._execute("replace_desired", statement, binds).one_or_none()
             if row is None:
                 # This raises, unless the device or the version appeared since: then the next attempt writes.
-                _require_version(device_id, expected, self._versions(device_id).desired)
+                _require_version(device_id, expected, self._versions("replace_desired", device_id).desired)
             return row
 
         return self._written(until_written(attempt, lambda: device_not_written(device_id)))
@@ -147,14 +149,14 @@ class ShadowService:
         check_document(patch, self._limits)
 
         def attempt() -> _Row | None:
-            seen, versions = self._locked("desired_state", device_id)
+            seen, versions = self._locked("patch_desired", "desired_state", device_id)
             _require_version(device_id, expected, versions.desired)
             stored = decode_document(seen, self.tenant_id, device_id)
             document = encode_document(twin.merge_patch(stored, patch), self._limits)
             binds = device | {"document": document, "expected": versions.desired}
             # No row only in AUTOCOMMIT mode, where the lock ended with its statement and another transaction wrote
             # since: the next attempt merges with what that wrote.
-            return self._execute(statements.write_desired(guarded=True), binds).one_or_none()
+            return self._execute("patch_desired", statements.write_desired(guarded=True), binds).one_or_none()
 
         return self._written(until_written(attempt, lambda: device_not_written(device_id)))
 
@@ -178,10 +180,10 @@ class ShadowService:
         statement = statements.write_reported(acked=acked is not None, unchanged=False)
 
         def attempt() -> _Row | None:
-            row = self._execute(statement, binds).one_or_none()
+            row = self._execute("replace_reported", statement, binds).one_or_none()
             if row is None:
                 # This raises, unless the device appeared or its versions changed since, as in replace_desired.
-                report_rules.require_accepted(device_id, acked, self._versions(device_id))
+                report_rules.require_accepted(device_id, acked, self._versions("replace_reported", device_id))
             return row
 
         return self._written(until_written(attempt, lambda: device_not_written(device_id)))
@@ -207,12 +209,14 @@ class ShadowService:
         statement = statements.write_reported(acked=acked is not None, unchanged=True)
 
         def attempt() -> _Row | None:
-            seen, versions = self._locked("reported_state", device_id)
+            seen, versions = self._locked("patch_reported", "reported_state", device_id)
             report_rules.require_accepted(device_id, acked, versions)
             stored = decode_document(seen, self.tenant_id, device_id)
             document = encode_document(twin.merge_patch(stored, patch), self._limits)
             # No row only in AUTOCOMMIT mode, as in patch_desired.
-            return self._execute(statement, device | {"document": document, "acked": acked, "seen": seen}).one_or_none()
+            return self._execute(
+                "patch_reported", statement, device | {"document": document, "acked": acked, "seen": seen}
+            ).one_or_none()
 
         return self._written(until_written(attempt, lambda: device_not_written(device_id)))
 
@@ -248,7 +252,9 @@ class ShadowService:
         expected = validation.versions("expected_versions", expected_versions, of=documents)
         if not documents:
             return {}
-        rows = batches.replace_desired(self._execute, self.tenant_id, documents, expected, self._limits)
+        rows = batches.replace_desired(
+            partial(self._execute, "replace_desired_many"), self.tenant_id, documents, expected, self._limits
+        )
         return self._written_in_order(documents, rows)
 
     def patch_desired_many(self, device_ids: Iterable[str], patch: Mapping[str, object]) -> dict[str, Shadow]:
@@ -272,7 +278,9 @@ class ShadowService:
         check_document(patch, self._limits)
         if not wanted:
             return {}
-        rows = batches.patch_desired(self._execute, self.tenant_id, wanted, patch, self._limits)
+        rows = batches.patch_desired(
+            partial(self._execute, "patch_desired_many"), self.tenant_id, wanted, patch, self._limits
+        )
         return self._written_in_order(wanted, rows)
 
     def replace_reported_many(self, reports: Iterable[Report]) -> list[ReportOutcome]:
@@ -298,10 +306,14 @@ class ShadowService:
         """
         validation.require_several("reports", reports)
         checked = [report_rules.check(report, self._limits) for report in reports]
-        outcomes, written = batches.replace_reported(self._execute, self.tenant_id, checked)
+        outcomes, written = batches.replace_reported(
+            partial(self._execute, "replace_reported_many"), self.tenant_id, checked
+        )
         loaded_objects.remember(self._session, self.tenant_id, written)
         if loaded := list(loaded_objects.loaded(self._session, self.tenant_id, written)):
-            for row in self._execute(statements.many_shadows(), {"tenant": self.tenant_id, "devices": loaded}):
+            for row in self._execute(
+                "replace_reported_many", statements.many_shadows(), {"tenant": self.tenant_id, "devices": loaded}
+            ):
                 loaded_objects.show(self._session, row)
         return outcomes
 
@@ -316,7 +328,7 @@ class ShadowService:
             TypeError: If `limit` is no int, or `after` no string.
             ValueError: If `limit` is negative, or `after` is text that PostgreSQL cannot store.
         """
-        return self._page(statements.pending_page, limit, after)
+        return self._page("pending", statements.pending_page, limit, after)
 
     def iter_pending(self, *, batch_size: int = 1000) -> Iterator[Shadow]:
         """All devices that have yet to acknowledge the newest version, by `device_id`, read page by page.
@@ -335,7 +347,7 @@ class ShadowService:
 
     def count_pending(self) -> int:
         """How many devices have yet to acknowledge the newest version."""
-        count: int = self._execute(statements.pending_count(), {"tenant": self.tenant_id}).scalar_one()
+        count: int = self._execute("count_pending", statements.pending_count(), {"tenant": self.tenant_id}).scalar_one()
         return count
 
     def drifted(self, *, limit: int = 100, after: str | None = None) -> list[Shadow]:
@@ -351,7 +363,7 @@ class ShadowService:
             TypeError: If `limit` is no int, or `after` no string.
             ValueError: If `limit` is negative, or `after` is text that PostgreSQL cannot store.
         """
-        return self._page(statements.drifted_page, limit, after)
+        return self._page("drifted", statements.drifted_page, limit, after)
 
     def status_counts(self, *, now: datetime | None = None) -> dict[twin.SyncStatus, int]:
         """How many devices are synced, pending and stale, as `twin.sync_status` says; all three, in one statement.
@@ -366,29 +378,31 @@ class ShadowService:
         now = datetime.now(UTC) if now is None else now
         validation.require_aware("now", now)
         binds = {"tenant": self.tenant_id, "now": now, "stale_after": self._stale_after}
-        counts = {row.sync_status: row.devices for row in self._execute(statements.status_counts(), binds)}
+        counts = {
+            row.sync_status: row.devices for row in self._execute("status_counts", statements.status_counts(), binds)
+        }
         return {status: counts.get(status, 0) for status in twin.SyncStatus}
 
     def _device(self, device_id: str) -> dict[str, object]:
         validation.require_findable(self.tenant_id, device_id)
         return {"tenant": self.tenant_id, "device": device_id}
 
-    def _versions(self, device_id: str) -> Versions:
-        row = self._one(statements.versions(), device_id)
+    def _versions(self, method: str, device_id: str) -> Versions:
+        row = self._one(method, statements.versions(), device_id)
         return Versions(row.desired_version, row.reported_version)
 
-    def _locked(self, section: statements.Section, device_id: str) -> tuple[str, Versions]:
+    def _locked(self, method: str, section: statements.Section, device_id: str) -> tuple[str, Versions]:
         """One section as JSON text, and both versions; the row is locked."""
-        row = self._one(statements.locked_document(section), device_id)
+        row = self._one(method, statements.locked_document(section), device_id)
         return row.document, Versions(row.desired_version, row.reported_version)
 
-    def _one(self, statement: Executable, device_id: str) -> _Row:
-        row = self._execute(statement, self._device(device_id)).one_or_none()
+    def _one(self, method: str, statement: Executable, device_id: str) -> _Row:
+        row = self._execute(method, statement, self._device(device_id)).one_or_none()
         if row is None:
             raise DeviceNotFound(self.tenant_id, device_id)
         return row
 
-    def _page(self, page: Callable[..., Executable], limit: int, after: str | None) -> list[Shadow]:
+    def _page(self, method: str, page: Callable[..., Executable], limit: int, after: str | None) -> list[Shadow]:
         """A page of the statement that `page` makes, without rows that hold no shadow: others take their places."""
         validation.whole("limit", limit)
         if after is not None:
@@ -401,7 +415,7 @@ class ShadowService:
             binds: dict[str, object] = {"tenant": self.tenant_id, "limit": wanted}
             if after is not None:
                 binds["after"] = after
-            rows = self._execute(page(after=after is not None), binds).all()
+            rows = self._execute(method, page(after=after is not None), binds).all()
             shadows += self._readable(rows)
             if len(rows) < wanted or len(shadows) == limit:
                 return shadows
@@ -409,7 +423,7 @@ class ShadowService:
 
     def _pages_of_pending(self, size: int) -> Iterator[Shadow]:
         after: str | None = None
-        while page := self.pending(limit=size, after=after):
+        while page := self._page("iter_pending", statements.pending_page, size, after):
             yield from page
             if len(page) < size:
                 return
@@ -421,7 +435,7 @@ class ShadowService:
         given = self._session_or_registry
         return given() if isinstance(given, scoped_session) else given
 
-    def _execute(self, statement: Executable, binds: Mapping[str, object]) -> Result[*tuple[Any, ...]]:
+    def _execute(self, method: str, statement: Executable, binds: Mapping[str, object]) -> Result[*tuple[Any, ...]]:
         session = self._session
         with explained():
             if self._bind_tenant:
@@ -429,7 +443,12 @@ class ShadowService:
             if session.autoflush:  # SQLAlchemy 2.0 does so for ORM statements only, 2.1 for these too
                 session.flush()
             # The mapper, so that a session bound per class finds its engine too.
-            return session.execute(statement, binds, bind_arguments={"mapper": DeviceState.__mapper__})
+            return session.execute(
+                statement,
+                binds,
+                execution_options={METHOD: method},
+                bind_arguments={"mapper": DeviceState.__mapper__},
+            )
 
     def _shadow(self, row: _Row) -> Shadow:
         """The shadow of a row.

@@ -101,7 +101,8 @@ def enable(connection: Connection, role: str) -> None:
     `CREATE POLICY reports ON device_state TO reports USING (true)`.
 
     It takes an ACCESS EXCLUSIVE lock until the transaction ends, so end it at once. If no `lock_timeout` is set, it is
-    4 s for the rest of the transaction.
+    4 s for the rest of the transaction. `deadlock_timeout`, after which autovacuum leaves the table, is 20 ms for the
+    rest of the transaction if the role may set it (`GRANT SET ON PARAMETER deadlock_timeout`).
 
     Raises:
         LookupError: If there is no such role.
@@ -251,6 +252,14 @@ def _require_role(connection: Connection, role: str) -> None:
 def _lock(connection: Connection) -> None:
     connection.execute(
         text("SELECT set_config('lock_timeout', '4s', true) WHERE current_setting('lock_timeout') = '0'")
+    )
+    # PostgreSQL asks autovacuum to leave the table after deadlock_timeout; until then writers queue behind this lock.
+    connection.execute(
+        text("""
+            SELECT set_config('deadlock_timeout', '20ms', true) FROM pg_settings
+             WHERE name = 'deadlock_timeout' AND CAST(setting AS integer) > 20
+               AND has_parameter_privilege('deadlock_timeout', 'SET')
+        """)
     )
     try:
         _run(connection, f"LOCK TABLE {_TABLE} IN ACCESS EXCLUSIVE MODE")

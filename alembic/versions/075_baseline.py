@@ -72,9 +72,9 @@ def downgrade() -> None:
         _refuse_rows("device_state")
         if parked:
             _refuse_rows(PARKED)
-    op.execute("DROP TABLE device_state")
     if parked:
         op.execute(f"DROP TABLE {PARKED}")
+    op.execute("DROP TABLE device_state")
 
 
 def _refuse_rows(table: str) -> None:

@@ -21,6 +21,19 @@ if TYPE_CHECKING:
     from iot_models._migrations.options import Options
 
 _INTERRUPTED: Final = 130  # the exit code of a shell after Ctrl-C
+_HOW_TO_FIT: Final = """\
+if the upgrade says that device_state is not the table that it expects (X is a column, D a default):
+  column X is missing           ALTER TABLE device_state ADD COLUMN X, with the expected definition
+  another type is expected      ALTER TABLE device_state ALTER X TYPE: rewrites the table under a lock
+  NOT NULL is expected          replace the NULLs, then ADD CONSTRAINT c CHECK (X IS NOT NULL) NOT VALID,
+                                VALIDATE CONSTRAINT c, ALTER X SET NOT NULL
+  its NOT NULL is NOT VALID     replace the NULLs, then ALTER TABLE device_state VALIDATE CONSTRAINT, as it says
+  DEFAULT D is expected         ALTER TABLE device_state ALTER X SET DEFAULT D
+  nondeterministic collation    ALTER TABLE device_state ALTER X TYPE text COLLATE "default", in a quiet hour
+  another primary key           CREATE UNIQUE INDEX CONCURRENTLY i ON device_state (tenant_id, device_id), then
+                                DROP CONSTRAINT of the old one, ADD PRIMARY KEY USING INDEX i
+  another index has the name    ALTER INDEX ... RENAME TO ...; the upgrade builds the expected one
+  no plain table                a view or a partitioned table cannot be migrated"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,8 +78,7 @@ def _run_history(_: argparse.Namespace, __: str | None, ___: Options) -> tuple[i
 
 def _run_check(_: argparse.Namespace, url: str | None, options: Options) -> tuple[int, str]:
     found = examine(url, options)
-    if found.note:
-        sys.stderr.write(f"note: {found.note}\n")
+    sys.stderr.write("".join(f"note: {note}\n" for note in found.notes))
     lines = found.problems or [found.verdict]
     return (1 if found.problems else 0), "".join(f"{line}\n" for line in lines)
 
@@ -102,6 +114,8 @@ Exit codes: 0 done, 1 refused or failed or a difference found, 2 wrong usage, 13
     up = add("upgrade", "bring the database up to a revision", _run_move)
     up.add_argument("revision", nargs="?", default="head", help="head (the default), 076, +1; FROM:TO with --sql")
     up.set_defaults(move=command.upgrade, level=logging.INFO)
+    up.formatter_class = argparse.RawDescriptionHelpFormatter
+    up.epilog = _HOW_TO_FIT
     down = add("downgrade", "take the database back to a revision, and park the shadows", _run_move)
     down.add_argument("revision", help="075, -1, base; FROM:TO with --sql")
     down.set_defaults(move=command.downgrade, level=logging.INFO)

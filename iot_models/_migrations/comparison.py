@@ -14,17 +14,18 @@ from iot_models._core.database_errors import (
     READ_ONLY_SQL_TRANSACTION,
     sqlstate,
 )
-from iot_models.models import Base, DeviceState
+from iot_models.models import DEFINED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from sqlalchemy import Connection
 
-TABLE: Final = DeviceState.__tablename__
-_MODELS: Final = Base.metadata
-_TEMPORARY: Final = _MODELS.tables[TABLE].to_metadata(
-    MetaData(naming_convention=_MODELS.naming_convention), schema="pg_temp"
+TABLE: Final = DEFINED.name
+COLUMNS: Final = tuple(column.name for column in DEFINED.columns)
+KEY: Final = tuple(column.name for column in DEFINED.primary_key)
+_TEMPORARY: Final = DEFINED.to_metadata(
+    MetaData(naming_convention=DEFINED.metadata.naming_convention), schema="pg_temp"
 )
 
 _NEEDS_TEMP: Final = "comparing needs temporary tables: ask the primary, as a role that has TEMP on the database"
@@ -49,10 +50,10 @@ _ITEMS: Final = text("""
       FROM pg_attribute
      WHERE attrelid = :table AND attnum > 0 AND col_description(attrelid, attnum) IS NOT NULL
     UNION ALL
-    SELECT CASE contype WHEN 'p' THEN 'the primary key' ELSE 'constraint ' || conname END,
+    SELECT CASE CAST(contype AS text) WHEN 'p' THEN 'the primary key' ELSE 'constraint ' || conname END,
            replace(pg_get_constraintdef(oid), 'PRIMARY KEY ', '')
       FROM pg_constraint
-     WHERE conrelid = :table AND contype <> 'n'
+     WHERE conrelid = :table AND CAST(contype AS text) <> 'n'
     UNION ALL
     SELECT 'index ' || c.relname,
            concat(CASE WHEN NOT i.indisvalid THEN 'INVALID ' END, CASE WHEN i.indisunique THEN 'UNIQUE ' END,

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
 
 from alembic import context
 from alembic.operations import MigrateOperation, Operations
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     # (type, NOT NULL, default), in PostgreSQL's own words
     Column = tuple[str, bool, str | None]
     Columns = Mapping[str, Column]
+
+UNEXPECTED: Final = "{table} is not the table that this migration expects"
+REMEDY: Final = (
+    "change the table so that it fits (python -m iot_models.migrate upgrade --help shows how), then run the same "
+    "command again"
+)
 
 
 @Operations.register_operation("table_exists")
@@ -106,25 +113,33 @@ def _additions(table: str, since: str) -> tuple[dict[str, Column], dict[str, str
 def _expect_table(operations: Operations, operation: ExpectTable) -> None:
     if operations.get_context().as_sql:
         return
-    found = list(_differences(operations.get_bind(), operation.table, **operation.expected))
+    found = list(differences(operations.get_bind(), operation.table, **operation.expected))
     if found:
         lines = "\n".join(f"  - {difference}" for difference in found)
-        raise CommandError(
-            f"{operation.table} is not the table that this migration expects; nothing was changed:\n{lines}\n"
-            "Change the table so that it fits (docs/migrations.md shows how), then run the same command again."
-        )
+        unexpected = UNEXPECTED.format(table=operation.table)
+        raise CommandError(f"{unexpected}; nothing was changed:\n{lines}\n{REMEDY[0].upper()}{REMEDY[1:]}.")
 
 
-def _differences(
+def differences(
     connection: Connection,
     table: str,
     *,
-    required: Columns,
-    optional: Columns,
-    primary_key: list[str],
-    indexes: Mapping[str, str],
+    required: Columns = MappingProxyType({}),
+    optional: Columns = MappingProxyType({}),
+    primary_key: Sequence[str] = (),
+    indexes: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[str]:
-    kind = connection.scalar(text("SELECT relkind FROM pg_class WHERE oid = to_regclass(:table)"), {"table": table})
+    """How a table differs from the expected one, a sentence each. The arguments are those of `op.expect_table`.
+
+    The columns in `optional` and the indexes may be missing.
+    """
+    # CAST: a driver may return the type "char" as bytes.
+    kind = connection.scalar(
+        text("SELECT CAST(relkind AS text) FROM pg_class WHERE oid = to_regclass(:table)"), {"table": table}
+    )
+    if kind is None:
+        yield "it does not exist"
+        return
     if kind != "r":
         yield f"it is no plain table (pg_class.relkind is {kind!r}, expected 'r')"
         return
@@ -140,14 +155,19 @@ def _differences(
             {"table": table},
         )
     }
-    for name, column in {**optional, **required}.items():
+    for name in required:
         if name not in actual:
-            if name in required:
-                yield f"column {name} is missing: expected {_describe(column)}"
-        elif actual[name] != column:
+            yield f"column {name} is missing: expected {_describe(required[name])}"
+    for name, column in {**optional, **required}.items():
+        if name in actual and actual[name] != column:
             yield f"column {name} is {_describe(actual[name])}: expected {_describe(column)}"
+    yield from unfit(connection, table, [name for name in actual if name in required or name in optional])
     if primary_key:
         yield from _key_difference(connection, table, primary_key)
+    yield from _index_differences(connection, table, indexes)
+
+
+def _index_differences(connection: Connection, table: str, indexes: Mapping[str, str]) -> Iterator[str]:
     for name, definition in indexes.items():
         row = find_index(connection, table, name)
         if row is not None and not row.ours:
@@ -156,7 +176,33 @@ def _differences(
             yield f"index {name} is {row.definition}: expected {definition}"
 
 
-def _key_difference(connection: Connection, table: str, expected: list[str]) -> Iterator[str]:
+def unfit(connection: Connection, table: str, columns: Sequence[str]) -> Iterator[str]:
+    """What is wrong with columns whose type, NOT NULL and default are the expected ones, a sentence each.
+
+    A NOT NULL that is NOT VALID (PostgreSQL 18) stands beside rows with NULL. With a nondeterministic collation, two
+    different ids are one to PostgreSQL and two to Python.
+    """
+    yield from connection.scalars(
+        text("""
+            SELECT format('column %s may hold NULL, because its NOT NULL is NOT VALID: replace the NULLs, then ALTER '
+                          'TABLE %s VALIDATE CONSTRAINT %I', a.attname, k.conrelid::regclass, k.conname)
+              FROM pg_constraint k JOIN pg_attribute a ON a.attrelid = k.conrelid AND a.attnum = k.conkey[1]
+             WHERE k.conrelid = to_regclass(:table) AND CAST(k.contype AS text) = 'n' AND NOT k.convalidated
+               AND a.attname = ANY (CAST(:columns AS text[]))
+            UNION ALL
+            SELECT format('column %s has the nondeterministic collation %s, for which different texts are equal: ALTER '
+                          'TABLE %s ALTER %I TYPE text COLLATE "default"',
+                          a.attname, CAST(a.attcollation AS regcollation), a.attrelid::regclass, a.attname)
+              FROM pg_attribute a JOIN pg_collation l ON l.oid = a.attcollation
+             WHERE a.attrelid = to_regclass(:table) AND NOT l.collisdeterministic
+               AND a.attname = ANY (CAST(:columns AS text[]))
+             ORDER BY 1
+        """),
+        {"table": table, "columns": [*columns]},
+    )
+
+
+def _key_difference(connection: Connection, table: str, expected: Sequence[str]) -> Iterator[str]:
     actual = connection.scalars(
         text("""
             SELECT a.attname
@@ -167,7 +213,7 @@ def _key_difference(connection: Connection, table: str, expected: list[str]) -> 
         """),
         {"table": table},
     ).all()
-    if list(actual) != expected:
+    if list(actual) != list(expected):
         yield f"the primary key is ({', '.join(actual)}): expected ({', '.join(expected)})"
 
 

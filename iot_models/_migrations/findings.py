@@ -6,11 +6,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 
+from iot_models._core.database_errors import LOCK_NOT_AVAILABLE, sqlstate
 from iot_models._migrations import runner
-from iot_models._migrations.comparison import TABLE, differences
+from iot_models._migrations.comparison import COLUMNS, TABLE, differences
+from iot_models._migrations.expectations import unfit
+from iot_models._migrations.faulty_rows import faulty_rows
+from iot_models._migrations.obstacles import PARKED, SHADOWS, Plan, interrupted_downgrade, obstacles, row_security_hides
 
 if TYPE_CHECKING:
+    from alembic.script import Script
     from sqlalchemy import Connection
 
     from iot_models._migrations.options import Options
@@ -18,10 +24,6 @@ if TYPE_CHECKING:
 
 # For messages that tell the user what to run.
 COMMAND: Final = "python -m iot_models.migrate"
-# The revision that adds the shadows, and the table and the trigger that its downgrade creates.
-_SHADOWS: Final = "076"
-_PARKED: Final = "device_state_shadow_076"
-_TRIGGER: Final = "device_state_shadow_076_park"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +33,12 @@ class Findings:
     Attributes:
         problems: Why the database is not at head or does not equal the models, a sentence each.
         verdict: The sentence to print if there is no problem.
-        note: Something else to know about the database, which is not a problem; None if there is nothing.
+        notes: What else to know about the database and is no problem, a sentence each.
     """
 
     problems: list[str]
     verdict: str
-    note: str | None
+    notes: list[str]
 
 
 def examine(target: Target, options: Options) -> Findings:
@@ -46,23 +48,73 @@ def examine(target: Target, options: Options) -> Findings:
         CommandError: As for `runner.ask`, or as for `comparison.differences`.
         sqlalchemy.exc.DBAPIError: As for `runner.ask`.
     """
-    known = runner.revisions()
+    scripts = runner.scripts()
+    known = [script.revision for script in scripts]
     head = known[-1]
 
     def answer(revision: str | None, connection: Connection) -> Findings:
         database = f"database {connection.scalar(text('SELECT current_database()'))}"
+        at_head = revision == head
+        interrupted = interrupted_downgrade(connection)
         return Findings(
             problems=[
-                *([] if revision == head else [f"{database} {_elsewhere(revision, known)}"]),
-                *(f"{database}: {found}" for found in _interrupted_downgrade(connection)),
+                *([] if at_head else [f"{database} {_elsewhere(revision, known)}"]),
+                *([f"{database}: {interrupted}"] if interrupted else []),
                 # At any other revision than head the schema has to differ.
-                *(differences(connection) if revision == head else []),
+                *(_differences(connection) if at_head else _stops_upgrade(connection, revision, scripts)),
+                *faulty_rows(connection),
             ],
             verdict=f"{database} stands at head ({head}) and equals the models",
-            note=_parked_shadows(connection, below=revision in {None, *known[: known.index(_SHADOWS)]}),
+            notes=[
+                *_parked_shadows(connection, below=revision in {None, *known[: known.index(SHADOWS)]}),
+                *_stops_downgrade(connection, revision, scripts),
+                *_encoding(connection),
+                *_slow_locks(connection),
+            ],
         )
 
     return runner.ask(target, options, answer)
+
+
+def _differences(connection: Connection) -> list[str]:
+    return [*differences(connection), *unfit(connection, TABLE, COLUMNS)]
+
+
+def _stops_upgrade(connection: Connection, revision: str | None, scripts: list[Script]) -> list[str]:
+    """What an upgrade to head would be refused for."""
+    known = [None, *(script.revision for script in scripts)]
+    if revision not in known:
+        return []
+    return _found(connection, Plan(scripts[known.index(revision) :], upgrade=True))
+
+
+def _stops_downgrade(connection: Connection, revision: str | None, scripts: list[Script]) -> list[str]:
+    """What the rollback below the shadows would be refused for, if this is the role that would do it."""
+    known = [script.revision for script in scripts]
+    first = known.index(SHADOWS)
+    if revision not in known[first:] or not _owns(connection):
+        return []
+    found = _found(connection, Plan(scripts[first : known.index(revision) + 1][::-1], upgrade=False))
+    return [f"a downgrade below {SHADOWS} would be refused: {obstacle}" for obstacle in found]
+
+
+def _found(connection: Connection, plan: Plan) -> list[str]:
+    try:
+        with connection.begin_nested() as savepoint:
+            # PostgreSQL locks the table to print a default, and so waits behind an ALTER TABLE that waits itself.
+            connection.execute(text("SET LOCAL lock_timeout = '1s'"))
+            found = [str(obstacle) for obstacle in obstacles(connection, plan)]
+            savepoint.rollback()
+    except DBAPIError as error:
+        if sqlstate(error) != LOCK_NOT_AVAILABLE:
+            raise
+        return []  # a deployer is at work, and asks itself
+    return found
+
+
+def _owns(connection: Connection) -> bool:
+    owns = text("SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = to_regclass(:table)")
+    return bool(connection.scalar(owns, {"table": TABLE}))
 
 
 def _elsewhere(revision: str | None, known: list[str]) -> str:
@@ -76,28 +128,42 @@ def _elsewhere(revision: str | None, known: list[str]) -> str:
     )
 
 
-def _interrupted_downgrade(connection: Connection) -> list[str]:
-    """What to do about a downgrade below 076 that has begun and has not finished; empty if there is none.
-
-    While it runs, and if it was interrupted, a trigger copies every write of a shadow to the parked table.
-    """
-    found = connection.scalar(
-        text("SELECT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = to_regclass(:table) AND tgname = :trigger)"),
-        {"table": TABLE, "trigger": _TRIGGER},
-    )
-    if not found:
-        return []
-    copies = f"{_PARKED} p USING {TABLE} d WHERE (p.tenant_id, p.device_id) = (d.tenant_id, d.device_id)"
-    stay = f"SET lock_timeout = '4s'; DROP FUNCTION {_TRIGGER}() CASCADE; DELETE FROM {copies};"  # noqa: S608 - our names
-    at_work = f"a downgrade to 075 is at work or was interrupted (trigger {_TRIGGER} on {TABLE})"
-    return [f"{at_work}: to finish it, run it again; to stay at 076, run one by one: {stay}"]
-
-
-def _parked_shadows(connection: Connection, *, below: bool) -> str | None:
-    """How many shadows are parked, and why; None if there is no parked table, or no right to read it."""
-    readable = connection.scalar(text("SELECT has_table_privilege(to_regclass(:table), 'SELECT')"), {"table": _PARKED})
+def _parked_shadows(connection: Connection, *, below: bool) -> list[str]:
+    """How many shadows are parked, and why; empty if there is no parked table, or no right to read it."""
+    readable = connection.scalar(text("SELECT has_table_privilege(to_regclass(:table), 'SELECT')"), {"table": PARKED})
     if not readable:
-        return None
-    count = connection.scalar(text(f"SELECT count(*) FROM {_PARKED}"))  # noqa: S608 - our name
-    stays = "the next upgrade puts them back" if below else "their devices are gone or have a newer shadow"
-    return f"shadows parked in {_PARKED}: {count:,}; {stays}"
+        return []
+    if row_security_hides(connection, PARKED):
+        return [f"there are shadows parked in {PARKED}; row level security hides from this role how many"]
+    count = connection.scalar(text(f"SELECT count(*) FROM {PARKED}"))  # noqa: S608 - our name
+    stays = "the next upgrade puts them back" if below else "their devices have a newer shadow"
+    return [f"shadows parked in {PARKED}: {count:,}; {stays}"]
+
+
+def _encoding(connection: Connection) -> list[str]:
+    encoding = connection.scalar(text("SELECT current_setting('server_encoding')"))
+    if encoding == "UTF8":
+        return []
+    note = (
+        f"the encoding of this database is {encoding}: PostgreSQL refuses documents and ids with characters that it "
+        "does not have. A database with ENCODING 'UTF8' has all of them"
+    )
+    return [note]
+
+
+def _slow_locks(connection: Connection) -> list[str]:
+    """What one GRANT would gain, if this is the role that migrates."""
+    slow = connection.execute(
+        text("""
+            SELECT quote_ident(current_user) AS role, current_setting('deadlock_timeout') AS timeout
+             WHERE NOT has_parameter_privilege('deadlock_timeout', 'SET')
+        """)
+    ).one_or_none()
+    if slow is None or not _owns(connection):
+        return []
+    note = (
+        f"while autovacuum works on {TABLE}, one try for a lock holds writers up for {slow.timeout}, because "
+        f"{slow.role} may not set deadlock_timeout. A superuser's GRANT SET ON PARAMETER deadlock_timeout TO "
+        f"{slow.role} makes that 20ms"
+    )
+    return [note]

@@ -10,12 +10,12 @@ import logging
 import threading
 import time
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from alembic.operations import MigrateOperation, Operations
 from alembic.util import CommandError
 from sqlalchemy import text
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from iot_models._core.database_errors import LOCK_NOT_AVAILABLE, sqlstate
 from iot_models._migrations.expectations import find_index
@@ -23,7 +23,7 @@ from iot_models._migrations.expectations import find_index
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sqlalchemy import Connection, Engine
+    from sqlalchemy import Connection, Engine, Pool
 
 log = logging.getLogger("alembic.iot_models")
 
@@ -66,7 +66,7 @@ def _lock_table(operations: Operations, lock: LockTable) -> None:
         try:
             with connection.begin_nested():
                 connection.execute(text(statement))
-        except OperationalError as error:
+        except DBAPIError as error:  # asyncpg's is no OperationalError
             if sqlstate(error) != LOCK_NOT_AVAILABLE:
                 raise
         else:
@@ -88,15 +88,26 @@ def _lock_table(operations: Operations, lock: LockTable) -> None:
 def _lock_holders(connection: Connection, table: str) -> str:
     rows = connection.execute(
         text("""
-            SELECT DISTINCT a.pid, coalesce(nullif(a.application_name, ''), a.usename) AS name, a.state,
-                   round(extract(epoch FROM clock_timestamp() - a.xact_start)) AS seconds
-              FROM pg_locks l JOIN pg_stat_activity a USING (pid)
-             WHERE l.relation = to_regclass(:table) AND l.granted AND l.pid <> pg_backend_pid()
+            SELECT DISTINCT
+                   CASE WHEN p.gid IS NULL THEN concat('pid ', a.pid, ' (', coalesce(nullif(a.application_name, ''),
+                     CAST(a.usename AS text), a.backend_type), ', ', coalesce(a.state, 'at work'))
+                   ELSE concat('the prepared transaction ', quote_literal(p.gid),
+                     ' (which stays until ROLLBACK PREPARED ', quote_literal(p.gid),
+                     ' or COMMIT PREPARED ', quote_literal(p.gid)) END AS holder,
+                   round(extract(epoch FROM clock_timestamp() - coalesce(a.xact_start, p.prepared))) AS seconds
+              FROM pg_locks l LEFT JOIN pg_stat_activity a USING (pid)
+              -- A prepared transaction has no process. Its other lock, on its own id, says which one it is.
+              LEFT JOIN pg_locks own ON l.pid IS NULL AND own.pid IS NULL AND own.locktype = 'transactionid'
+                    AND own.virtualtransaction = l.virtualtransaction
+              LEFT JOIN pg_prepared_xacts p ON p.transaction = own.transactionid
+             WHERE l.relation = to_regclass(:table) AND l.granted AND l.pid IS DISTINCT FROM pg_backend_pid()
+               AND (a.pid IS NOT NULL OR p.gid IS NOT NULL)
+               AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
              ORDER BY seconds DESC NULLS LAST LIMIT 3
         """),
         {"table": table},
     )
-    return "; ".join(f"pid {row.pid} ({row.name}, {row.state}, for {row.seconds} s)" for row in rows) or "nobody now"
+    return "; ".join(f"{row.holder}, for {row.seconds} s)" for row in rows) or "nobody now"
 
 
 @Operations.register_operation("ensure_index")
@@ -153,30 +164,51 @@ def _ensure_index(operations: Operations, index: EnsureIndex) -> None:
     connection.execute(text("SELECT set_config('lock_timeout', :timeout, false)"), {"timeout": timeout})
 
 
+_BUILDS: Final = """
+    SELECT p.phase, p.blocks_done, p.blocks_total,
+           CASE WHEN p.current_locker_pid > 0 THEN concat(', waiting for the transaction of pid ', p.current_locker_pid)
+                WHEN p.phase LIKE 'waiting%' THEN (
+                  SELECT ', waiting for the prepared transaction ' || string_agg(quote_literal(gid), ', ')
+                    FROM pg_prepared_xacts WHERE database = current_database())
+           END AS waits
+      FROM pg_stat_progress_create_index p WHERE p.datname = current_database()
+"""
+
+
 @contextmanager
 def _progress_of_builds(engine: Engine, name: str) -> Iterator[None]:
-    """Log the progress of the build every two seconds, through a connection of its own."""
+    """Log the progress of the build every two seconds."""
     done = threading.Event()
 
     def report() -> None:
-        while not done.wait(_PROGRESS_EVERY):
-            # Without a second connection there is no progress to log; the build goes on.
-            with suppress(SQLAlchemyError), engine.connect() as connection:
-                for row in connection.execute(
-                    text("""
-                        SELECT phase, blocks_done, blocks_total, current_locker_pid AS waits_for
-                          FROM pg_stat_progress_create_index WHERE datname = current_database()
-                    """)
-                ):
-                    waits = f", waiting for the transaction of pid {row.waits_for}" if row.waits_for else ""
-                    log.info(
-                        "index %s: %s, block %d of %d%s", name, row.phase, row.blocks_done, row.blocks_total, waits
-                    )
+        # A pool of its own: the caller's may have room for one connection only, and a wait for it would not end.
+        pool = engine.pool.recreate()
+        try:
+            while not done.wait(_PROGRESS_EVERY):
+                # Without a second connection there is no progress to log; the build goes on.
+                with suppress(SQLAlchemyError, engine.dialect.loaded_dbapi.Error):
+                    for phase, blocks_done, blocks_total, waits in _builds(pool):
+                        log.info("index %s: %s, block %s of %s%s", name, phase, blocks_done, blocks_total, waits or "")
+        finally:
+            pool.dispose()
 
+    if engine.dialect.is_async:  # its connections belong to the event loop, not to a thread
+        yield
+        return
     reporter = threading.Thread(target=report, daemon=True)
     reporter.start()
     try:
         yield
     finally:
         done.set()
-        reporter.join()
+        reporter.join(_PROGRESS_EVERY)  # the server may let it wait for a connection
+
+
+def _builds(pool: Pool) -> list[Any]:
+    connection = pool.connect()
+    try:
+        cursor = connection.cursor()
+        cursor.execute(_BUILDS)
+        return list(cursor.fetchall())
+    finally:
+        connection.invalidate()

@@ -99,7 +99,12 @@ def sql(revision_range: str, options: Options) -> str:
 
 def revisions() -> list[str]:
     """All revisions, the oldest first."""
-    return [script.revision for script in _directory().walk_revisions()][::-1]
+    return [script.revision for script in scripts()]
+
+
+def scripts() -> list[Script]:
+    """The files of all revisions, the oldest first."""
+    return [*_directory().walk_revisions()][::-1]
 
 
 def history() -> str:

@@ -44,7 +44,11 @@ def engine_for(target: Target, *, option: str, fallback: str | None = None) -> E
         import_driver(url)
     except ImportError as error:
         raise CommandError(str(error)) from error
-    return sqlalchemy.create_engine(url, poolclass=NullPool, connect_args={"application_name": _APPLICATION_NAME})
+    arguments = {"application_name": _APPLICATION_NAME}
+    if url.get_driver_name() in {"psycopg", "psycopg2"}:
+        # In a database in SQL_ASCII psycopg would return bytes, and SQLAlchemy fail before anybody can say why.
+        arguments["client_encoding"] = "utf8"
+    return sqlalchemy.create_engine(url, poolclass=NullPool, connect_args=arguments)
 
 
 def _usable(engine: object) -> Engine:

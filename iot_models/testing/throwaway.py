@@ -14,6 +14,7 @@ import the package.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import json
 import os
@@ -68,7 +69,7 @@ _PINNED: Final[Mapping[str, tuple[str, ...]]] = {
     "sslrootcert": ("none", "PGSSLROOTCERT"),  # the value "system" is refused with sslmode=disable
     "target_session_attrs": ("any", "PGTARGETSESSIONATTRS"),
 }
-# libpq knows these from version 16 on. An older one ignores the variables and refuses the options.
+# libpq knows these from version 16 on, or later. An older one ignores the variables and refuses the options.
 _PINNED_FROM_16_ON: Final[Mapping[str, tuple[str, str]]] = {
     "load_balance_hosts": ("disable", "PGLOADBALANCEHOSTS"),
     "max_protocol_version": ("3.0", "PGMAXPROTOCOLVERSION"),
@@ -211,13 +212,22 @@ def url_options(host: str, port: str, *, require_auth: str = "none", peer: str |
         if service or not os.environ.keys().isdisjoint(variables):
             options[option] = value
     for option, (value, variable) in _PINNED_FROM_16_ON.items():
-        if variable in os.environ:
+        if variable in os.environ and _is_known(option):
             options[option] = require_auth if option == "require_auth" else value
     if peer and (service or "PGREQUIREPEER" in os.environ):
         options["requirepeer"] = peer
     if service:
         options["replication"] = "false"  # has no variable
     return options
+
+
+def _is_known(option: str) -> bool:
+    """Whether psycopg's libpq knows the option. True if there is no psycopg: then it is for `psql`."""
+    try:
+        pq = importlib.import_module("psycopg.pq")
+    except ImportError:
+        return True
+    return option in {known.keyword.decode() for known in pq.Conninfo.get_defaults()}
 
 
 def _temporary_folder() -> Path:
@@ -284,9 +294,8 @@ def _start(
     place = folder / _PLACE
     place.mkdir(mode=0o700)
     account = _account(place)
-    if "group" in account:  # the account may pass through root's folder; nobody else may
-        os.chown(folder, -1, account["group"])
-        folder.chmod(0o710)
+    os.chown(folder, -1, account.get("group", -1))  # root's account may pass through the folder
+    folder.chmod(0o710)
     options: dict[str, Any] = {
         # Not the caller's environment: PG* variables, LD_LIBRARY_PATH or an unknown LANG would break the programs.
         "env": {"LC_ALL": "C", "TZ": "UTC"},

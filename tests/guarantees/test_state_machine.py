@@ -305,6 +305,7 @@ class ServiceAndModel(BothSides):
             fleet.downgrade()
         for tenant, device_id in gone:
             self.model[tenant].devices.pop(device_id, None)
+            self.model[tenant].parked.pop(device_id, None)  # a shadow goes with its device
         for tenant, device_id in new:
             self.model[tenant].devices.setdefault(device_id, Device({}, {}))
         for fleet in self.model.values():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -88,6 +89,8 @@ def count_pending(url: URL, driver: str) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_without_the_argument_the_error_names_it(name: str, behind: str) -> None:
+    if name == "asyncpg" and version("sqlalchemy").startswith("2.0."):
+        pytest.skip("SQLAlchemy 2.0 raises what asyncpg raises at connect, which is no database error to it")
     with pytest.raises(DBAPIError) as caught:
         count_pending(Kind(name, make_url(behind)).url, name)
 

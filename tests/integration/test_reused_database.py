@@ -25,7 +25,8 @@ def reused(server: PostgresServer, migrated_url: str) -> Iterator[ReusedDatabase
 
 def devices(url: str) -> int:
     with create_engine(url, poolclass=NullPool).connect() as connection:
-        return connection.execute(text("SELECT count(*) FROM device_state")).scalar_one()
+        count: int = connection.execute(text("SELECT count(*) FROM device_state")).scalar_one()
+        return count
 
 
 def test_rows_and_open_transactions_are_gone_and_the_database_is_the_same(reused: ReusedDatabase) -> None:

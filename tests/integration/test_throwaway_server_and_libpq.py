@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 import subprocess
+import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,6 +72,10 @@ VARIABLES = {
 }
 # Those that most need an answer. What costs much is tried with these only.
 HARDEST = ("PGCLIENTENCODING", "PGHOSTADDR", "PGREQUIREAUTH", "PGSERVICE", "PGSSLMODE", "PGTARGETSESSIONATTRS")
+# What this libpq does not know, it ignores.
+WITHOUT_THE_OPTION = VARIABLES.keys() - {o.envvar.decode() for o in Conninfo.get_defaults() if o.envvar} - {
+    "PGDATESTYLE", "PGGEQO", "PGREQUIRESSL", "PGSERVICEFILE", "PGSYSCONFDIR", "PGTZ",
+}  # fmt: skip
 SERVICE = """
 [elsewhere]
 hostaddr=%
@@ -161,6 +166,10 @@ def test_a_variable_of_libpq_leads_no_client_to_another_server(
 
     assert ask(started.url, "SHOW unix_socket_directories") == str(started.folder)
     assert ask(started.url, "SELECT current_user || current_database()") == "postgrespostgres"
+    assert elsewhere.connections() == before
+
+    if name in WITHOUT_THE_OPTION:
+        return  # it is for the older libpq of psycopg, and psql has a newer one
     url = started.url.replace("+psycopg", "")
     shown = subprocess.run(
         [started.bin / "psql", "-XAt", "-d", url, "-c", "SHOW unix_socket_directories"],
@@ -173,6 +182,14 @@ def test_a_variable_of_libpq_leads_no_client_to_another_server(
         subprocess.run([started.bin / "pg_dump", "-d", url], check=True, stdout=subprocess.DEVNULL)
 
     assert elsewhere.connections() == before
+
+
+def test_without_psycopg_the_url_is_for_psql(started: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PGREQUIREAUTH", "PGMINPROTOCOLVERSION"):
+        monkeypatch.setenv(name, VARIABLES[name])
+    monkeypatch.setitem(sys.modules, "psycopg.pq", None)  # as an import finds it that fails
+
+    assert started.url.endswith("&min_protocol_version=3.0&require_auth=none")
 
 
 @pytest.fixture

@@ -64,12 +64,12 @@ def test_without_shadows_the_printed_sql_leaves_no_parked_table(two: tuple[str, 
     assert state(two[1]) == before
 
 
-def test_a_parked_shadow_without_a_device_stays_and_is_counted(two: tuple[str, str]) -> None:
+def test_a_parked_shadow_whose_device_replication_removed_stays_and_is_counted(two: tuple[str, str]) -> None:
     url = two[1]
     upgrade(url)
     run_sql(url, SHADOWS)
-    downgrade(url, "075")
-    run_sql(url, "DELETE FROM device_state WHERE device_id = 'd2'")
+    assert psql(url, "downgrade", "head:075").returncode == 0
+    run_sql(url, "SET session_replication_role = replica; DELETE FROM device_state WHERE device_id = 'd2'")
 
     run = psql(url, "upgrade", "075:head")
 
@@ -141,3 +141,24 @@ def test_the_printed_sql_sets_the_lock_timeout() -> None:
     assert alembic("upgrade", "075:076", "--sql").out.startswith("SET lock_timeout = '4s';")
     printed = alembic("-x", "lock_timeout=500ms", "upgrade", "075:076", "--sql").out
     assert printed.startswith("SET lock_timeout = '500ms';")
+
+
+def test_the_printed_sql_parks_no_shadow_if_row_level_security_hides_others(
+    two: tuple[str, str], server_role: str
+) -> None:
+    url = two[1]
+    upgrade(url)
+    run_sql(url, SHADOWS, f"""
+        ALTER TABLE device_state OWNER TO {server_role};
+        ALTER TABLE alembic_version OWNER TO {server_role};
+        GRANT ALL ON SCHEMA public TO {server_role};
+        ALTER TABLE device_state ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
+        CREATE POLICY one ON device_state USING (device_id = 'd1');
+    """)  # fmt: skip
+    before = rows_of(url)
+
+    run = psql(raw_sql.as_role(url, server_role), "downgrade", "head:075")
+
+    assert run.returncode != 0
+    assert "query would be affected by row-level security policy" in run.stderr
+    assert rows_of(url) == before

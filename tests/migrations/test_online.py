@@ -31,6 +31,7 @@ from tests.migrations.raw_sql import (
     FLEET,
     PARKED,
     RAW_075,
+    SHADOW_COLUMNS,
     SHADOWS,
     as_role,
     revision_of,
@@ -126,7 +127,7 @@ def test_another_error_than_the_lock_is_passed_on(url: str) -> None:
 
 def test_a_lock_that_is_no_longer_held_is_reported_as_such(url: str) -> None:
     with connected(url) as connection:
-        assert operations._lock_holders(connection, "device_state") == "nobody now"  # noqa: SLF001
+        assert operations._lock_holders(connection, "device_state") == "no transaction any more"  # noqa: SLF001
 
 
 def test_the_index_build_waits_for_an_open_transaction_while_other_writers_go_on(
@@ -221,6 +222,7 @@ def test_the_downgrade_copies_what_writers_change_meanwhile_and_never_makes_them
     """The application's role has no privilege on the parked table. It writes before and after a page is copied."""
     upgrade(url)
     run_sql(url, f"GRANT SELECT, INSERT, UPDATE, DELETE ON device_state TO {server_role}", SHADOWS)
+    (d3,) = (row for row in rows_of(url, columns=f"tenant_id, device_id, {SHADOW_COLUMNS}") if ",d3," in row)
     writes = [
         """UPDATE device_state SET desired_version = 8 WHERE device_id = 'd1';
            INSERT INTO device_state (tenant_id, site_id, device_id, desired_version) VALUES ('acme', 's', 'new', 3)""",
@@ -242,10 +244,9 @@ def test_the_downgrade_copies_what_writers_change_meanwhile_and_never_makes_them
 
     assert not writes
     parked = {row.split(",")[1]: row for row in rows_of(url, PARKED)}
-    assert set(parked) == {"d1", "d2", "d3", "new", "renamed"}  # d1 was deleted, d3 was renamed
-    assert ",8,5," in parked["d1"]
+    assert set(parked) == {"d2", "new", "renamed"}  # d1 was deleted, d3 was renamed
     assert parked["d2"].endswith(",9,5,)")
-    assert parked["renamed"].split(",", 2)[2] == parked["d3"].split(",", 2)[2]
+    assert parked["renamed"].split(",", 2)[2] == d3.split(",", 2)[2]
 
 
 def test_rows_that_a_writer_has_locked_are_moved_in_a_later_round(url: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -47,14 +47,20 @@ def test_a_rollback_and_the_upgrade_after_it_keep_every_shadow_of_every_tenant_a
     assert PARKED not in tables_of(url)
 
 
-def test_default_privileges_show_nobody_what_a_rollback_parked(url: str, server_role: str) -> None:
+@pytest.mark.parametrize("grantee", ["PUBLIC", "a role"])
+def test_default_privileges_show_nobody_what_a_rollback_parked(url: str, server_role: str, grantee: str) -> None:
     before = rows_of(url)
-    run_sql(url, f"ALTER DEFAULT PRIVILEGES GRANT ALL ON TABLES TO {server_role}")
+    to = server_role if grantee == "a role" else grantee
+    option = "" if grantee == "PUBLIC" else "WITH GRANT OPTION"
+    run_sql(url, f"ALTER DEFAULT PRIVILEGES GRANT ALL ON TABLES TO {to} {option}; ALTER ROLE {server_role} BYPASSRLS")
 
     downgrade(url, "075")
 
     assert len(rows_of(url, PARKED)) > 1
-    assert run_sql(as_role(url, server_role), f"SELECT * FROM {PARKED}") == []
+    for statement in ("SELECT * FROM", "DELETE FROM", "TRUNCATE"):
+        with pytest.raises(Exception, match=f"permission denied for table {PARKED}"):
+            run_sql(as_role(url, server_role), f"{statement} {PARKED}")
+    run_sql(url, f"ALTER ROLE {server_role} NOBYPASSRLS")
     run_sql(url, "UPDATE device_state SET status = 'STALE'; UPDATE device_state SET status = 'ONLINE'")
     upgrade(url)
     assert rows_of(url) == before

@@ -16,7 +16,7 @@ from iot_models import (
 )
 from tests.reference.documents import LIMITS, Limits
 from tests.reference.json_values import merge_patch
-from tests.reference.shadows import Between, Device
+from tests.reference.shadows import Between, Device, not_before
 from tests.reference.versions import ERRORS, is_conflict, reported_version_after, status_of_report
 
 if TYPE_CHECKING:
@@ -117,8 +117,15 @@ class Fleet:
 
     def write_desired(self, at: Between, device_id: str, desired: object) -> Device:
         """A desired write that nothing stands against, be it by the service or by a mapped object."""
-        version = self.devices[device_id].desired_version + 1
-        return self.change(device_id, desired=desired, desired_version=version, shadow_updated_at=at)
+        device = self.devices[device_id]
+        return self.change(
+            device_id,
+            desired=desired,
+            desired_version=device.desired_version + 1,
+            # A version ahead, which others stored, is brought back.
+            reported_version=min(device.reported_version, device.desired_version),
+            shadow_updated_at=not_before(device.shadow_updated_at, at),
+        )
 
     def change(self, device_id: str, **columns: Any) -> Device:
         self.devices[device_id] = replace(self.devices[device_id], **columns)
@@ -154,8 +161,10 @@ class Fleet:
             raise ERRORS[status](device_id, acked, stands)
 
     def _write_reported(self, at: Between, device_id: str, reported: object, acked: int | None) -> Device:
-        version = reported_version_after(acked, self.devices[device_id].reported_version)
-        return self.change(device_id, reported=reported, reported_version=version, last_seen_at=at)
+        device = self.devices[device_id]
+        version = reported_version_after(acked, device.reported_version)
+        seen = not_before(device.last_seen_at, at)
+        return self.change(device_id, reported=reported, reported_version=version, last_seen_at=seen)
 
     def _outcome(self, at: Between, report: Report) -> ReportOutcome:
         status = ReportStatus.ACCEPTED

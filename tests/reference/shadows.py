@@ -28,6 +28,15 @@ class Between:
         return f"{self.first} to {self.last}"
 
 
+def not_before(known: Between | datetime | None, at: Between) -> Between:
+    """The time of a write: its own, and never before the one that is known, which counts as a minute ahead at most."""
+    if known is None:
+        return at
+    first, last = (known.first, known.last) if isinstance(known, Between) else (known, known)
+    minute = timedelta(minutes=1)
+    return Between(max(min(first, at.first + minute), at.first), max(min(last, at.last + minute), at.last))
+
+
 @dataclass(frozen=True)
 class Device:
     """A row: the shadow, and what else the tests write to it."""

@@ -57,11 +57,11 @@ def before_statement(service: ShadowService, number: int, act: Callable[[], obje
     real = service._execute  # noqa: SLF001 - the seam between two statements
     sent: list[object] = []
 
-    def execute(statement: Any, binds: Any) -> Any:
+    def execute(method: str, statement: Any, binds: Any) -> Any:
         sent.append(statement)
         if len(sent) == number:
             act()
-        return real(statement, binds)
+        return real(method, statement, binds)
 
     service._execute = execute  # type: ignore[method-assign]  # noqa: SLF001
 

@@ -135,11 +135,11 @@ def test_a_version_that_arrives_between_the_write_and_the_diagnosis_lets_the_wri
         asked: list[str] = []
         real = service._versions  # noqa: SLF001 - the seam between the two statements
 
-        def versions_after_a_commit(device_id: str) -> Any:
+        def versions_after_a_commit(method: str, device_id: str) -> Any:
             asked.append(device_id)
             with fleet.begin() as other:
                 other.execute(text(f"UPDATE device_state SET {change}"))
-            return real(device_id)
+            return real(method, device_id)
 
         service._versions = versions_after_a_commit  # type: ignore[method-assign]  # noqa: SLF001
         getattr(service, method)(DEVICE, {"a": 1}, **arguments)
@@ -156,8 +156,8 @@ def test_a_patch_in_autocommit_mode_merges_again_when_somebody_wrote_in_between(
             asked: list[str] = []
             real = service._locked  # noqa: SLF001 - the seam between the two statements
 
-            def locked_then_overtaken(section: Any, device_id: str) -> Any:
-                seen = real(section, device_id)  # noqa: B023 - called in this turn only
+            def locked_then_overtaken(method: str, section: Any, device_id: str) -> Any:
+                seen = real(method, section, device_id)  # noqa: B023 - called in this turn only
                 if not asked:  # noqa: B023
                     with Session(fleet) as theirs, theirs.begin():
                         getattr(ShadowService(theirs, TENANT), other)(DEVICE, {"theirs": 1})  # noqa: B023

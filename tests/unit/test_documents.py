@@ -216,10 +216,10 @@ def test_a_document_that_is_huge_by_repetition_is_refused_before_all_of_it_is_lo
     document: dict[str, Any],
 ) -> None:
     for refuse in (check_document, encode_document):
-        began = time.perf_counter()
+        began = time.process_time()
         with pytest.raises(DocumentTooLarge, match=r"more than 65,536 bytes .* at most 32,768 are allowed") as caught:
             refuse(document, LIMITS)
-        assert time.perf_counter() - began < 1  # all of it takes minutes
+        assert time.process_time() - began < 5  # all of it takes minutes
         assert caught.value.path == ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -179,3 +180,12 @@ def test_psycopg_needs_no_asyncpg(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_engine_hides_the_password() -> None:
     for engine in (create_engine("postgresql://iot:hunter2@db/iot"), create_async_engine("postgres://iot:hunter2@db")):
         assert "hunter2" not in f"{engine!r} {engine.url}"
+
+
+@pytest.mark.parametrize("create", [create_engine, create_async_engine])
+@pytest.mark.parametrize("timeout", ["statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"])
+def test_behind_pgbouncer_no_timeout_can_be_passed(create: Callable[..., Any], timeout: str) -> None:
+    for value in (timedelta(seconds=5), timedelta(0), timedelta(seconds=30)):
+        with pytest.raises(ValueError, match=rf"^{timeout}: PgBouncer .* leave it out, and set it with ALTER ROLE"):
+            create("postgresql://db/iot", pgbouncer=True, **{timeout: value})
+    create("postgresql://db/iot", pgbouncer=True, **{timeout: None})

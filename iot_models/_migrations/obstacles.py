@@ -1,0 +1,351 @@
+"""What would stop an upgrade or a downgrade: asked of the database before anything is changed, and all of it at once.
+
+`alembic/env.py` asks before the first revision runs, and `check` asks too. The revisions ask again for what concerns
+each of them, because a table can change in between.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from alembic.util import CommandError
+from sqlalchemy import text
+
+from iot_models._migrations import expectations
+from iot_models._migrations.comparison import KEY, TABLE
+from iot_models._migrations.faulty_rows import faulty_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from alembic.script import Script
+    from sqlalchemy import Connection
+
+# The revision that adds the shadows, and the table and the trigger that its downgrade creates.
+SHADOWS: Final = "076"
+PARKED: Final = "device_state_shadow_076"
+TRIGGER: Final = "device_state_shadow_076_park"
+
+
+class Obstacle(NamedTuple):
+    """A reason why a migration cannot run.
+
+    Attributes:
+        fact: What stands in the way.
+        details: Each object that it concerns.
+        remedy: What to do, a sentence without its full stop.
+    """
+
+    fact: str
+    details: Sequence[str]
+    remedy: str
+
+    def __str__(self) -> str:
+        return "; ".join(
+            [f"{self.fact}: {self.details[0]}" if self.details else self.fact, *self.details[1:], self.remedy]
+        )
+
+
+class Plan(NamedTuple):
+    """A migration that is about to run.
+
+    Attributes:
+        scripts: The revisions that are applied or reverted.
+        upgrade: Whether they are applied.
+        discard: Whether a downgrade below 076 discards the shadows.
+        drop: Whether a downgrade to base may drop a table with rows.
+    """
+
+    scripts: Sequence[Script]
+    upgrade: bool
+    discard: bool = False
+    drop: bool = False
+
+    @property
+    def has_shadows(self) -> bool:
+        """Whether it adds or drops the columns of the shadows."""
+        return any(script.revision == SHADOWS for script in self.scripts)
+
+    @property
+    def has_table(self) -> bool:
+        """Whether it creates, adopts or drops `device_state`."""
+        return any(script.down_revision is None for script in self.scripts)
+
+
+def refuse(found: Sequence[Obstacle]) -> None:
+    """Refuse to migrate if anything was found.
+
+    Raises:
+        CommandError: If there is an obstacle. The message has all of them.
+    """
+    if found:
+        raise CommandError("\n".join(map(_paragraph, found)))
+
+
+def _paragraph(obstacle: Obstacle) -> str:
+    if not obstacle.details:
+        return f"{obstacle.fact}; nothing was changed. {_capital(obstacle.remedy)}."
+    lines = "".join(f"\n  - {detail}" for detail in obstacle.details)
+    return f"{obstacle.fact}; nothing was changed:{lines}\n{_capital(obstacle.remedy)}."
+
+
+def _capital(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
+
+
+def obstacles(connection: Connection, plan: Plan) -> list[Obstacle]:
+    """All that would stop a migration, as far as the database can tell before. Nothing is changed, no row is locked."""
+    if not plan.scripts:
+        return []
+    return [*_obstacles(connection, plan)]
+
+
+def _obstacles(connection: Connection, plan: Plan) -> Iterator[Obstacle]:
+    yield from _settings(connection, plan)
+    exists, parked = (_exists(connection, table) for table in (TABLE, PARKED))
+    if not exists and plan.upgrade and plan.has_table:
+        return  # it is created
+    yield from _differences(connection, plan, parked=parked)
+    if not exists:
+        return
+    yield from _rights(connection, plan, parked=parked)
+    hidden = [*_hidden_rows(connection, plan, parked=parked)]
+    yield from hidden
+    if not plan.upgrade:
+        yield from _dependents(connection, plan)
+        if plan.has_table and not plan.drop and not hidden:
+            yield from _rows(connection, parked=parked)
+
+
+def warnings(connection: Connection, plan: Plan) -> list[str]:
+    """What a migration leaves as it is, although somebody has to know of it."""
+    adopts = plan.upgrade and plan.has_table
+    return [
+        *(faulty_rows(connection) if adopts else ()),
+        *(filter(None, [interrupted_downgrade(connection)]) if plan.upgrade else ()),
+    ]
+
+
+def interrupted_downgrade(connection: Connection) -> str | None:
+    """What to do about a downgrade below 076 that has begun and has not finished; None if there is none.
+
+    While it runs, and if it was interrupted, a trigger copies every write of a shadow to the parked table. Until it has
+    finished, every shadow is in its columns, too.
+    """
+    found = connection.scalar(
+        text("SELECT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = to_regclass(:table) AND tgname = :trigger)"),
+        {"table": TABLE, "trigger": TRIGGER},
+    )
+    if not found:
+        return None
+    return (
+        f"a downgrade to 075 is at work or was interrupted (trigger {TRIGGER} on {TABLE}): to finish it, run it again; "
+        f"to stay at 076, run one by one: SET lock_timeout = '4s'; DROP FUNCTION {TRIGGER}() CASCADE; "
+        f"DROP TABLE IF EXISTS {PARKED};"
+    )
+
+
+def _exists(connection: Connection, table: str) -> bool:
+    return bool(connection.scalar(text("SELECT to_regclass(:table) IS NOT NULL"), {"table": table}))
+
+
+def _settings(connection: Connection, plan: Plan) -> Iterator[Obstacle]:
+    row = connection.execute(
+        text("""
+            SELECT current_setting('server_encoding') AS encoding, pg_is_in_recovery() AS standby,
+                   current_setting('transaction_read_only') = 'on' AS read_only
+        """)
+    ).one()
+    if row.standby:
+        yield Obstacle("this server is a standby, which only reads", (), "migrate on the primary")
+    elif row.read_only:
+        yield Obstacle(
+            "this connection only reads (default_transaction_read_only is on)",
+            (),
+            "switch it off for the role that migrates (ALTER ROLE ... SET default_transaction_read_only = off), or in "
+            "the URL (?options=-c default_transaction_read_only=off)",
+        )
+    if plan.upgrade and row.encoding == "SQL_ASCII":
+        yield Obstacle(
+            "the encoding of this database is SQL_ASCII, in which PostgreSQL cannot store a document with other "
+            "characters than ASCII",
+            (),
+            "use a database with ENCODING 'UTF8': CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0, then copy "
+            "the data with pg_dump",
+        )
+
+
+def _differences(connection: Connection, plan: Plan, *, parked: bool) -> Iterator[Obstacle]:
+    tables: dict[str, dict[str, Any]] = {}
+    if plan.upgrade:
+        expected: dict[str, Any] = {"required": {}, "optional": {}, "primary_key": [], "indexes": {}}
+        for script in plan.scripts:
+            adds = getattr(script.module, "ADDS", {}).get(TABLE, {})
+            adopted = script.down_revision is None
+            expected["required" if adopted else "optional"] |= adds.get("columns", {})
+            expected["indexes"] |= adds.get("indexes", {})
+            if adopted:
+                expected["primary_key"] = [*KEY]
+        tables[TABLE] = expected
+    elif not _exists(connection, TABLE):
+        tables[TABLE] = {}
+    if plan.has_shadows and parked and not plan.discard:
+        module = next(script.module for script in plan.scripts if script.revision == SHADOWS)
+        tables[PARKED] = {"required": module.PARKED_COLUMNS, "primary_key": [*module.KEY]}
+    for table, arguments in tables.items():
+        found = [*expectations.differences(connection, table, **arguments)]
+        if found:
+            yield Obstacle(expectations.UNEXPECTED.format(table=table), found, expectations.REMEDY)
+
+
+def _rights(connection: Connection, plan: Plan, *, parked: bool) -> Iterator[Obstacle]:
+    tables = [TABLE, PARKED] if parked and (plan.has_shadows or plan.has_table) else [TABLE]
+    missing = connection.scalars(
+        text("""
+            SELECT format('it does not own %s, whose owner is %I', c.oid::regclass, pg_get_userbyid(c.relowner))
+              FROM pg_class c WHERE c.oid = ANY (CAST(CAST(:tables AS text[]) AS regclass[]))
+               AND NOT pg_has_role(c.relowner, 'USAGE')
+            UNION ALL
+            SELECT format('it may not CREATE in schema %I', n.nspname)
+              FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+             WHERE c.oid = to_regclass(:table) AND :creates AND NOT has_schema_privilege(n.oid, 'CREATE')
+        """),
+        {"tables": tables, "table": TABLE, "creates": plan.upgrade or (plan.has_shadows and not plan.discard)},
+    ).all()
+    if missing:
+        role = connection.scalar(text("SELECT CAST(current_user AS text)"))
+        yield Obstacle(
+            f"role {role} may not migrate this database", missing, "migrate as a role that owns these tables"
+        )
+
+
+def _hidden_rows(connection: Connection, plan: Plan, *, parked: bool) -> Iterator[Obstacle]:
+    """Tables whose rows this migration reads, and of which row level security hides some from this role."""
+    reads = (plan.has_shadows and (parked if plan.upgrade else not plan.discard)) or (
+        not plan.upgrade and plan.has_table and not plan.drop
+    )
+    tables = ([TABLE, PARKED] if parked else [TABLE]) if reads else []
+    hidden = [table for table in tables if row_security_hides(connection, table)]
+    if hidden:
+        yield Obstacle(
+            "a row-level security policy can hide rows from this role, and their shadows would be lost",
+            hidden,
+            "migrate as a role with BYPASSRLS, or take FORCE away while the owner migrates (ALTER TABLE "
+            f"{hidden[0]} NO FORCE ROW LEVEL SECURITY, afterwards FORCE ROW LEVEL SECURITY)",
+        )
+
+
+def row_security_hides(connection: Connection, table: str) -> bool:
+    """Whether policies decide which rows of a table this role sees. No if there is no such table."""
+    return bool(connection.scalar(text("SELECT row_security_active(to_regclass(:table))"), {"table": table}))
+
+
+def _rows(connection: Connection, *, parked: bool) -> Iterator[Obstacle]:
+    for table in [TABLE, PARKED] if parked else [TABLE]:
+        count: int = connection.scalar(text(f"SELECT count(*) FROM {table}")) or 0  # noqa: S608 - our names
+        if count:
+            yield Obstacle(
+                f"{table} holds {count:,} rows, and going below 075 would drop them",
+                (),
+                "stay at 075, or throw them away with -x device_state=drop",
+            )
+
+
+# DROP COLUMN fails because of some of these ('n'), and silently drops others ('a'): an index, a CHECK, statistics.
+# What a team made is theirs, so neither may happen. A view depends by its rule, a generated column by its expression.
+_DEPENDENTS: Final = text("""
+    WITH ours AS (SELECT CAST(to_regclass(:table) AS oid) AS oid),
+    columns AS (
+      SELECT attnum FROM pg_attribute
+       WHERE attrelid = (SELECT oid FROM ours) AND NOT attisdropped AND attname = ANY (CAST(:columns AS text[]))),
+    found AS (
+      SELECT DISTINCT d.classid, d.objid, d.objsubid
+        FROM pg_depend d
+       WHERE (d.refclassid = 'pg_class'::regclass AND d.refobjid = (SELECT oid FROM ours)
+              AND (d.refobjsubid IN (SELECT attnum FROM columns) OR :whole)
+              OR :whole AND d.refclassid = 'pg_type'::regclass
+              AND d.refobjid IN (SELECT reltype FROM pg_class WHERE oid = (SELECT oid FROM ours)))
+         AND (CAST(d.deptype AS text) = 'n' OR CAST(d.deptype AS text) = 'a' AND NOT :whole)
+         -- The default of the column itself.
+         AND NOT (d.classid = 'pg_attrdef'::regclass AND EXISTS (
+               SELECT FROM pg_attrdef f WHERE f.oid = d.objid AND f.adrelid = d.refobjid AND f.adnum = d.refobjsubid))
+         -- PostgreSQL 18 has NOT NULL as a constraint.
+         AND NOT (d.classid = 'pg_constraint'::regclass AND EXISTS (
+               SELECT FROM pg_constraint n WHERE n.oid = d.objid AND CAST(n.contype AS text) = 'n'))
+         -- What goes with the table, if all of it goes.
+         AND NOT (:whole AND EXISTS (
+               SELECT FROM pg_depend o
+                WHERE (o.classid, o.objid) = (d.classid, d.objid) AND CAST(o.deptype AS text) IN ('a', 'i')
+                  AND o.refclassid = 'pg_class'::regclass AND o.refobjid = (SELECT oid FROM ours)))
+         AND NOT (:whole AND d.classid = 'pg_type'::regclass)),
+    objects AS (
+      SELECT CASE WHEN r.rulename = '_RETURN' THEN CAST('pg_class'::regclass AS oid)
+                  WHEN f.oid IS NOT NULL THEN CAST('pg_class'::regclass AS oid) ELSE found.classid END AS classid,
+             CASE WHEN r.rulename = '_RETURN' THEN r.ev_class
+                  WHEN f.oid IS NOT NULL THEN f.adrelid ELSE found.objid END AS objid,
+             CASE WHEN f.oid IS NOT NULL THEN CAST(f.adnum AS integer) ELSE found.objsubid END AS objsubid
+        FROM found LEFT JOIN pg_rewrite r ON found.classid = 'pg_rewrite'::regclass AND r.oid = found.objid
+             LEFT JOIN pg_attrdef f ON found.classid = 'pg_attrdef'::regclass AND f.oid = found.objid)
+    SELECT DISTINCT pg_describe_object(o.classid, o.objid, o.objsubid) AS object,
+           CASE
+             WHEN o.classid = 'pg_class'::regclass AND o.objsubid > 0 THEN
+               format('ALTER TABLE %s DROP COLUMN %I', c.oid::regclass, a.attname)
+             WHEN o.classid = 'pg_class'::regclass THEN
+               format('DROP %s %s', CASE CAST(c.relkind AS text)
+                 WHEN 'v' THEN 'VIEW' WHEN 'm' THEN 'MATERIALIZED VIEW' WHEN 'i' THEN 'INDEX' WHEN 'S' THEN 'SEQUENCE'
+                 WHEN 'f' THEN 'FOREIGN TABLE' ELSE 'TABLE' END, c.oid::regclass)
+             WHEN o.classid = 'pg_constraint'::regclass THEN
+               format('ALTER TABLE %s DROP CONSTRAINT %I', k.conrelid::regclass, k.conname)
+             WHEN o.classid = 'pg_policy'::regclass THEN format('DROP POLICY %I ON %s', p.polname, p.polrelid::regclass)
+             WHEN o.classid = 'pg_trigger'::regclass THEN format('DROP TRIGGER %I ON %s', t.tgname, t.tgrelid::regclass)
+             WHEN o.classid = 'pg_rewrite'::regclass THEN format('DROP RULE %I ON %s', w.rulename, w.ev_class::regclass)
+             WHEN o.classid = 'pg_statistic_ext'::regclass THEN
+               format('DROP STATISTICS %I.%I', CAST(s.stxnamespace AS regnamespace), s.stxname)
+             WHEN o.classid = 'pg_proc'::regclass THEN
+               format('DROP ROUTINE %s', CAST(o.objid AS regprocedure))
+             WHEN o.classid = 'pg_publication_rel'::regclass THEN
+               format('ALTER PUBLICATION %I DROP TABLE %s', b.pubname, l.prrelid::regclass)
+           END AS statement
+      FROM objects o
+      LEFT JOIN pg_class c ON o.classid = 'pg_class'::regclass AND c.oid = o.objid
+      LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = o.objsubid AND o.objsubid > 0
+      LEFT JOIN pg_constraint k ON o.classid = 'pg_constraint'::regclass AND k.oid = o.objid
+      LEFT JOIN pg_policy p ON o.classid = 'pg_policy'::regclass AND p.oid = o.objid
+      LEFT JOIN pg_trigger t ON o.classid = 'pg_trigger'::regclass AND t.oid = o.objid
+      LEFT JOIN pg_rewrite w ON o.classid = 'pg_rewrite'::regclass AND w.oid = o.objid
+      LEFT JOIN pg_statistic_ext s ON o.classid = 'pg_statistic_ext'::regclass AND s.oid = o.objid
+      LEFT JOIN pg_publication_rel l ON o.classid = 'pg_publication_rel'::regclass AND l.oid = o.objid
+      LEFT JOIN pg_publication b ON b.oid = l.prpubid
+     -- Ours: the indexes that the downgrade drops, the copying trigger, and the parked table with its foreign key.
+     WHERE NOT (c.relkind IS NOT NULL AND CAST(c.relkind AS text) = 'i' AND c.relname = ANY (CAST(:indexes AS text[])))
+       AND coalesce(NOT (t.tgrelid = (SELECT oid FROM ours) AND t.tgname = :trigger), TRUE)
+       AND coalesce(k.conrelid <> CAST(to_regclass(:parked) AS oid), TRUE)
+     ORDER BY 1
+""")
+
+
+def _dependents(connection: Connection, plan: Plan) -> Iterator[Obstacle]:
+    """Objects of a team's that depend on what a downgrade drops."""
+    adds = [getattr(script.module, "ADDS", {}).get(TABLE, {}) for script in plan.scripts]
+    binds = {
+        "table": TABLE,
+        "parked": PARKED,
+        "trigger": TRIGGER,
+        "indexes": [name for added in adds for name in added.get("indexes", {})],
+    }
+    # The columns first, each with what is on the table itself; then, if the table goes, what is elsewhere.
+    kept = [added.get("columns", {}) for script, added in zip(plan.scripts, adds, strict=True) if script.down_revision]
+    columns = [name for added in kept for name in added]
+    found = {
+        row.object: row.statement
+        for whole in ([False, True] if plan.has_table else [False])
+        for row in connection.execute(_DEPENDENTS, {**binds, "columns": columns, "whole": whole})
+    }
+    if found:
+        what = "the table" if plan.has_table else "columns"
+        yield Obstacle(
+            f"objects depend on {what} of {TABLE} that this downgrade drops",
+            [f"{name} ({statement or 'drop it'})" for name, statement in found.items()],
+            "drop each of them, with what depends on it, or change it so that it does not need them; make it again "
+            "after the next upgrade",
+        )
