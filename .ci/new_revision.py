@@ -63,6 +63,8 @@ def main() -> int:
         lint = python(copy, ".ci/lint_sql.py", seconds=60)
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
     needless = [test for test in failed if not test.startswith(ABOUT_THE_HISTORY)]
+    for error in re.findall(r"^E   .*", done.stdout, re.MULTILINE) if needless else ():
+        print(error)
     for test in failed:
         print(f"{'FAILS NEEDLESSLY' if test in needless else 'about the history'}: {test}")
     print(done.stdout.rstrip().rpartition("\n")[2])
