@@ -105,20 +105,23 @@ class UnreadableShadow(IotModelsError):
 class InvalidVersion(IotModelsError, ValueError):
     """A version that none can be: negative, too large, or no integer. Nothing was sent.
 
-    `name` is the argument that it was given as, `value` the value; where it is no number or text, its text for a log.
+    `name` is the argument that it was given as, `value` the value; where it is no number and no text, it is the text by
+    which the message shows it.
     """
 
     http_status = 400
 
-    def __init__(self, name: str, value: object) -> None:
+    def __init__(self, name: str, value: object, shown_as: str | None = None) -> None:
+        text = shown(value) if shown_as is None else shown_as
         # Anything may come off the wire, and an error has to pickle.
-        plain = value if isinstance(value, (int, float, str, NoneType)) else shown(value)
-        super().__init__(name, plain)
+        plain = value if type(value) in {int, float, str, bool, NoneType} else text
+        super().__init__(name, plain, text)
         self.name = name
         self.value = plain
+        self._text = text
 
     def __str__(self) -> str:
-        return f"{self.name} must be an integer from 0 to 2**63 - 1, got {shown(self.value)}"
+        return f"{self.name} must be an integer from 0 to 2**63 - 1, got {self._text}"
 
 
 class VersionConflict(IotModelsError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Final
@@ -62,8 +63,10 @@ def storable(
     None is for subclasses of dict, list, str and so on: what they hold and what they show may differ, and the product
     may go by either.
     """
-    if not isinstance(document, dict):
+    if not isinstance(document, Mapping):
         return False
+    if not isinstance(document, dict):
+        document = dict(document)
     verdicts: set[bool | None] = set()
     left: list[tuple[object, int]] = [(document, 1)]  # no recursion: documents may be deeper than Python's stack
     while left:

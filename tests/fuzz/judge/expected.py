@@ -10,6 +10,7 @@ from sqlalchemy.exc import IntegrityError, StatementError
 from iot_models import (
     DeviceNotFound,
     InvalidDocument,
+    InvalidVersion,
     IotModelsError,
     VersionConflict,
 )
@@ -118,12 +119,12 @@ def expected_of_version(point: EntryPoint, attempt: Attempt) -> Expected:
     if "version" not in point.takes or version is None:
         return Expected()
     if isinstance(version, bool) or not isinstance(version, int):
-        return Expected((TypeError,))
+        return Expected((InvalidVersion,))
     if type(version) is not int:
         return _ANY
     refused: type[Exception] | None = None
     if not 0 <= version < 2**63:
-        refused = ValueError
+        refused = InvalidVersion
     elif point.section == "desired_state":
         refused = VersionConflict if is_conflict(version, DESIRED_VERSION) else None
     else:

@@ -12,6 +12,7 @@ import pickle
 import re
 import traceback
 import typing
+from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -23,6 +24,7 @@ import iot_models
 from iot_models import (
     BatchRejected,
     DeviceState,
+    InvalidVersion,
     IotModelsError,
     ReportOutcome,
     ReportStatus,
@@ -59,6 +61,7 @@ _REPORTED_AS: Final[dict[type[Exception], ReportStatus]] = {
     **{error: status for status, error in ERRORS.items()},
     TypeError: ReportStatus.INVALID,
     ValueError: ReportStatus.INVALID,
+    InvalidVersion: ReportStatus.INVALID,
 }
 _CHANGED: Final = text("""
     SELECT coalesce(now.tenant_id, was.tenant_id), coalesce(now.device_id, was.device_id)
@@ -238,7 +241,7 @@ class World:
             raise FindingError(f"leaves shadow_updated_at at {row['shadow_updated_at']}")
         if expected_of_document(point, attempt).possible:
             return  # what such a thing means is its own secret; that it could be read back is enough
-        document = attempt.document
+        document = dict(attempt.document) if isinstance(attempt.document, Mapping) else attempt.document
         if point.merges:
             document = merge_patch(held(section, attempt.tenant_id, attempt.device_id), document)
         binds = {
