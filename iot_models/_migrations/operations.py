@@ -107,7 +107,7 @@ def _lock_holders(connection: Connection, table: str) -> str:
         """),
         {"table": table},
     )
-    return "; ".join(f"{row.holder}, for {row.seconds} s)" for row in rows) or "nobody now"
+    return "; ".join(f"{row.holder}, for {row.seconds} s)" for row in rows) or "no transaction any more"
 
 
 @Operations.register_operation("ensure_index")
