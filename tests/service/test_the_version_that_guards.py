@@ -292,3 +292,13 @@ def test_a_list_that_was_flushed_by_the_orm_is_watched_further_and_written_once(
         session.commit()
         assert device.reported_state == {"queue": [2, 3]}
         assert (device.desired_version, session.is_modified(device)) == (7, False)
+
+
+def test_an_object_that_left_the_session_takes_its_changes_with_it(committed: Engine) -> None:
+    with Session(committed) as session:
+        device = load(session)
+        session.expunge(device)
+        heapq.heapify(device.desired_state["queue"])
+        load(session).status = "ONLINE"
+        session.commit()
+    assert stored(committed) == ({"queue": [5, 1, 4]}, 7)
