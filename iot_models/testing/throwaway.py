@@ -205,8 +205,8 @@ def url_options(host: str, port: str, *, require_auth: str = "none", peer: str |
     options = {"host": host, "port": port}
     service = "PGSERVICE" in os.environ  # a service can set every option that is not in the URL
     if service or "PGHOSTADDR" in os.environ:
-        # libpq connects to this address instead of to the host. An empty address in a list means: connect to the host at
-        # the same place of the list of hosts. The lists have two items, because SQLAlchemy drops an option that is empty.
+        # libpq connects to this address instead of to the host. An empty address in a list means: connect to the host
+        # at the same place of the list of hosts. The lists have two items, because SQLAlchemy drops an empty option.
         options = {"host": f"{host},{host}", "port": f"{port},{port}", "hostaddr": ","}
     for option, (value, *variables) in _PINNED.items():
         if service or not os.environ.keys().isdisjoint(variables):
