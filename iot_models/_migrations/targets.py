@@ -44,10 +44,9 @@ def engine_for(target: Target, *, option: str, fallback: str | None = None) -> E
         import_driver(url)
     except ImportError as error:
         raise CommandError(str(error)) from error
-    arguments = {"application_name": _APPLICATION_NAME}
-    if url.get_driver_name() in {"psycopg", "psycopg2"}:
-        # In a database in SQL_ASCII psycopg would return bytes, and SQLAlchemy fail before anybody can say why.
-        arguments["client_encoding"] = "utf8"
+    # In a database in SQL_ASCII psycopg would return bytes, and SQLAlchemy fail before anybody can say why.
+    libpq = url.get_driver_name() in {"psycopg", "psycopg2"}
+    arguments = {"application_name": _APPLICATION_NAME, **({"client_encoding": "utf8"} if libpq else {})}
     return sqlalchemy.create_engine(url, poolclass=NullPool, connect_args=arguments)
 
 

@@ -7,13 +7,14 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from alembic.util import CommandError
 from sqlalchemy import NullPool, make_url, text
 from sqlalchemy import create_engine as plain_engine
 from sqlalchemy.exc import DBAPIError, InternalError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from iot_models import AsyncShadowService, DeviceState, ShadowService
+from iot_models import AsyncShadowService, DeviceState, ShadowService, migrate
 from iot_models.engine import create_engine
 from tests.databases.alembic_runs import upgrade
 from tests.databases.async_engines import ASYNC_DRIVERS, async_engine, in_event_loop, url_for
@@ -148,6 +149,13 @@ def test_every_write_is_refused_by_a_standby_which_says_why(
 
             assert service.get(ONE).desired_version == 7
     assert committed(on_primary) == START
+
+
+def test_a_migration_is_refused_by_a_standby_before_it_begins(standby: DurableServer) -> None:
+    with pytest.raises(
+        CommandError, match=r"this server is a standby, which only reads; nothing was changed\. Migrate on the primary"
+    ):
+        migrate.downgrade(standby.url, "075")
 
 
 def test_a_flush_on_a_standby_is_refused_and_is_no_race_lost(

@@ -9,17 +9,22 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
+from alembic.migration import MigrationContext
+from alembic.operations import Operations
 from alembic.runtime.environment import EnvironmentContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import NullPool, create_engine, make_url, text
+from sqlalchemy.exc import DBAPIError
 
 from iot_models import migrate
-from iot_models._migrations import expectations, faulty_rows, operations, runner
+from iot_models._migrations import expectations, faulty_rows, findings, operations, runner
 from iot_models._migrations.command_line import main
+from iot_models._migrations.obstacles import Plan, obstacles
 from iot_models.testing import throwaway
 from tests.databases.alembic_runs import config, downgrade, upgrade
 from tests.databases.async_engines import async_engine, url_for
@@ -673,3 +678,40 @@ def test_the_message_about_another_table_names_a_help_that_is_installed(
     with pytest.raises(SystemExit, match="0"):
         main(["upgrade", "--help"])
     assert "column X is missing" in capsys.readouterr().out
+
+
+# The look ahead itself
+
+
+def test_a_revision_refuses_a_table_by_itself_where_nothing_looked_ahead(at_head: str) -> None:
+    with connected(at_head) as connection:
+        operation = Operations(MigrationContext.configure(connection))
+        with pytest.raises(CommandError, match=r"(?s)nothing was changed.*it does not exist"):
+            operation.expect_table("nowhere", required={"a": ("text", True, None)})  # type: ignore[attr-defined]
+
+
+def test_a_table_that_is_gone_is_said_before_a_downgrade(at_head: str) -> None:
+    run_sql(at_head, "DROP TABLE device_state")
+    with pytest.raises(CommandError, match="it does not exist"):
+        migrate.downgrade(at_head, "075")
+    assert revision_of(at_head) == HEAD
+
+
+def test_nothing_stops_a_migration_that_does_nothing(at_head: str) -> None:
+    with connected(at_head) as connection:
+        assert obstacles(connection, Plan(scripts=[], upgrade=True)) == []
+
+
+def test_other_errors_than_a_lock_or_a_timeout_are_passed_on(at_head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with connected(at_head) as connection, pytest.raises(DBAPIError, match="nowhere"):
+        faulty_rows._counts(connection, "nowhere", limit="0")  # noqa: SLF001
+    monkeypatch.setattr(findings, "obstacles", lambda connection, _: connection.execute(text("SELECT 1 / 0")))
+    with pytest.raises(DBAPIError, match="division by zero"):
+        migrate.check(at_head)
+
+
+@contextmanager
+def connected(url: str) -> Iterator[Connection]:
+    engine = create_engine(url, poolclass=NullPool)
+    with engine.connect() as connection:
+        yield connection
