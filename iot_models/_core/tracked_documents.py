@@ -24,7 +24,7 @@ SQLAlchemy's own `sqlalchemy.ext.mutable` notices changes at the top level only,
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 from weakref import WeakSet
 
 from sqlalchemy import event, inspect
@@ -153,8 +153,7 @@ class _Array(_Tracked, list[Any]):
         root: _Tracked = self
         while root.parent is not None:
             root = root.parent
-        if isinstance(root, Document):
-            root.has_arrays = True
+        cast("Document", root).has_arrays = True  # nothing else is without a parent
 
     def held(self) -> Iterable[object]:
         return self
