@@ -135,7 +135,7 @@ class Histories(RuleBasedStateMachine):
         self.sessions[who].expire(found, what)
         self.forget(who, found, what)
         if read:
-            self.acts(who, lambda: [getattr(found, name) for name in what], flushes=False)
+            self.acts(who, lambda: [getattr(found, name) for name in what], flushes=self.sessions[who].autoflush)
 
     @rule(who=sessions, device=devices, kind=kinds, what=names)
     def refresh(self, who: int, device: str, kind: type[DeviceState], what: list[str]) -> None:
@@ -152,7 +152,8 @@ class Histories(RuleBasedStateMachine):
     @rule(who=sessions, device=devices, kind=kinds, how=st.sampled_from(("inside", "assign", "heap")))
     def change(self, who: int, device: str, kind: type[DeviceState], how: str) -> None:
         found = self.object(who, device, kind)
-        if found is None or not self.acts(who, lambda: found.desired_state, flushes=False):
+        flushes = self.sessions[who].autoflush  # so does the loading of an attribute
+        if found is None or not self.acts(who, lambda: found.desired_state, flushes=flushes):
             return
         self.number += 1
         before = plain(found.desired_state)

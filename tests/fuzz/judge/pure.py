@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from copy import deepcopy
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
@@ -84,7 +85,8 @@ def judge_helpers(make: Callable[[], Any]) -> str:
     return "refused"
 
 
-def _compute(document: Any) -> None:
+def _compute(given: Any) -> None:
+    document = dict(given) if isinstance(given, Mapping) and not isinstance(given, dict) else given
     before = json.dumps(document)
     now = datetime.now(UTC)
     shadow = Shadow("acme", "thermostat-1", document, OTHER, 7, 7, now, now)
