@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event
 
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from sqlalchemy import Connection, Engine
+
+    from iot_models import ShadowService
 
 
 @contextmanager
@@ -43,3 +45,17 @@ def at_statement(engine: Engine, number: int, do: Callable[[Connection], None]) 
         yield begun
     finally:
         event.remove(engine, "before_cursor_execute", count)
+
+
+def before_statement(service: ShadowService, number: int, act: Callable[[], object]) -> None:
+    """Let somebody else act right before the service's statement of that number."""
+    real = service._execute  # noqa: SLF001 - the seam between two statements
+    sent: list[object] = []
+
+    def execute(method: str, statement: Any, binds: Any) -> Any:
+        sent.append(statement)
+        if len(sent) == number:
+            act()
+        return real(method, statement, binds)
+
+    service._execute = execute  # type: ignore[method-assign]  # noqa: SLF001

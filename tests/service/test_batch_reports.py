@@ -25,7 +25,7 @@ from iot_models import (
     UnknownVersion,
 )
 from tests.databases.devices import TENANT, add_device
-from tests.databases.statements import counted_statements
+from tests.databases.statements import before_statement, counted_statements
 from tests.generated.examples import with_a_database
 
 if TYPE_CHECKING:
@@ -50,20 +50,6 @@ def table(session: Session) -> dict[tuple[str, str], Any]:
     """Every row, by plain SQL."""
     result = session.execute(text("SELECT * FROM device_state ORDER BY tenant_id, device_id")).all()
     return {(row.tenant_id, row.device_id): row for row in result}
-
-
-def before_statement(service: ShadowService, number: int, act: Callable[[], object]) -> None:
-    """Let somebody else act right before the service's statement of that number."""
-    real = service._execute  # noqa: SLF001 - the seam between two statements
-    sent: list[object] = []
-
-    def execute(method: str, statement: Any, binds: Any) -> Any:
-        sent.append(statement)
-        if len(sent) == number:
-            act()
-        return real(method, statement, binds)
-
-    service._execute = execute  # type: ignore[method-assign]  # noqa: SLF001
 
 
 def test_one_outcome_per_report_in_order_and_a_bad_one_stops_no_other(session: Session, service: ShadowService) -> None:

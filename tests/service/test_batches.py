@@ -25,7 +25,7 @@ from iot_models import (
     VersionConflict,
 )
 from tests.databases.devices import TENANT, add_device
-from tests.databases.statements import counted_statements
+from tests.databases.statements import before_statement, counted_statements
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -77,20 +77,6 @@ def add_fleet(session: Session, count: int) -> list[str]:
 def shuffled(device_ids: list[str], seed: int) -> list[str]:
     """In another order, with each seed another, and the same in every run."""
     return random.Random(seed).sample(device_ids, len(device_ids))  # noqa: S311 - no secret
-
-
-def before_statement(service: ShadowService, number: int, act: Callable[[], object]) -> None:
-    """Let somebody else act right before the service's statement of that number."""
-    real = service._execute  # noqa: SLF001 - the seam between two statements
-    sent: list[object] = []
-
-    def execute(method: str, statement: Any, binds: Any) -> Any:
-        sent.append(statement)
-        if len(sent) == number:
-            act()
-        return real(method, statement, binds)
-
-    service._execute = execute  # type: ignore[method-assign]  # noqa: SLF001
 
 
 # What a batch writes
