@@ -11,9 +11,10 @@ from sqlalchemy.exc import DBAPIError
 from iot_models._core.database_errors import LOCK_NOT_AVAILABLE, sqlstate
 from iot_models._migrations import runner
 from iot_models._migrations.comparison import COLUMNS, TABLE, differences
+from iot_models._migrations.dependents import PARKED
 from iot_models._migrations.expectations import unfit
 from iot_models._migrations.faulty_rows import faulty_rows
-from iot_models._migrations.obstacles import PARKED, SHADOWS, Plan, interrupted_downgrade, obstacles, row_security_hides
+from iot_models._migrations.obstacles import SHADOWS, Plan, interrupted_downgrade, obstacles, row_security_hides
 
 if TYPE_CHECKING:
     from alembic.script import Script

@@ -13,6 +13,7 @@ from sqlalchemy import text
 
 from iot_models._migrations import expectations
 from iot_models._migrations.comparison import KEY, TABLE
+from iot_models._migrations.dependents import PARKED, TRIGGER, dependents
 from iot_models._migrations.faulty_rows import faulty_rows
 
 if TYPE_CHECKING:
@@ -21,10 +22,8 @@ if TYPE_CHECKING:
     from alembic.script import Script
     from sqlalchemy import Connection
 
-# The revision that adds the shadows, and the table and the trigger that its downgrade creates.
+# The revision that adds the shadows.
 SHADOWS: Final = "076"
-PARKED: Final = "device_state_shadow_076"
-TRIGGER: Final = "device_state_shadow_076_park"
 
 
 class Obstacle(NamedTuple):
@@ -251,96 +250,17 @@ def _rows(connection: Connection, *, parked: bool) -> Iterator[Obstacle]:
             )
 
 
-# DROP COLUMN fails because of some of these ('n'), and silently drops others ('a'): an index, a CHECK, statistics.
-# What a team made is theirs, so neither may happen. A view depends by its rule, a generated column by its expression.
-_DEPENDENTS: Final = text("""
-    WITH ours AS (SELECT CAST(to_regclass(:table) AS oid) AS oid),
-    columns AS (
-      SELECT attnum FROM pg_attribute
-       WHERE attrelid = (SELECT oid FROM ours) AND NOT attisdropped AND attname = ANY (CAST(:columns AS text[]))),
-    found AS (
-      SELECT DISTINCT d.classid, d.objid, d.objsubid
-        FROM pg_depend d
-       WHERE (d.refclassid = 'pg_class'::regclass AND d.refobjid = (SELECT oid FROM ours)
-              AND (d.refobjsubid IN (SELECT attnum FROM columns) OR :whole)
-              OR :whole AND d.refclassid = 'pg_type'::regclass
-              AND d.refobjid IN (SELECT reltype FROM pg_class WHERE oid = (SELECT oid FROM ours)))
-         AND (CAST(d.deptype AS text) = 'n' OR CAST(d.deptype AS text) = 'a' AND NOT :whole)
-         -- The default of the column itself.
-         AND NOT (d.classid = 'pg_attrdef'::regclass AND EXISTS (
-               SELECT FROM pg_attrdef f WHERE f.oid = d.objid AND f.adrelid = d.refobjid AND f.adnum = d.refobjsubid))
-         -- PostgreSQL 18 has NOT NULL as a constraint.
-         AND NOT (d.classid = 'pg_constraint'::regclass AND EXISTS (
-               SELECT FROM pg_constraint n WHERE n.oid = d.objid AND CAST(n.contype AS text) = 'n'))
-         -- What goes with the table, if all of it goes.
-         AND NOT (:whole AND EXISTS (
-               SELECT FROM pg_depend o
-                WHERE (o.classid, o.objid) = (d.classid, d.objid) AND CAST(o.deptype AS text) IN ('a', 'i')
-                  AND o.refclassid = 'pg_class'::regclass AND o.refobjid = (SELECT oid FROM ours)))
-         AND NOT (:whole AND d.classid = 'pg_type'::regclass)),
-    objects AS (
-      SELECT CASE WHEN r.rulename = '_RETURN' THEN CAST('pg_class'::regclass AS oid)
-                  WHEN f.oid IS NOT NULL THEN CAST('pg_class'::regclass AS oid) ELSE found.classid END AS classid,
-             CASE WHEN r.rulename = '_RETURN' THEN r.ev_class
-                  WHEN f.oid IS NOT NULL THEN f.adrelid ELSE found.objid END AS objid,
-             CASE WHEN f.oid IS NOT NULL THEN CAST(f.adnum AS integer) ELSE found.objsubid END AS objsubid
-        FROM found LEFT JOIN pg_rewrite r ON found.classid = 'pg_rewrite'::regclass AND r.oid = found.objid
-             LEFT JOIN pg_attrdef f ON found.classid = 'pg_attrdef'::regclass AND f.oid = found.objid)
-    SELECT DISTINCT pg_describe_object(o.classid, o.objid, o.objsubid) AS object,
-           CASE
-             WHEN o.classid = 'pg_class'::regclass AND o.objsubid > 0 THEN
-               format('ALTER TABLE %s DROP COLUMN %I', c.oid::regclass, a.attname)
-             WHEN o.classid = 'pg_class'::regclass THEN
-               format('DROP %s %s', CASE CAST(c.relkind AS text)
-                 WHEN 'v' THEN 'VIEW' WHEN 'm' THEN 'MATERIALIZED VIEW' WHEN 'i' THEN 'INDEX' WHEN 'S' THEN 'SEQUENCE'
-                 WHEN 'f' THEN 'FOREIGN TABLE' ELSE 'TABLE' END, c.oid::regclass)
-             WHEN o.classid = 'pg_constraint'::regclass THEN
-               format('ALTER TABLE %s DROP CONSTRAINT %I', k.conrelid::regclass, k.conname)
-             WHEN o.classid = 'pg_policy'::regclass THEN format('DROP POLICY %I ON %s', p.polname, p.polrelid::regclass)
-             WHEN o.classid = 'pg_trigger'::regclass THEN format('DROP TRIGGER %I ON %s', t.tgname, t.tgrelid::regclass)
-             WHEN o.classid = 'pg_rewrite'::regclass THEN format('DROP RULE %I ON %s', w.rulename, w.ev_class::regclass)
-             WHEN o.classid = 'pg_statistic_ext'::regclass THEN
-               format('DROP STATISTICS %I.%I', CAST(s.stxnamespace AS regnamespace), s.stxname)
-             WHEN o.classid = 'pg_proc'::regclass THEN
-               format('DROP ROUTINE %s', CAST(o.objid AS regprocedure))
-             WHEN o.classid = 'pg_publication_rel'::regclass THEN
-               format('ALTER PUBLICATION %I DROP TABLE %s', b.pubname, l.prrelid::regclass)
-           END AS statement
-      FROM objects o
-      LEFT JOIN pg_class c ON o.classid = 'pg_class'::regclass AND c.oid = o.objid
-      LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = o.objsubid AND o.objsubid > 0
-      LEFT JOIN pg_constraint k ON o.classid = 'pg_constraint'::regclass AND k.oid = o.objid
-      LEFT JOIN pg_policy p ON o.classid = 'pg_policy'::regclass AND p.oid = o.objid
-      LEFT JOIN pg_trigger t ON o.classid = 'pg_trigger'::regclass AND t.oid = o.objid
-      LEFT JOIN pg_rewrite w ON o.classid = 'pg_rewrite'::regclass AND w.oid = o.objid
-      LEFT JOIN pg_statistic_ext s ON o.classid = 'pg_statistic_ext'::regclass AND s.oid = o.objid
-      LEFT JOIN pg_publication_rel l ON o.classid = 'pg_publication_rel'::regclass AND l.oid = o.objid
-      LEFT JOIN pg_publication b ON b.oid = l.prpubid
-     -- Ours: the indexes that the downgrade drops, the copying trigger, and the parked table with its foreign key.
-     WHERE NOT (c.relkind IS NOT NULL AND CAST(c.relkind AS text) = 'i' AND c.relname = ANY (CAST(:indexes AS text[])))
-       AND coalesce(NOT (t.tgrelid = (SELECT oid FROM ours) AND t.tgname = :trigger), TRUE)
-       AND coalesce(k.conrelid <> CAST(to_regclass(:parked) AS oid), TRUE)
-     ORDER BY 1
-""")
-
-
 def _dependents(connection: Connection, plan: Plan) -> Iterator[Obstacle]:
     """Objects of a team's that depend on what a downgrade drops."""
     adds = [getattr(script.module, "ADDS", {}).get(TABLE, {}) for script in plan.scripts]
-    binds = {
-        "table": TABLE,
-        "parked": PARKED,
-        "trigger": TRIGGER,
-        "indexes": [name for added in adds for name in added.get("indexes", {})],
-    }
-    # The columns first, each with what is on the table itself; then, if the table goes, what is elsewhere.
     kept = [added.get("columns", {}) for script, added in zip(plan.scripts, adds, strict=True) if script.down_revision]
-    columns = [name for added in kept for name in added]
-    found = {
-        row.object: row.statement
-        for whole in ([False, True] if plan.has_table else [False])
-        for row in connection.execute(_DEPENDENTS, {**binds, "columns": columns, "whole": whole})
-    }
+    found = dependents(
+        connection,
+        TABLE,
+        columns=[name for added in kept for name in added],
+        indexes=[name for added in adds for name in added.get("indexes", {})],
+        whole=plan.has_table,
+    )
     if found:
         what = "the table" if plan.has_table else "columns"
         yield Obstacle(

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import text
+from sqlalchemy import NullPool, create_engine, text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from sqlalchemy import Connection, Engine
+
+
+@contextmanager
+def connected(url: str, **options: Any) -> Iterator[Connection]:
+    """A connection of its own to a database; closed after the block."""
+    engine = create_engine(url, poolclass=NullPool, **options)
+    with engine.connect() as connection:
+        yield connection
 
 
 def cut(by: Engine) -> Callable[[Connection], None]:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
@@ -28,6 +27,7 @@ from iot_models._migrations.obstacles import Plan, obstacles
 from iot_models.testing import throwaway
 from tests.databases.alembic_runs import config, downgrade, upgrade
 from tests.databases.async_engines import async_engine, url_for
+from tests.databases.backends import connected
 from tests.migrations.raw_sql import (
     ADD_SHADOW,
     FLEET,
@@ -382,9 +382,8 @@ def test_a_default_of_the_database_does_not_stop_a_migration(
         pytest.skip(f"this PostgreSQL has no {name}")
     run_sql(empty, RAW_075 + FLEET, f"ALTER DATABASE {set_database} SET {setting}")
     run_sql(empty, "UPDATE device_state SET device_id = E'\\u00e9\\U0001F600' WHERE device_id = 'd1'")
-    # Longer than the timeouts.
-    monkeypatch.setattr(operations, "_FIRST_PAUSE", 0.2)
-    _slow(monkeypatch)
+    if "timeout" in name:
+        _slow(monkeypatch)
 
     migrate.upgrade(empty)
     assert migrate.check(empty) == []
@@ -558,7 +557,10 @@ def test_a_row_fault_of_a_table_without_shadows_is_not_looked_for(raw_fleet: str
 # Locks.
 
 
-def test_a_prepared_transaction_that_holds_the_table_is_named_with_what_ends_it() -> None:
+def test_a_prepared_transaction_that_holds_the_table_is_named_with_what_ends_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(operations, "_FIRST_PAUSE", 0.01)
     with throwaway.postgres(settings={"max_prepared_transactions": "2"}) as server:
         run_sql(server.url, RAW_075, FLEET)
         migrate.upgrade(server.url, "075")
@@ -708,10 +710,3 @@ def test_other_errors_than_a_lock_or_a_timeout_are_passed_on(at_head: str, monke
     monkeypatch.setattr(findings, "obstacles", lambda connection, _: connection.execute(text("SELECT 1 / 0")))
     with pytest.raises(DBAPIError, match="division by zero"):
         migrate.check(at_head)
-
-
-@contextmanager
-def connected(url: str) -> Iterator[Connection]:
-    engine = create_engine(url, poolclass=NullPool)
-    with engine.connect() as connection:
-        yield connection

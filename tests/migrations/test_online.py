@@ -19,11 +19,12 @@ from alembic import command
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
 from alembic.util import CommandError
-from sqlalchemy import Connection, Engine, NullPool, create_engine, event, text
+from sqlalchemy import Connection, Engine, event, text
 
 from iot_models._migrations import operations
 from iot_models.testing import throwaway
 from tests.databases.alembic_runs import CHECKOUT, config, downgrade, run_alembic, upgrade
+from tests.databases.backends import connected
 from tests.databases.schema_dump import dump
 from tests.migrations.raw_sql import (
     ADD_SHADOW,
@@ -57,13 +58,6 @@ HEARTBEAT = "UPDATE device_state SET last_heartbeat_at = clock_timestamp() WHERE
 def url(raw_fleet: str) -> str:
     """A raw deployment of ten devices."""
     return raw_fleet
-
-
-@contextmanager
-def connected(url: str, **options: Any) -> Iterator[Connection]:
-    engine = create_engine(url, poolclass=NullPool, **options)
-    with engine.connect() as connection:
-        yield connection
 
 
 @pytest.mark.parametrize(("start", "end"), [("075", "head"), ("head", "075"), ("076", "075")])
@@ -284,13 +278,18 @@ def wait_until(holds: Callable[[], object]) -> None:
 
 
 @contextmanager
-def cut_after(statements: int) -> Iterator[list[str]]:
-    """Cut the connection to the server after that many statements, as if the client had been killed."""
+def cut_after(changes: int) -> Iterator[list[str]]:
+    """Cut the connection to the server after that many statements, as if the client had been killed.
+
+    Statements that change nothing do not count: after them the database is as it was before.
+    """
     seen: list[str] = []
 
     def cut(connection: Connection, _cursor: object, statement: str, *_rest: object) -> None:
+        if statement.split(maxsplit=1)[0] in {"SELECT", "SHOW", "SET", "SAVEPOINT", "RELEASE"}:
+            return
         seen.append(statement)
-        if len(seen) == statements:
+        if len(seen) == changes:
             connection.connection.dbapi_connection.pgconn.finish()  # type: ignore[union-attr]
 
     event.listen(Engine, "after_cursor_execute", cut)
@@ -306,7 +305,7 @@ def raw_again(url: str) -> None:
 
 
 class Way(NamedTuple):
-    """A migration, the one that undoes it, and the least number of statements that it takes."""
+    """A migration, the one that undoes it, and the least number of changes that it makes."""
 
     there: Callable[[str], None]
     back: Callable[[str], None]
@@ -314,16 +313,16 @@ class Way(NamedTuple):
 
 
 WAYS = {
-    "raw 075 to head": Way(upgrade, raw_again, 20),
-    "076 to head": Way(upgrade, lambda url: downgrade(url, "076"), 8),
+    "raw 075 to head": Way(upgrade, raw_again, 12),
+    "076 to head": Way(upgrade, lambda url: downgrade(url, "076"), 4),
     "head to 076": Way(lambda url: downgrade(url, "076"), upgrade, 5),
-    "head to 075": Way(lambda url: downgrade(url, "075"), upgrade, 20),
-    "075 with parked shadows to head": Way(upgrade, lambda url: downgrade(url, "075"), 20),
+    "head to 075": Way(lambda url: downgrade(url, "075"), upgrade, 12),
+    "075 with parked shadows to head": Way(upgrade, lambda url: downgrade(url, "075"), 12),
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_cut_off_after_any_statement_the_same_command_ends_in_the_same_result(url: str, way: str) -> None:
+def test_cut_off_after_any_change_the_same_command_ends_in_the_same_result(url: str, way: str) -> None:
     there, back, least = WAYS[way]
     upgrade(url)
     if way != "raw 075 to head":
