@@ -18,7 +18,6 @@ from sqlalchemy import (
     Interval,
     Text,
     TypeDecorator,
-    any_,
     bindparam,
     cast,
     column,
@@ -88,7 +87,9 @@ def _array(name: str, of: TypeEngine[Any]) -> Cast[Any]:
 
 
 _DEVICES: Final = _array("devices", Text())
-_OF_DEVICES: Final = _C.device_id == any_(_DEVICES)
+# Not `= ANY (array)`: PostgreSQL does not know the array when it plans, would read all of a tenant where the batch is a
+# large part of it, and compare each row with each id.
+_OF_DEVICES: Final = _C.device_id.in_(select(func.unnest(_DEVICES)))
 _PENDING: Final = conditions.pending(_C)
 _DOCUMENT: Final = cast(bindparam("document", type_=Text), JSONB)
 
