@@ -5,6 +5,8 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
+from sqlalchemy.orm import defer, load_only
+
 from iot_models import (
     BatchRejected,
     DeviceNotFound,
@@ -20,8 +22,12 @@ from tests.guarantees.load.record import READ, WRITTEN, Answer, Operation
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from random import Random
 
     from sqlalchemy.orm import Session
+    from sqlalchemy.orm.interfaces import ORMOption
+
+    from tests.guarantees.load.history import Key
 
 _STATUSES: Final = {
     ReportStatus.ACCEPTED: WRITTEN,
@@ -32,11 +38,17 @@ _STATUSES: Final = {
 }
 
 
-def call(session: Session, operation: Operation) -> tuple[Answer, ...]:
-    """Do it and say what the contract answered, refusals included; what the contract does not know is raised."""
+def call(session: Session, operation: Operation, random: Random) -> tuple[Answer, ...]:
+    """Do it and say what the contract answered, refusals included; what the contract does not know is raised.
+
+    An object is loaded in one of several ways, and without autoflush its change may wait for a later flush: `random`
+    chooses.
+    """
     service = ShadowService(session, operation.tenant)
     try:
-        return _CALLS.get(operation.kind, _one)(session, service, operation)
+        if operation.kind in _BY_ORM:
+            return _by_orm(session, operation, random)
+        return _CALLS.get(operation.kind, _one)(service, operation)
     except BatchRejected as rejected:
         return tuple(
             _refused(rejected.errors[entry.device]) if entry.device in rejected.errors else Answer(REJECTED)
@@ -46,30 +58,30 @@ def call(session: Session, operation: Operation) -> tuple[Answer, ...]:
         return (_refused(refused),) * len(operation.entries)
 
 
-def _one(_: Session, service: ShadowService, operation: Operation) -> tuple[Answer, ...]:
+def _one(service: ShadowService, operation: Operation) -> tuple[Answer, ...]:
     ((device, document, guard),) = operation.entries
     name = "expected_version" if operation.section == "desired" else "acked_version"
     return (_answer(WRITTEN, getattr(service, operation.kind)(device, document, **{name: guard}), operation),)
 
 
-def _get(_: Session, service: ShadowService, operation: Operation) -> tuple[Answer, ...]:
+def _get(service: ShadowService, operation: Operation) -> tuple[Answer, ...]:
     return (_answer(READ, service.get(operation.entries[0].device), operation),)
 
 
-def _replace_many(_: Session, service: ShadowService, operation: Operation) -> tuple[Answer, ...]:
+def _replace_many(service: ShadowService, operation: Operation) -> tuple[Answer, ...]:
     documents = {entry.device: entry.document for entry in operation.entries}
     expected = {entry.device: entry.guard for entry in operation.entries if entry.guard is not None}
     shadows = service.replace_desired_many(documents, expected_versions=expected)
     return tuple(_answer(WRITTEN, shadows[device], operation) for device in documents)
 
 
-def _patch_many(_: Session, service: ShadowService, operation: Operation) -> tuple[Answer, ...]:
+def _patch_many(service: ShadowService, operation: Operation) -> tuple[Answer, ...]:
     devices = [entry.device for entry in operation.entries]
     shadows = service.patch_desired_many(devices, operation.entries[0].document)
     return tuple(_answer(WRITTEN, shadows[device], operation) for device in devices)
 
 
-def _report_many(_: Session, service: ShadowService, operation: Operation) -> tuple[Answer, ...]:
+def _report_many(service: ShadowService, operation: Operation) -> tuple[Answer, ...]:
     reports = [Report(device, document, acked) for device, document, acked in operation.entries]
     return tuple(
         Answer(_STATUSES[outcome.status], outcome.desired_version, outcome.reported_version)
@@ -77,20 +89,36 @@ def _report_many(_: Session, service: ShadowService, operation: Operation) -> tu
     )
 
 
-def _by_orm(session: Session, _: ShadowService, operation: Operation) -> tuple[Answer, ...]:
+def _by_orm(session: Session, operation: Operation, random: Random) -> tuple[Answer, ...]:
     ((name, document, _guard),) = operation.entries
-    device = session.get(DeviceState, (operation.tenant, name))
-    if device is None:
-        raise DeviceNotFound(operation.tenant, name)
+    device = _loaded(session, (operation.tenant, name), random)
     if operation.kind == "orm_replace":
         device.desired_state = document
     elif operation.kind == "orm_change":
         _change(device.desired_state, document)
     else:
         device.last_heartbeat_at = device.last_seen_at = datetime.now(UTC)
+    if not session.autoflush and random.random() < _LEFT_TO_COMMIT:
+        return (Answer(WRITTEN),)
     session.flush()
     # Not reported_version: an object shows what was loaded, and only a write of desired_state asks for more.
     return (Answer(WRITTEN, device.desired_version, None, dict(device.desired_state)),)
+
+
+def _loaded(session: Session, key: Key, random: Random) -> DeviceState:
+    """The object of this row, loaded whole or in part, and some of it read anew."""
+    known = session.identity_map.get(session.identity_key(DeviceState, key))
+    if known is not None and known in session.dirty:
+        session.flush()  # an unwritten change of an operation before: it is a write of its own
+    device = session.get(DeviceState, key, options=random.choice(_LOADS))
+    if device is None:
+        raise DeviceNotFound(*key)
+    match random.choice(["", "", "", "expire", "refresh"]):
+        case "expire":
+            session.expire(device, random.choice(_COLUMNS))
+        case "refresh":
+            session.refresh(device, random.choice(_COLUMNS))
+    return device
 
 
 _CALLS: Final = {
@@ -98,10 +126,19 @@ _CALLS: Final = {
     "replace_desired_many": _replace_many,
     "patch_desired_many": _patch_many,
     "replace_reported_many": _report_many,
-    "orm_replace": _by_orm,
-    "orm_change": _by_orm,
-    "heartbeat": _by_orm,
 }
+_BY_ORM: Final = {"orm_replace", "orm_change", "heartbeat"}
+_LEFT_TO_COMMIT: Final = 0.5
+# What is loaded at once of an object that is new to the session; the rest comes when it is read.
+_LOADS: Final[list[list[ORMOption]]] = [
+    [],
+    [],
+    [load_only(DeviceState.desired_version)],
+    [load_only(DeviceState.desired_state)],
+    [load_only(DeviceState.desired_version, DeviceState.desired_state)],
+    [defer(DeviceState.desired_state)],
+]
+_COLUMNS: Final = [["desired_state"], ["desired_version"], ["desired_version", "desired_state"], ["status"]]
 
 
 def _change(target: dict[str, Any], patch: Mapping[str, Any]) -> None:

@@ -150,6 +150,8 @@ def _replayed(write: Write | None, sign: Sign, old: State, new: State) -> Iterat
 
 
 def _as_answered(write: Write, answer: Answer, new: State, document: dict[str, Any]) -> Iterator[str]:
+    if answer.desired_version is None:  # written later, with COMMIT: there was nothing to tell yet
+        return
     if answer.desired_version != new.desired_version or answer.reported_version not in {None, new.reported_version}:
         yield (
             f"{write} was told versions {answer.desired_version} and {answer.reported_version}, "
@@ -190,7 +192,7 @@ def _one_version_twice(writes: Iterable[Write]) -> Iterator[str]:
     for write in writes:
         if write.unit.outcome != "acknowledged" or write.operation.section != "desired":
             continue
-        if write.answer is not None and write.answer.status == WRITTEN:
+        if write.answer is not None and write.answer.status == WRITTEN and write.answer.desired_version is not None:
             other = first.setdefault((write.key, write.answer.desired_version), write)
             if other is not write:
                 yield f"{other} and {write} were both told version {write.answer.desired_version}"

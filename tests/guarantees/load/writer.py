@@ -104,7 +104,7 @@ class Writer:
         name = f"{self._plan.name}-{self._count}"
         alone = self._random.random() < 0.3
         operations = self._workload.operations(name, 1 if alone else self._length())
-        unit = _Unit(self._autocommit if alone else self._engine, operations)
+        unit = _Unit(self._autocommit if alone else self._engine, operations, self._random)
         self._recorder.begin(name, AUTOCOMMIT if alone else self._plan.isolation, operations)
         try:
             if alone:
@@ -122,7 +122,7 @@ class Writer:
         return min(self._random.choice([1, 1, 1, 1, 2, 3, 4]), self._plan.longest)
 
     def _transaction(self, unit: _Unit, name: str) -> None:
-        with Session(unit.engine) as session:
+        with Session(unit.engine, autoflush=self._random.random() < 0.5) as session:
             if self._plan.hostile and self._random.random() < 0.05:
                 setting = self._random.choice(["statement_timeout", "lock_timeout"])
                 session.execute(text(f"SET LOCAL {setting} = '{self._random.randint(1, 5)}ms'"))
@@ -150,8 +150,9 @@ class Writer:
 class _Unit:
     """A unit under way: what has been answered so far, and what has become of it."""
 
-    def __init__(self, engine: Engine, operations: tuple[Operation, ...]) -> None:
+    def __init__(self, engine: Engine, operations: tuple[Operation, ...], random: Random) -> None:
         self.engine = engine
+        self._random = random
         self.operations = operations
         self.answers: list[tuple[Answer, ...]] = []
         self.outcome: Outcome = "refused"
@@ -161,7 +162,7 @@ class _Unit:
 
     def run(self, session: Session) -> None:
         for operation in self.operations:
-            self.answers.append(call(session, operation))
+            self.answers.append(call(session, operation, self._random))
 
     def run_alone(self) -> None:
         """In AUTOCOMMIT mode the answer is the acknowledgement, whatever befalls the connection after it."""
