@@ -26,9 +26,10 @@ _POOLER: Final = (
     "the engine with create_engine(..., pgbouncer=True) or create_async_engine(..., pgbouncer=True). If it is made so, "
     "the setting comes from `options` in the URL, from connect_args or from a variable such as PGGEQO: remove it."
 )
-_OUR_ENGINE: Final = "make the engine with iot_models.engine.create_engine, which sets it"
-_DATE_STYLE: Final = f"psycopg reads times only if the session's DateStyle is ISO: {_OUR_ENGINE}."
-_CLIENT_ENCODING: Final = f"Text can be written and read only if the session's client_encoding is UTF8: {_OUR_ENGINE}."
+_CLIENT_ENCODING: Final = (
+    "Text can be written and read only if the session's client_encoding is UTF8: make the engine with "
+    "iot_models.engine.create_engine, which sets it."
+)
 _LOST: Final = (
     "The connection is lost, and its transaction is not committed: roll back, and run all of it again. In AUTOCOMMIT "
     "mode the last statement may be written: read before you write again."
@@ -37,9 +38,9 @@ _BY_SQLSTATE: Final[Mapping[str | None, str]] = {
     "42P01": _UNMIGRATED,  # undefined_table
     "42703": _UNMIGRATED,  # undefined_column
     "22P05": (  # untranslatable_character
-        "The database cannot store a character of it, because its encoding is not UTF8: move the data to a database "
-        "with ENCODING 'UTF8', or do not use such characters. Nothing of the statement is written: roll back, to the "
-        "savepoint if there is one."
+        "The encoding of the database, or the session's client_encoding, does not have a character of it: use a "
+        "database with ENCODING 'UTF8', and an engine made with iot_models.engine.create_engine. Nothing of the "
+        "statement is written: roll back, to the savepoint if there is one."
     ),
     READ_ONLY_SQL_TRANSACTION: (
         "This connection only reads (a standby, or default_transaction_read_only): write through an engine on the "
@@ -69,34 +70,25 @@ def explained() -> Iterator[None]:
     """Add the way out to an error of the database or its driver that leaves the `with` block, if one is known."""
     try:
         yield
-    except (DBAPIError, OSError, NotImplementedError, UnicodeError) as error:
+    except (DBAPIError, OSError, UnicodeError) as error:
         add_hint(error)
         raise
 
 
-def add_hint(error: DBAPIError | OSError | NotImplementedError | UnicodeError) -> None:
+def add_hint(error: DBAPIError | OSError | UnicodeError) -> None:
     """Add the way out, if one is known.
 
     Args:
-        error: A database error; or OSError, which asyncpg raises if no server answers; or NotImplementedError and
-            UnicodeError, which psycopg raises if it cannot read a time or write a text.
+        error: A database error; or OSError, which asyncpg raises if no server answers; or UnicodeError, which psycopg
+            raises if the session's encoding cannot express a text.
     """
-    hint = _hint_for_database(error) if isinstance(error, DBAPIError) else _hint_for_driver(error)
-    if hint and isinstance(error, DBAPIError):
+    if not isinstance(error, DBAPIError):
+        error.add_note(_UNREACHABLE if isinstance(error, OSError) else _CLIENT_ENCODING)
+    elif hint := _hint(error):
         error.add_detail(hint)
-    elif hint:
-        error.add_note(hint)
 
 
-def _hint_for_driver(error: Exception) -> str | None:
-    if isinstance(error, OSError):
-        return _UNREACHABLE
-    if isinstance(error, UnicodeError):
-        return _CLIENT_ENCODING
-    return _DATE_STYLE if "DateStyle" in str(error) else None
-
-
-def _hint_for_database(error: DBAPIError) -> str | None:
+def _hint(error: DBAPIError) -> str | None:
     if error.connection_invalidated:
         return _LOST
     if error.statement is None:  # failed before any statement
