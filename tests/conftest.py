@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import secrets
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -51,6 +52,14 @@ def pytest_configure_node(node: Any) -> None:
             raise pytest.UsageError(str(error)) from error
     server = config.stash[SERVER]
     node.workerinput[SERVER_OF_WORKERS] = (server.url, server.description)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that run the same code many times over, so that `make test` can run them without coverage."""
+    folders = {Path(__file__).parent / name for name in ("fuzz", "guarantees")}
+    for item in items:
+        if folders & {*item.path.parents} or {"hypothesis", "large"} & {mark.name for mark in item.iter_markers()}:
+            item.add_marker("repeats")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
