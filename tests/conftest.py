@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, is_hypothesis_test, settings
 from sqlalchemy import Connection, Engine, NullPool, create_engine, make_url, text
 from sqlalchemy.orm import Session
 
@@ -32,7 +32,7 @@ pytest_plugins = ["pytester", "pytest_iot_models"]
 
 # How long an example takes says something about the machine, and nothing about the product.
 settings.register_profile("full", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("quick", settings.get_profile("full"), max_examples=20)
+settings.register_profile("quick", settings.get_profile("full"), max_examples=10)
 settings.load_profile("full")  # unless --hypothesis-profile names the other
 
 SERVER = pytest.StashKey[PostgresServer]()
@@ -58,7 +58,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that run the same code many times over, so that `make test` can run them without coverage."""
     folders = {Path(__file__).parent / name for name in ("fuzz", "guarantees")}
     for item in items:
-        if folders & {*item.path.parents} or {"hypothesis", "large"} & {mark.name for mark in item.iter_markers()}:
+        # Hypothesis sets a marker of its own, but later.
+        is_property = is_hypothesis_test(getattr(item, "obj", None))
+        if is_property or item.get_closest_marker("large") or folders & {*item.path.parents}:
             item.add_marker("repeats")
 
 
