@@ -11,7 +11,7 @@ from tests.guarantees.load.history import keep_history, read_rows
 from tests.guarantees.load.many_writers import SERIALIZATION, Findings, Load
 from tests.guarantees.load.record import KINDS, READ, WRITTEN
 from tests.guarantees.load.workload import DEVICES, TENANTS
-from tests.guarantees.load.writer import ROLLED_BACK, Plan
+from tests.guarantees.load.writer import ROLLED_BACK, UNGUARDED, Plan
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
 PROCESSES = 4
-ENOUGH = 1_000  # acknowledged units of work: every call and every refusal is among them many times
+ENOUGH = 600  # acknowledged units of work: every call and every refusal is among them many times
 MOST_SECONDS = 90  # on a machine that has much else to do
 
 
@@ -56,5 +56,5 @@ def test_writers_whose_transactions_are_one_call_each_never_deadlock(own_engine:
     findings = run(own_engine, tmp_path, "READ COMMITTED", longest=1)
 
     assert findings.violations == []
-    assert set(findings.errors) <= {ROLLED_BACK, "StaleDataError"}
+    assert set(findings.errors) <= {ROLLED_BACK, UNGUARDED, "StaleDataError"}
     assert sum(len(operation.entries) > 1 for unit in findings.units for operation in unit.operations) > 50

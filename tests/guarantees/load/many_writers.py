@@ -188,7 +188,7 @@ def _may_meet_that(unit: Unit, plan: Plan) -> bool:
     match unit.error:
         case None | writer.ROLLED_BACK:
             return True
-        case "StaleDataError":
+        case "StaleDataError" | writer.UNGUARDED:
             return any(operation.kind.startswith("orm_") for operation in unit.operations)
         case "OperationalError 40P01":
             # Calls lock in one order: a deadlock takes transactions of several. Its victim can be any that waits, also

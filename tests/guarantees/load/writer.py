@@ -19,7 +19,7 @@ from random import Random
 from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import text
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, InvalidRequestError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 from sqlalchemy.orm.exc import StaleDataError
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 APPLICATION: Final = "iot_models_writer"  # by which its connections are found in pg_stat_activity
 ROLLED_BACK: Final = "rolled back on purpose"
+UNGUARDED: Final = "document read without its version"
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +204,8 @@ def _name(error: SQLAlchemyError) -> str:
         return f"{type(error).__name__} {_sqlstate(error) or 'without SQLSTATE'}"
     if isinstance(error, (StaleDataError, PoolTimeoutError)):
         return type(error).__name__
+    if isinstance(error, InvalidRequestError) and "was read without the desired_version" in str(error):
+        return UNGUARDED
     return f"{type(error).__name__}: {error}"
 
 
