@@ -19,7 +19,9 @@ BIN := .venv/bin
 CORE := iot_models/models.py,iot_models/service.py,iot_models/reports.py,iot_models/shadow.py,iot_models/twin.py,iot_models/errors.py,iot_models/_core/*
 ENGINES := iot_models/_core/asyncpg_options.py,iot_models/_core/server_settings.py
 
-PARALLEL := --numprocesses=logical --maxprocesses=4 --dist=worksteal
+# One more than there are cores, because a test often waits for the server.
+WORKERS = $(shell $(BIN)/python -c 'import os; print(min(4, os.cpu_count() + 1))')
+PARALLEL = --numprocesses=$(WORKERS) --dist=worksteal
 
 # Where an environment forbids it, each worker and each command that a test runs would compile all modules anew.
 export PYTHONDONTWRITEBYTECODE :=

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import secrets
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -55,12 +54,10 @@ def pytest_configure_node(node: Any) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that run the same code many times over, so that `make test` can run them without coverage."""
-    folders = {Path(__file__).parent / name for name in ("fuzz", "guarantees")}
+    """Mark the properties, and what is large, as tests that run code which others cover, too."""
     for item in items:
         # Hypothesis sets a marker of its own, but later.
-        is_property = is_hypothesis_test(getattr(item, "obj", None))
-        if is_property or item.get_closest_marker("large") or folders & {*item.path.parents}:
+        if is_hypothesis_test(getattr(item, "obj", None)) or item.get_closest_marker("large"):
             item.add_marker("repeats")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
@@ -68,7 +69,7 @@ def pgbouncer(url: str, **settings: str) -> Iterator[str]:
         with log, subprocess.Popen([PGBOUNCER, "-q", name + "/ini"], stdout=log, stderr=log, **become) as process:
             try:
                 until = time.monotonic() + _SECONDS
-                while not (folder / ".s.PGSQL.6432").exists():
+                while not _answers(folder / ".s.PGSQL.6432"):
                     log.seek(0)
                     assert process.poll() is None, log.read()
                     assert time.monotonic() < until, log.read()
@@ -77,3 +78,9 @@ def pgbouncer(url: str, **settings: str) -> Iterator[str]:
                 yield reached.render_as_string()
             finally:
                 process.kill()
+
+
+def _answers(path: Path) -> bool:
+    """Whether somebody listens on that Unix socket: its file is there before."""
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection, Engine
 
+pytestmark = pytest.mark.repeats
+
 
 def attempts(point: str) -> Iterator[tuple[str, Callable[[], Attempt]]]:
     """What the corpus holds for an entry point, one hostile thing at a time."""

@@ -16,6 +16,8 @@ from tests.fuzz.judge.world import FindingError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+pytestmark = pytest.mark.repeats
+
 
 @pytest.fixture(autouse=True)
 def _no_urls_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

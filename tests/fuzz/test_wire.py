@@ -26,6 +26,8 @@ from tests.reference.json_values import merge_patch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.repeats
+
 TENANT = "acm%E9"  # a header carries latin 1: these three are what a header can say
 TENANTS = [TENANT, "acm_", "acm% "]
 MAX_BODY = 131_072

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
     from tests.guarantees.every_write import Write
 
+pytestmark = pytest.mark.repeats
+
 
 @pytest.fixture(params=ASYNC_DRIVERS)
 def driver(request: pytest.FixtureRequest) -> str:

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     # Runs the work and breaks it off where it waits for the time of that number; whether it did, and how often it waited.
     BreakOff: TypeAlias = Callable[[Awaitable[Any], int], Awaitable[tuple[bool, int]]]
 
+pytestmark = pytest.mark.repeats
+
 PAUSE = 0.01  # what the server needs to answer one statement, with room
 
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from tests.databases.durable_server import DurableServer
 
+pytestmark = pytest.mark.repeats
+
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[DurableServer]:

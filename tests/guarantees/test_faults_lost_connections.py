@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
+pytestmark = pytest.mark.repeats
+
 WRITE = START | {ONE: START[ONE]._replace(desired={"new": 2}, desired_version=8, has_been_asked=True)}
 
 

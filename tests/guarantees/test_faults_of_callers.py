@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection, Engine
 
+pytestmark = pytest.mark.repeats
+
 LAST_VERSION = 2**31 - 1
 
 

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
+pytestmark = pytest.mark.repeats
+
 TIMEOUTS = {
     "lock_timeout": ("55P03", "canceling statement due to lock timeout"),
     "statement_timeout": ("57014", "canceling statement due to statement timeout"),

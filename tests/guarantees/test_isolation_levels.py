@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
+pytestmark = pytest.mark.repeats
+
 SNAPSHOT_LEVELS = ["REPEATABLE READ", "SERIALIZABLE"]
 DEVICES = ("t-1", "t-2")
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
+pytestmark = pytest.mark.repeats
+
 PROCESSES = 4
 ENOUGH = 600  # acknowledged units of work: every call and every refusal is among them many times
 MOST_SECONDS = 90  # on a machine that has much else to do

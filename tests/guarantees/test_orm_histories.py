@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from sqlalchemy import create_engine
@@ -16,6 +17,8 @@ from tests.guarantees.orm_histories import Histories
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
+
+pytestmark = pytest.mark.repeats
 
 EXAMPLES = os.environ.get("IOT_MODELS_TEST_EXAMPLES")
 

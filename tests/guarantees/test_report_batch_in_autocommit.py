@@ -19,6 +19,8 @@ from tests.databases.devices import TENANT, add_device
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
+pytestmark = pytest.mark.repeats
+
 REPORTS = [Report("t-1", {"on": True}, 0), Report("t-2", {"on": True}, 0)]
 # Read and judged before they are written, since a device reports twice.
 TWICE = [*REPORTS, Report("t-1", {"on": True}, 0)]

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
     from tests.guarantees.state_machine.compared_session import Acknowledgement
 
+pytestmark = pytest.mark.repeats
+
 EXAMPLES = os.environ.get("IOT_MODELS_TEST_EXAMPLES")
 PARTS = 4  # which run in parallel
 SETTINGS = settings(

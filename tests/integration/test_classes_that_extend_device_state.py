@@ -19,6 +19,8 @@ from tests.databases.devices import add_device
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
+pytestmark = pytest.mark.repeats
+
 HEAD = """
 import sys
 from sqlalchemy import create_engine, select

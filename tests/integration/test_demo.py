@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from iot_models.testing import PostgresServer
 
+pytestmark = pytest.mark.repeats
+
 
 def run_demo() -> str:
     inherited = {name: value for name, value in os.environ.items() if not name.endswith("DATABASE_URL")}

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
     from iot_models.testing import PostgresServer
 
+pytestmark = pytest.mark.repeats
+
 EXAMPLE = CHECKOUT / "examples" / "fastapi_twin.py"
 START_SECONDS = 30
 

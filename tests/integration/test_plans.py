@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection, Engine, Executable
 
+pytestmark = pytest.mark.repeats
+
 PENDING = "idx_device_state_shadow_pending"
 PENDING_IN_ORDER = "idx_device_state_shadow_pending_device"
 PRIMARY_KEY = "device_state_pkey"

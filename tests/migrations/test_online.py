@@ -321,6 +321,7 @@ WAYS = {
 }
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("way", WAYS)
 def test_cut_off_after_any_change_the_same_command_ends_in_the_same_result(url: str, way: str) -> None:
     there, back, least = WAYS[way]
@@ -363,6 +364,7 @@ event.listen(Engine, {moment!r}, kill)
 """
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize(
     ("call", "moment", "needle"),
     [

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from iot_models.testing import PostgresServer
 
+pytestmark = pytest.mark.repeats
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:

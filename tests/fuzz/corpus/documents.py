@@ -20,7 +20,7 @@ from tests.fuzz.corpus import hostile_types as hostile
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-DEEP: Final = 100_000
+DEEP: Final = 20_000
 
 # What has ever ended a string, a comment, a placeholder, a template or a line where it should not have.
 TEXTS: Final = {
