@@ -286,16 +286,8 @@ def _start(
     settings: dict[str, str],
     seconds: float,
 ) -> dict[str, str]:
-    """Start a server, which `stack` stops. Return its `bin` folder and version when it accepts connections.
-
-    Root's server runs with another account. That account owns `run` only, and cannot write beside it: a process of the
-    account could make links in a folder of its own, and root would follow them when it copies the binaries.
-    """
-    place = folder / _PLACE
-    place.mkdir(mode=0o700)
-    account = _account(place)
-    os.chown(folder, -1, account.get("group", -1))  # root's account may pass through the folder
-    folder.chmod(0o710)
+    """Start a server, which `stack` stops. Return its `bin` folder and version when it accepts connections."""
+    place, account = _place_in(folder)
     options: dict[str, Any] = {
         # Not the caller's environment: PG* variables, LD_LIBRARY_PATH or an unknown LANG would break the programs.
         "env": {"LC_ALL": "C", "TZ": "UTC"},
@@ -323,6 +315,23 @@ def _start(
     stack.callback(_stop, server)
     _await_ready(server, data / "postmaster.pid", seconds)
     return {"bin": str(binaries), "version": version}
+
+
+def _place_in(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Make the server's own folder in `folder`. Return it, and the options with which `subprocess` runs the server.
+
+    Root's server runs with another account. That account owns this folder only, and cannot write beside it: a process
+    of the account could make links in a folder of its own, and root would follow them when it copies the binaries.
+
+    Raises:
+        RuntimeError: As `_account`.
+    """
+    place = folder / _PLACE
+    place.mkdir(mode=0o700)
+    account = _account(place)
+    os.chown(folder, -1, account.get("group", -1))  # root's account may pass through the folder
+    folder.chmod(0o710)
+    return place, account
 
 
 def _account(folder: Path) -> dict[str, Any]:

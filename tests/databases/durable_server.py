@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING, Any, Final, Literal
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+_PLACE: Final = "run"  # the server's own folder, as the throwaway server's; beside it is the log
 _SECONDS: Final = 60.0  # for initdb, for crash recovery, for all processes to end
 _SETTINGS: Final = {
     "fsync": "on",
@@ -43,11 +44,12 @@ class DurableServer:
     """
 
     def __init__(self, folder: Path, binaries: Path, account: Mapping[str, Any], settings: Mapping[str, str]) -> None:
-        self.url = f"postgresql+psycopg://postgres@/postgres?host={folder}&port={settings['port']}"
-        self.bin = binaries
         self._folder = folder
+        self._place = folder / _PLACE
+        self.url = f"postgresql+psycopg://postgres@/postgres?host={self._place}&port={settings['port']}"
+        self.bin = binaries
         self._account = account
-        self._settings = {**settings, "unix_socket_directories": str(folder)}
+        self._settings = {**settings, "unix_socket_directories": str(self._place)}
         self._postmaster: subprocess.Popen[bytes] | None = None
 
     @property
@@ -63,7 +65,7 @@ class DurableServer:
         """
         if self.pid is not None:
             return
-        command = [str(self.bin / "postgres"), "-D", str(self._folder / "data")]
+        command = [str(self.bin / "postgres"), "-D", str(self._place / "data")]
         for name, value in self._settings.items():
             command += ["-c", f"{name}={value}"]
         with (self._folder / "log").open("ab") as log:
@@ -109,7 +111,7 @@ class DurableServer:
     def _is_ready(self, pid: int) -> bool:
         """By its pid file, which a server that was killed leaves behind: so whose file it is counts too."""
         try:
-            lines = (self._folder / "data" / "postmaster.pid").read_text().splitlines()
+            lines = (self._place / "data" / "postmaster.pid").read_text().splitlines()
         except FileNotFoundError:
             return False
         return lines[:1] == [str(pid)] and lines[7:8] == ["ready   "]
@@ -134,8 +136,8 @@ def durable_postgres(*, settings: Mapping[str, str] | None = None) -> Iterator[D
     from iot_models.testing.throwaway import (  # noqa: PLC0415
         _BUILTIN_LOCALE,
         _INITDB,
-        _account,
         _copy,
+        _place_in,
         _temporary_folder,
         _version,
         wheel_binaries,
@@ -143,13 +145,14 @@ def durable_postgres(*, settings: Mapping[str, str] | None = None) -> Iterator[D
 
     folder = _temporary_folder() / f"iot_models_durable_{secrets.token_hex(6)}"
     with _guarded(folder):
-        options = {"env": {"LC_ALL": "C", "TZ": "UTC"}, "cwd": folder, **_account(folder)}
+        place, account = _place_in(folder)
+        options = {"env": {"LC_ALL": "C", "TZ": "UTC"}, "cwd": place, **account}
         binaries = wheel_binaries().resolve()
         try:
             _version(binaries, options)
         except PermissionError:
             binaries = _copy(binaries, folder)
-        initdb = [str(binaries / "initdb"), f"--pgdata={folder / 'data'}", *_INITDB, *_BUILTIN_LOCALE]
+        initdb = [str(binaries / "initdb"), f"--pgdata={place / 'data'}", *_INITDB, *_BUILTIN_LOCALE]
         subprocess.run(initdb, check=True, timeout=_SECONDS, capture_output=True, **options)
         server = DurableServer(folder, binaries, options, {**_SETTINGS, **(settings or {})})
         server.start()
@@ -176,7 +179,7 @@ def _clean_up(folder: Path) -> None:
     with (folder / "log").open("ab") as log:
         while not _has_ended(log):
             with contextlib.suppress(FileNotFoundError, IndexError, ProcessLookupError):
-                pid = int((folder / "data" / "postmaster.pid").read_text().splitlines()[0])
+                pid = int((folder / _PLACE / "data" / "postmaster.pid").read_text().splitlines()[0])
                 os.kill(pid, signal.SIGQUIT)  # immediate shutdown
             time.sleep(0.02)
     shutil.rmtree(folder, ignore_errors=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import create_engine, make_url, text
 
-from iot_models.testing.throwaway import _account, _temporary_folder
+from iot_models.testing.throwaway import _place_in, _temporary_folder
 from tests.databases.durable_server import _SETTINGS, DurableServer, _guarded
 
 if TYPE_CHECKING:
@@ -25,9 +25,10 @@ def standby_of(primary: DurableServer, name: str) -> Iterator[DurableServer]:
     folder = _temporary_folder() / f"iot_models_standby_{secrets.token_hex(6)}"
     query = make_url(primary.url).query
     with _guarded(folder):
-        options = {"env": {"LC_ALL": "C", "TZ": "UTC"}, "cwd": folder, **_account(folder)}
+        place, account = _place_in(folder)
+        options = {"env": {"LC_ALL": "C", "TZ": "UTC"}, "cwd": place, **account}
         source = f"host={query['host']} port={query['port']} user=postgres application_name={name}"
-        copy = [str(primary.bin / "pg_basebackup"), f"--pgdata={folder / 'data'}", f"--dbname={source}"]
+        copy = [str(primary.bin / "pg_basebackup"), f"--pgdata={place / 'data'}", f"--dbname={source}"]
         copy += ["--checkpoint=fast", "--wal-method=stream", "--write-recovery-conf", "--no-sync"]
         subprocess.run(copy, check=True, timeout=60, capture_output=True, **options)
         standby = DurableServer(folder, primary.bin, options, _SETTINGS)
