@@ -19,7 +19,7 @@ from random import Random
 from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import text
-from sqlalchemy.exc import DBAPIError, InvalidRequestError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, InvalidRequestError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 from sqlalchemy.orm.exc import StaleDataError
@@ -200,7 +200,7 @@ def _is_definite(error: DBAPIError) -> bool:
 
 
 def _name(error: SQLAlchemyError) -> str:
-    if isinstance(error, DBAPIError):
+    if isinstance(error, OperationalError) or (isinstance(error, DBAPIError) and _sqlstate(error)):
         return f"{type(error).__name__} {_sqlstate(error) or 'without SQLSTATE'}"
     if isinstance(error, (StaleDataError, PoolTimeoutError)):
         return type(error).__name__
