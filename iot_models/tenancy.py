@@ -12,11 +12,12 @@ another tenant: code that can run any SQL as that role can do that, too.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 from weakref import ref
 
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import scoped_session
 
 from iot_models._core import validation
 from iot_models._core.database_errors import LOCK_NOT_AVAILABLE, sqlstate
@@ -157,7 +158,7 @@ def disable(connection: Connection, role: str) -> None:
     _warn(connection)
 
 
-def bind_tenant(session: Session, tenant_id: str) -> None:
+def bind_tenant(session: Session | scoped_session[Any], tenant_id: str) -> None:
     """Bind the session's transaction to a tenant until it ends. The next transaction is not bound.
 
     This is one `SET LOCAL`. It also reaches the workers of a Citus cluster if `citus.propagate_set_commands` is
@@ -165,6 +166,10 @@ def bind_tenant(session: Session, tenant_id: str) -> None:
     `ShadowService` with `bind_tenant=True` calls this itself, in each transaction.
 
     With an `AsyncSession`: `await session.run_sync(bind_tenant, "acme")`.
+
+    Args:
+        session: A session, or a `scoped_session`: its session of the current scope.
+        tenant_id: The tenant.
 
     Raises:
         RuntimeError: If the transaction was bound to another tenant before, even if that was rolled back to a savepoint
@@ -178,6 +183,7 @@ def bind_tenant(session: Session, tenant_id: str) -> None:
         ...     session.scalars(select(DeviceState)).all()  # acme's
     """
     validation.require_tenant(tenant_id)
+    session = session() if isinstance(session, scoped_session) else session
     connection = session.connection(bind_arguments={"mapper": DeviceState.__mapper__})
     bound: _Bound | None = connection.info.get(_BOUND)
     if bound is not None and bound.is_open():
@@ -222,6 +228,8 @@ class _Policy(NamedTuple):
 
 
 def _policy_now(connection: Connection) -> _Policy:
+    # The rule is compared as PostgreSQL writes it.
+    connection.execute(text("SELECT set_config('quote_all_identifiers', 'off', true)"))
     row = connection.execute(_POLICY_NOW, _BINDS).one_or_none()
     return _Policy(row.roles, row.in_force) if row is not None else _Policy((), in_force=False)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import ProgrammingError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from iot_models import ShadowService
 from iot_models.tenancy import bind_tenant
@@ -148,3 +148,11 @@ def test_autocommit_mode_is_refused_for_no_statement_would_find_the_tenant(app: 
     with Session(app) as session:
         bind_tenant(session, TENANT)
         assert tenants(session) == [TENANT]
+
+
+def test_the_session_of_the_current_scope_is_bound(app: Engine) -> None:
+    sessions = scoped_session(sessionmaker(app))
+    bind_tenant(sessions, TENANT)
+
+    assert tenants(sessions()) == [TENANT]
+    sessions.remove()

@@ -47,7 +47,9 @@ def test_enabled_the_role_sees_one_tenant_and_the_owner_all(owner: Connection, a
     assert owner.scalar(text("SELECT count(*) FROM device_state")) == 2
 
 
-def test_enabling_twice_changes_nothing_and_takes_no_lock(owner: Connection, app: str) -> None:
+@pytest.mark.parametrize("quoted", ["off", "on"])
+def test_enabling_twice_changes_nothing_and_takes_no_lock(owner: Connection, app: str, quoted: str) -> None:
+    run(owner, f"SET LOCAL quote_all_identifiers = {quoted}")
     tenancy.enable(owner, app)
     before = security(owner)
 
@@ -236,6 +238,14 @@ def test_no_lock_is_waited_for_longer_than_four_seconds_unless_the_caller_says_s
     run(owner, "SET LOCAL lock_timeout = '1min'")
     tenancy.disable(owner, app)
     assert owner.scalar(text("SHOW lock_timeout")) == "1min"
+
+
+def test_autovacuum_is_asked_to_leave_at_once_if_the_role_may_do_so(owner: Connection, app: str) -> None:
+    assert owner.scalar(text("SHOW deadlock_timeout")) == "1s"
+
+    tenancy.enable(owner, app)
+
+    assert owner.scalar(text("SHOW deadlock_timeout")) == "20ms"
 
 
 def test_another_error_while_the_lock_is_taken_is_passed_on_as_it_is(own_engine: Engine, app: str) -> None:
