@@ -22,7 +22,7 @@ from iot_models._migrations.operations import LockTable  # registers, too, what 
 from iot_models._migrations.options import LOCK_TIMEOUT, require_known
 from iot_models._migrations.session import set_all
 from iot_models._migrations.targets import engine_for
-from iot_models.engine import masked
+from iot_models.engine import shown
 from iot_models.models import DEFINED
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def _connection(options: dict[str, str]) -> Iterator[Connection]:
         connection = engine.connect()
     except OperationalError as error:
         raise CommandError(
-            f"cannot reach {masked(engine.url)}: {str(error.orig).strip()}\n"
+            f"cannot reach {shown(engine.url)}: {str(error.orig).strip()}\n"
             "Start the server, or correct the URL (-x url=..., IOT_MODELS_DATABASE_URL, DATABASE_URL)."
         ) from error
     with connection:

@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 import os
+import re
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,6 +17,7 @@ from sqlalchemy.exc import ArgumentError
 
 from iot_models._core import statement_names
 from iot_models._core.asyncpg_options import connect_arguments
+from iot_models._core.database_errors import hide_row
 from iot_models._core.server_settings import CLIENT_ENCODING, pinned, require_readable, settings_in
 from iot_models._core.validation import storable_text
 
@@ -51,7 +53,8 @@ def create_engine(
     """SQLAlchemy's `create_engine` with the URL rules of `database_url` and the settings that a service needs.
 
     The settings are: `pool_pre_ping`, so that no call fails because the server was restarted; an application name; the
-    three timeouts; a JSON serializer that writes compact UTF-8 and refuses NaN. What the caller passes comes first, in
+    three timeouts; `hide_parameters`, so that no document stands in an error or in a log, because it may hold a secret
+    of the device; a JSON serializer that writes compact UTF-8 and refuses NaN. What the caller passes comes first, in
     `options` or in the URL (`?application_name=...`, `?options=-c statement_timeout=5s`); the other settings stay.
 
     Each connection has `client_encoding=UTF8`, `DateStyle=ISO` and `TimeZone=UTC`, whatever the server, the role and
@@ -197,7 +200,8 @@ def _timeouts(
 
 
 def _with_defaults(options: Mapping[str, Any], connect_args: Mapping[str, Any]) -> dict[str, Any]:
-    return {"pool_pre_ping": True, "json_serializer": _encode, **options, "connect_args": connect_args}
+    defaults: dict[str, Any] = {"pool_pre_ping": True, "hide_parameters": True, "json_serializer": _encode}
+    return {**defaults, **options, "connect_args": connect_args}
 
 
 def _for_libpq(
@@ -265,6 +269,8 @@ def _prepare_connections(engine: Engine, settings: Mapping[str, str]) -> None:
     columns = [f"pg_catalog.set_config('{name}', '{value}', false)" for name, value in settings.items()]
     statement = f"SELECT pg_catalog.current_setting('server_encoding'), {', '.join(columns)}"
 
+    event.listen(engine, "handle_error", hide_row)
+
     @event.listens_for(engine, "connect")
     def prepare(connection: Any, _: object) -> None:
         autocommit, connection.autocommit = connection.autocommit, True  # a rollback would undo the settings
@@ -299,6 +305,9 @@ def normalize_url(url: str | URL) -> URL:
     except (ArgumentError, ValueError) as error:  # ValueError: the port is not a number
         # Without the URL: it cannot be parsed, so a password in it cannot be masked.
         raise ValueError(f"not a database URL: {_WRITE_IT_AS}") from error
+    if "@" in (parsed.host or "") or re.search("=|://", parsed.database or ""):
+        # Without the URL again: what looks like its host or its database is a part of a password, or holds one.
+        raise ValueError(f"not a database URL: {_WRITE_IT_AS}, with @ in a user or password written as %40")
     if not all(map(storable_text, _texts(parsed))):
         raise ValueError(f"not a database URL, because it contains NUL or a lone surrogate: {_WRITE_IT_AS}")
     if parsed.drivername in {"postgres", "postgresql"}:
@@ -314,9 +323,19 @@ def normalize_url(url: str | URL) -> URL:
     return parsed
 
 
-def masked(url: URL) -> str:
-    """The URL as people may see it: without its password, and without those that libpq takes as options."""
-    return url.difference_update_query(["password", "sslpassword"]).render_as_string()
+def shown(url: URL) -> str:
+    """Where a URL leads, as people may see it: host, port and database, and nothing else of it.
+
+    Errors and logs show a URL by this function only. A secret can be the password, and also an option of libpq or a
+    part of `options`.
+
+    Example:
+        >>> shown(make_url("postgresql://iot:secret@db/iotcloud?sslpassword=secret"))
+        'database iotcloud at db:5432'
+    """
+    host = url.host or ",".join(url.normalized_query.get("host", ()))
+    port = url.port or ",".join(url.normalized_query.get("port", ()))
+    return f"database {url.database or '(default)'} at {host or '(default host)'}{f':{port}' if port else ''}"
 
 
 def _texts(url: URL) -> Iterator[str]:

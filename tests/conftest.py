@@ -50,7 +50,7 @@ def pytest_configure_node(node: Any) -> None:
         except NoServerError as error:
             raise pytest.UsageError(str(error)) from error
     server = config.stash[SERVER]
-    node.workerinput[SERVER_OF_WORKERS] = (server.url, server.description)
+    node.workerinput[SERVER_OF_WORKERS] = (str(server.url), server.description)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    from sqlalchemy.engine import ExceptionContext
 
 LOCK_NOT_AVAILABLE: Final = "55P03"
 READ_ONLY_SQL_TRANSACTION: Final = "25006"
@@ -30,6 +33,9 @@ _CLIENT_ENCODING: Final = (
     "Text can be written and read only if the session's client_encoding is UTF8: make the engine with "
     "iot_models.engine.create_engine, which sets it."
 )
+# The detail that PostgreSQL adds, up to the next field of the message.
+_ROW_DETAIL: Final = "Failing row contains "
+_ROW: Final = re.compile(rf"\nDETAIL: +{_ROW_DETAIL}.*?(?=\n[A-Z]+: |\Z)", re.DOTALL)
 _LOST: Final = (
     "The connection is lost, and its transaction is not committed: roll back, and run all of it again. In AUTOCOMMIT "
     "mode the last statement may be written: read before you write again."
@@ -88,9 +94,22 @@ def add_hint(error: DBAPIError | OSError | UnicodeError) -> None:
         error.add_detail(hint)
 
 
+def hide_row(context: ExceptionContext) -> None:
+    """Take the values of the row out of a constraint's error: PostgreSQL quotes the row, with its documents.
+
+    A listener for SQLAlchemy's `handle_error`.
+    """
+    error: BaseException | None = context.sqlalchemy_exception or context.original_exception
+    while error is not None:
+        error.args = tuple(_ROW.sub("", part) if isinstance(part, str) else part for part in error.args)
+        if str(getattr(error, "detail", "")).startswith(_ROW_DETAIL):  # asyncpg keeps it here
+            error.detail = None  # type: ignore[attr-defined]
+        error = error.__cause__ or error.__context__
+
+
 def _hint(error: DBAPIError) -> str | None:
     if error.connection_invalidated:
         return _LOST
-    if error.statement is None:  # failed before any statement
+    if error.statement is None and isinstance(error, (InterfaceError, OperationalError)):  # while it connected
         return _POOLER if _UNSUPPORTED_BY_PGBOUNCER in str(error.orig) else _UNREACHABLE + _REFUSED
     return _BY_SQLSTATE.get(sqlstate(error))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from alembic import command
 from alembic.util import CommandError
@@ -87,8 +88,21 @@ def _run_sql(given: argparse.Namespace, _: str | None, options: Options) -> tupl
     return 0, runner.sql(given.range, options)
 
 
+class _Parser(argparse.ArgumentParser):
+    """It does not quote what it does not understand: that may be a URL with its password."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(re.sub(r"(unrecognized arguments|invalid choice): (?s:.*?)(?= \(choose from|$)", r"\1", message))
+
+
+def _revisions(given: str) -> str:
+    if not re.fullmatch(r"[\w@+-]+(:[\w@+-]+)?", given):
+        raise argparse.ArgumentTypeError("not a revision: write 076, head, +1 or -1, or a range FROM:TO")
+    return given
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=COMMAND,
         description="Migrate the table device_state while writers go on, and back. Any command may be run again.",
         epilog=f"""\
@@ -112,12 +126,14 @@ Exit codes: 0 done, 1 refused or failed or a difference found, 2 wrong usage, 13
         return added
 
     up = add("upgrade", "bring the database up to a revision", _run_move)
-    up.add_argument("revision", nargs="?", default="head", help="head (the default), 076, +1; FROM:TO with --sql")
+    up.add_argument(
+        "revision", nargs="?", type=_revisions, default="head", help="head (the default), 076, +1; FROM:TO with --sql"
+    )
     up.set_defaults(move=command.upgrade, level=logging.INFO)
     up.formatter_class = argparse.RawDescriptionHelpFormatter
     up.epilog = _HOW_TO_FIT
     down = add("downgrade", "take the database back to a revision, and park the shadows", _run_move)
-    down.add_argument("revision", help="075, -1, base; FROM:TO with --sql")
+    down.add_argument("revision", type=_revisions, help="075, -1, base; FROM:TO with --sql")
     down.set_defaults(move=command.downgrade, level=logging.INFO)
     for move in (up, down):
         move.add_argument("--sql", action="store_true", help="print the SQL, and ask no database")
@@ -125,7 +141,7 @@ Exit codes: 0 done, 1 refused or failed or a difference found, 2 wrong usage, 13
     add("history", "print the revisions, the newest first", _run_history)
     add("check", "say whether the database stands at head and equals the models: exit code 0 or 1", _run_check)
     offline = add("sql", "print the SQL from one revision to another, and ask no database", _run_sql)
-    offline.add_argument("range", metavar="FROM:TO", help="075:076, base:head, or downwards: 076:075")
+    offline.add_argument("range", type=_revisions, metavar="FROM:TO", help="075:076, base:head, or downwards: 076:075")
     for discarding in (down, offline):
         _add_option(discarding, "shadow", "after")
         _add_option(discarding, "device_state", "after")

@@ -59,7 +59,9 @@ def require_known(given: Mapping[str, str]) -> None:
         CommandError: If there is one. The message says what would be right.
     """
     for name, value in given.items():
+        # No value is shown, and no name that is none: it may be a URL with its password.
         if name not in OPTIONS:
-            raise CommandError(f"-x {name}: unknown; there are {', '.join(OPTIONS)}")
+            unknown = f"{name}: unknown" if name.isidentifier() else "NAME=VALUE is expected"
+            raise CommandError(f"-x {unknown}; there are {', '.join(OPTIONS)}")
         if not re.fullmatch(OPTIONS[name].pattern, value):
-            raise CommandError(f"-x {name}={value}: expected {OPTIONS[name].expected}")
+            raise CommandError(f"-x {name}=...: expected {OPTIONS[name].expected}")

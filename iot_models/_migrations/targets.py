@@ -47,7 +47,7 @@ def engine_for(target: Target, *, option: str, fallback: str | None = None) -> E
     # In a database in SQL_ASCII psycopg would return bytes, and SQLAlchemy fail before anybody can say why.
     libpq = url.get_driver_name() in {"psycopg", "psycopg2"}
     arguments = {"application_name": _APPLICATION_NAME, **({"client_encoding": "utf8"} if libpq else {})}
-    return sqlalchemy.create_engine(url, poolclass=NullPool, connect_args=arguments)
+    return sqlalchemy.create_engine(url, poolclass=NullPool, connect_args=arguments, hide_parameters=True)
 
 
 def _usable(engine: object) -> Engine:

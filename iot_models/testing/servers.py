@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy import URL, NullPool, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError
 
-from iot_models.engine import normalize_url
+from iot_models.engine import normalize_url, shown
 from iot_models.testing import throwaway
 
 if TYPE_CHECKING:
@@ -53,6 +53,18 @@ class NoServerError(RuntimeError):
     """There is no PostgreSQL to test on. The message says why, and what to install or to set."""
 
 
+class DatabaseURL(str):
+    """A database URL that does not show its password where its `repr` is printed.
+
+    pytest prints the arguments of a test that fails. `str` and everything else is the URL's own.
+    """
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"<{shown(make_url(self))}>"
+
+
 @dataclass(frozen=True, slots=True)
 class PostgresServer:
     """A running server on which `database` creates and drops databases.
@@ -64,6 +76,9 @@ class PostgresServer:
 
     url: str
     description: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "url", DatabaseURL(self.url))
 
 
 @contextmanager
@@ -132,7 +147,7 @@ def database(server: PostgresServer, template: str | None = None) -> Iterator[st
                 )
             raise
     try:
-        yield make_url(server.url).set(database=name).render_as_string(hide_password=False)
+        yield DatabaseURL(make_url(server.url).set(database=name).render_as_string(hide_password=False))
     finally:
         with admin.connect() as connection:
             connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))

@@ -169,12 +169,12 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str], capsys: pytest.Capture
         (["current", "--url", "postgresql+frob://db/iot"], r"postgresql\+frob: Can't load plugin.*; write .*psycopg://.*"),
         (["current", "--url", "postgresql+psycopg2cffi://db/iot"], r"postgresql\+psycopg2cffi: No module .*; write .*"),
         (["upgrade", "--url", "postgresql+asyncpg://db/iot"], r"migrations run synchronously, and postgresql\+asyncpg .*"),
-        (["upgrade", "--url", NOWHERE], r"cannot reach postgresql\+psycopg://iot:\*\*\*@127\.0\.0\.1:1/nowhere: .*"),
+        (["upgrade", "--url", NOWHERE], r"cannot reach database nowhere at 127\.0\.0\.1:1: .*"),
         (["-x", "frob=1", "upgrade", "--url", NOWHERE], r"-x frob: unknown; there are url, lock_timeout, .*"),
-        (["upgrade", "--lock-timeout", "4", "--url", NOWHERE], r"-x lock_timeout=4: expected how long .*"),
+        (["upgrade", "--lock-timeout", "4", "--url", NOWHERE], r"-x lock_timeout=\.\.\.: expected how long .*"),
         (["sql", "075"], r"'075' is no range of revisions: write FROM:TO, as in 075:076 or 076:075"),
         (["sql", "075:frob"], r"Can't locate revision identified by 'frob'"),
-        (["sql", "head:075", "--shadow=keep"], r"-x shadow=keep: expected discard: .*"),
+        (["sql", "head:075", "--shadow=keep"], r"-x shadow=\.\.\.: expected discard: .*"),
     ],
 )  # fmt: skip
 def test_an_error_is_one_message_and_exit_code_1(

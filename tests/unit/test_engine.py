@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import make_url
 
-from iot_models.engine import create_async_engine, create_engine, database_url, masked, normalize_url
+from iot_models.engine import (
+    create_async_engine,
+    create_engine,
+    database_url,
+    normalize_url,
+    shown,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,11 +60,31 @@ def test_the_password_of_another_database_is_not_shown() -> None:
     assert "hunter2" not in str(caught.value)
 
 
-def test_a_masked_url_shows_no_password_wherever_it_stands() -> None:
-    url = make_url("postgresql://iot:hunter2@db/iot?password=hunter2&sslmode=require&sslpassword=hunter2")
+@pytest.mark.parametrize(
+    ("url", "place"),
+    [
+        ("postgresql://iot:hunter2@db:6432/iot?sslmode=require", "database iot at db:6432"),
+        ("postgresql://db/iot?password=hunter2&sslpassword=hunter2&oauth_client_secret=hunter2", "database iot at db"),
+        ("postgresql:///iot?host=/run/a,/run/b&port=1,2&scram_client_key=hunter2", "database iot at /run/a,/run/b:1,2"),
+        ("postgresql://iot:hunter2@/?options=-c%20app.key=hunter2", "database (default) at (default host)"),
+    ],
+)
+def test_of_a_url_its_place_is_shown_and_nothing_else(url: str, place: str) -> None:
+    assert shown(make_url(url)) == place
 
-    assert masked(url) == "postgresql://iot:***@db/iot?sslmode=require"
-    assert url.query["password"] == "hunter2"  # noqa: S105 - not a real one; the URL itself has not changed
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://iot:hunt@er2@db/iot",
+        "postgresql:///host=db password=hunter2 dbname=iot",
+        "postgresql:///postgresql://iot:hunter2@db/iot",
+    ],
+)
+def test_a_password_that_a_url_would_take_for_its_host_or_database_is_refused_without_being_shown(url: str) -> None:
+    with pytest.raises(ValueError, match=r"with @ in a user or password written as %40") as caught:
+        normalize_url(url)
+    assert "er2" not in str(caught.value)
 
 
 @pytest.mark.parametrize("take", [normalize_url, create_engine, create_async_engine])

@@ -47,6 +47,7 @@ _FAULTS: Final = frozenset(
         "OperationalError 57P02",  # another backend crashed
         "OperationalError 57P03",  # starting up, shutting down
         "OperationalError without SQLSTATE",  # the connection is gone, or refused
+        writer.NOT_RESET,
         "ProgrammingError 42703",  # the database is rolled back to revision 075: undefined column
     }
 )

@@ -19,7 +19,7 @@ from random import Random
 from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import text
-from sqlalchemy.exc import DBAPIError, InvalidRequestError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, InvalidRequestError, OperationalError, ProgrammingError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 from sqlalchemy.orm.exc import StaleDataError
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 APPLICATION: Final = "iot_models_writer"  # by which its connections are found in pg_stat_activity
 ROLLED_BACK: Final = "rolled back on purpose"
 UNGUARDED: Final = "document read without its version"
+NOT_RESET: Final = "connection came from the pool in a failed transaction"
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +207,10 @@ def _name(error: SQLAlchemyError) -> str:
         return type(error).__name__
     if isinstance(error, InvalidRequestError) and "was read without the desired_version" in str(error):
         return UNGUARDED
+    # Where a ROLLBACK itself is cancelled, SQLAlchemy 2.1 gives the connection back to the pool as it is. The ping of
+    # the next user fails, and the pool makes another connection.
+    if isinstance(error, ProgrammingError) and "can't change 'autocommit' now" in str(error):
+        return NOT_RESET
     return f"{type(error).__name__}: {error}"
 
 

@@ -1,0 +1,206 @@
+"""No password and no document of a device stands in an error, a log, a `repr` or what a command or a test run prints."""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import URL, NullPool, make_url, text
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.orm import Session
+
+from iot_models import ShadowService, migrate
+from iot_models._migrations.command_line import main
+from iot_models.engine import create_async_engine, create_engine
+from tests.databases.async_engines import ASYNC_DRIVERS, url_for
+from tests.databases.devices import DEVICE, TENANT, add_device
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy import Engine
+
+SECRET = "hunter2"  # noqa: S105 - not a real one
+NOWHERE = f"postgresql://iot:{SECRET}@127.0.0.1:9/iot"
+WITH_SECRETS = [
+    NOWHERE,
+    f"postgresql://iot@127.0.0.1:9/iot?password={SECRET}",
+    f"postgresql://iot@127.0.0.1:9/iot?sslpassword={SECRET}",
+    f"postgresql://iot@127.0.0.1:9/iot?oauth_client_secret={SECRET}",
+    f"postgresql://iot@127.0.0.1:9/iot?scram_client_key={SECRET}",
+    f"postgresql://iot@127.0.0.1:9/iot?options=-c%20app.key={SECRET}",
+    f"postgresql://iot:hunt@{SECRET}@127.0.0.1:9/iot",
+    f"postgresql:///host=127.0.0.1 port=9 password={SECRET}",
+    f"postgresql:///postgresql://iot:{SECRET}@127.0.0.1:9/iot",
+    f"postgresql://iot:{SECRET}@127.0.0.1:nine/iot",
+    f"mysql://iot:{SECRET}@db/iot",
+    f"postgresql+nosuch://iot:{SECRET}@db/iot",
+    f"postgresql+asyncpg://iot:{SECRET}@127.0.0.1:9/iot",
+    f"postgres//iot:{SECRET}@db/iot",
+    f"postgresql://iot:{SECRET}\0@db/iot",
+]
+
+
+def said_by(call: Callable[[], object]) -> str:
+    """The error of a call, with its traceback and all errors behind it."""
+    with pytest.raises(Exception) as caught:
+        call()
+    return "".join(traceback.format_exception(caught.value)) + repr(caught.value)
+
+
+def read(url: str | URL) -> None:
+    with Session(create_engine(url)) as session:
+        ShadowService(session, TENANT).get(DEVICE)
+
+
+def read_async(url: str | URL) -> None:
+    async def ask() -> None:
+        async with create_async_engine(url).connect() as connection:
+            await connection.execute(text("SELECT 1"))
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize("url", WITH_SECRETS)
+@pytest.mark.parametrize("call", [read, read_async, migrate.upgrade, migrate.check])
+def test_the_error_about_a_url_does_not_show_its_password(call: Callable[[str], object], url: str) -> None:
+    assert SECRET not in said_by(lambda: call(url))
+
+
+@pytest.mark.parametrize("url", WITH_SECRETS)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["upgrade", "--url", "{}"],
+        ["check", "--url={}"],
+        ["current", "-x", "url={}"],
+        ["upgrade", "-x", "{}"],
+        ["upgrade", "--lock-timeout", "{}"],
+        ["downgrade", "075", "--shadow", "{}"],
+        ["upgrade", "{}"],
+        ["upgrade", "head", "{}"],
+        ["sql", "{}"],
+        ["{}"],
+        ["check", "--nosuch={}"],
+    ],
+)
+def test_the_command_does_not_show_the_password_wherever_the_url_was_put(
+    arguments: list[str], url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IOT_MODELS_DATABASE_URL", NOWHERE)
+    code: Any
+    try:
+        code = main([argument.format(url) for argument in arguments])
+    except SystemExit as exit_:
+        code = exit_.code
+    printed = capsys.readouterr()
+
+    assert code in {1, 2}
+    assert printed.err
+    assert SECRET not in printed.out + printed.err
+
+
+def test_the_help_shows_no_url_of_the_environment(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IOT_MODELS_DATABASE_URL", NOWHERE)
+    for arguments in (["--help"], ["upgrade", "--help"], ["check", "--help"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+    assert SECRET not in capsys.readouterr().out
+
+
+DOCUMENT = {"wifi_password": SECRET}
+
+
+@pytest.mark.parametrize("driver", ["sync", *ASYNC_DRIVERS])
+def test_an_error_of_the_database_shows_no_document(own_engine: Engine, driver: str) -> None:
+    with Session(own_engine) as session, session.begin():
+        add_device(session)
+        session.execute(text("ALTER TABLE device_state ADD CHECK (NOT desired_state ? 'wifi_password')"))
+
+    def write(session: Session) -> None:
+        ShadowService(session, TENANT).replace_desired(DEVICE, DOCUMENT)
+
+    def in_thread() -> None:
+        with Session(create_engine(own_engine.url, poolclass=NullPool)) as session:
+            write(session)
+
+    async def in_task() -> None:
+        async with create_async_engine(url_for(driver, own_engine.url), poolclass=NullPool).connect() as connection:
+            await connection.run_sync(lambda sync: write(Session(sync)))
+
+    said = said_by(in_thread if driver == "sync" else lambda: asyncio.run(in_task()))
+
+    assert "violates check constraint" in said
+    assert SECRET not in said
+
+
+def test_an_error_of_a_batch_shows_no_document(own_engine: Engine) -> None:
+    engine = create_engine(own_engine.url, poolclass=NullPool)
+    with Session(engine) as session:
+        add_device(session)
+        session.execute(text("ALTER TABLE device_state ADD CHECK (NOT desired_state ? 'wifi_password')"))
+        said = said_by(lambda: ShadowService(session, TENANT).patch_desired_many([DEVICE], DOCUMENT))
+
+    assert "violates check constraint" in said
+    assert SECRET not in said
+
+
+def test_what_else_a_constraints_error_says_stays(own_engine: Engine) -> None:
+    engine = create_engine(own_engine.url, poolclass=NullPool)
+    with Session(engine) as session:
+        add_device(session)
+        with (
+            pytest.raises(IntegrityError, match=r"Key \(tenant_id, device_id\)=.* already exists"),
+            session.begin_nested(),
+        ):
+            session.execute(text("INSERT INTO device_state SELECT * FROM device_state"))
+        with pytest.raises(DBAPIError, match="null value in column") as null:
+            session.execute(text("UPDATE device_state SET status = NULL"))
+
+    assert "UPDATE device_state SET status = NULL" in str(null.value)
+    assert "Failing row" not in str(null.value) + str(null.value.orig)
+
+
+FAILS = f"""
+import pytest
+from iot_models.engine import create_engine
+
+@pytest.fixture(scope="session")
+def shadow_server():
+    from iot_models.testing import PostgresServer
+    return PostgresServer("{NOWHERE}", "made up")
+
+def test_a_server(shadow_server):
+    assert not shadow_server
+
+def test_a_url(url):
+    assert 1 == 2
+
+@pytest.fixture
+def url(shadow_server):
+    return shadow_server.url
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("--showlocals",), ("--tb=long", "-vv"), ("--setup-show",)])
+def test_the_report_of_a_test_that_fails_does_not_show_the_password(
+    pytester: pytest.Pytester, options: tuple[str, ...]
+) -> None:
+    pytester.makepyfile(FAILS)
+    result = pytester.runpytest_inprocess("-p", "no:cacheprovider", *options)
+
+    result.assert_outcomes(failed=2)
+    text_of_run = result.stdout.str()
+    assert "database iot at 127.0.0.1:9" in text_of_run or options == ("--setup-show",)
+    assert "hunter2@" not in text_of_run.replace(NOWHERE, "", text_of_run.count(f'PostgresServer("{NOWHERE}"'))
+
+
+def test_a_url_of_a_fixture_is_a_text_like_any_other(shadow_database: str) -> None:
+    assert isinstance(shadow_database, str)
+    assert make_url(shadow_database).database in repr(shadow_database)  # type: ignore[operator]
+    assert f"{shadow_database}" == str(shadow_database) == "".join(shadow_database)
+    assert "://" not in repr(shadow_database)
