@@ -99,12 +99,12 @@ def hide_row(context: ExceptionContext) -> None:
 
     A listener for SQLAlchemy's `handle_error`.
     """
-    error: BaseException | None = context.sqlalchemy_exception or context.original_exception
-    while error is not None:
+    errors: list[BaseException | None] = [context.sqlalchemy_exception, context.original_exception]
+    errors.append(errors[-1] and errors[-1].__cause__)  # asyncpg's own
+    for error in filter(None, errors):
         error.args = tuple(_ROW.sub("", part) if isinstance(part, str) else part for part in error.args)
-        if str(getattr(error, "detail", "")).startswith(_ROW_DETAIL):  # asyncpg keeps it here
+        if str(getattr(error, "detail", "")).startswith(_ROW_DETAIL):  # where asyncpg keeps it
             error.detail = None  # type: ignore[attr-defined]
-        error = error.__cause__ or error.__context__
 
 
 def _hint(error: DBAPIError) -> str | None:
