@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
 from iot_models._core.database_errors import LOCK_NOT_AVAILABLE, sqlstate
 from iot_models._migrations.comparison import TABLE
-from iot_models._migrations.obstacles import Plan, obstacles, refuse, warnings
+from iot_models._migrations.obstacles import Plan, obstacles, refuse, refuse_strangers, warnings
 from iot_models._migrations.operations import LockTable  # registers, too, what the revisions use
 from iot_models._migrations.options import LOCK_TIMEOUT, require_known
 from iot_models._migrations.session import set_all
@@ -65,6 +65,7 @@ def _connection(options: dict[str, str]) -> Iterator[Connection]:
             "Start the server, or correct the URL (-x url=..., IOT_MODELS_DATABASE_URL, DATABASE_URL)."
         ) from error
     with connection:
+        refuse_strangers(connection)
         connection.execute(text(set_all(options.get("lock_timeout", LOCK_TIMEOUT))))
         connection.commit()
         try:

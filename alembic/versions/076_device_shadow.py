@@ -151,24 +151,18 @@ def _create_parked() -> None:
     # It has the shadows of all tenants, and is its owner's alone: default privileges may let the application read new
     # tables, and without a policy a role with BYPASSRLS would still see rows.
     op.execute(f"ALTER TABLE {PARKED} ENABLE ROW LEVEL SECURITY")
-    op.execute(f"""
-        DO $$
-        DECLARE granted record;
-        BEGIN
-          FOR granted IN
-            SELECT DISTINCT
-                   CASE WHEN a.grantee = 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(a.grantee)) END AS role
+    _revoke_all(
+        PARKED,
+        f"""
+            SELECT c.relowner AS owner, a.grantee
               FROM pg_class c
              CROSS JOIN LATERAL (
                SELECT grantee FROM aclexplode(c.relacl)
                UNION ALL
                SELECT e.grantee FROM pg_attribute t CROSS JOIN aclexplode(t.attacl) e WHERE t.attrelid = c.oid) a
-             WHERE c.oid = to_regclass('{PARKED}') AND a.grantee <> c.relowner
-          LOOP
-            EXECUTE 'REVOKE ALL PRIVILEGES ON {PARKED} FROM ' || granted.role || ' CASCADE';
-          END LOOP;
-        END $$
-    """)
+             WHERE c.oid = to_regclass('{PARKED}')
+        """,
+    )
     # A table that was parked before this foreign key existed may have shadows of devices that are gone.
     op.execute(f"""
         DO $$ BEGIN
@@ -185,25 +179,51 @@ def _create_parked() -> None:
     """)
 
 
+def _revoke_all(target: str, grantees: str) -> None:
+    """Take away what default privileges gave others on a new object; `grantees` selects its `owner` and `grantee`."""
+    op.execute(f"""
+        DO $$
+        DECLARE granted record;
+        BEGIN
+          FOR granted IN
+            SELECT DISTINCT
+                   CASE WHEN a.grantee = 0 THEN 'PUBLIC'
+                   ELSE quote_ident(CAST(pg_get_userbyid(a.grantee) AS text)) END AS role
+              FROM ({grantees}) a WHERE a.grantee <> a.owner
+          LOOP
+            EXECUTE 'REVOKE ALL PRIVILEGES ON {target} FROM ' || granted.role || ' CASCADE';
+          END LOOP;
+        END $$
+    """)
+
+
 def _mirror_new_writes() -> None:
     """From now on every write of a shadow also goes to the parked copy.
 
     By a trigger, because the copying must not block writers and the last transaction must not have to read the table.
-    The trigger runs as its owner, because the application's role has no privilege on the parked table.
+    Its function runs with the rights of its owner, because the application's role has none on the parked table. So it
+    has to be safe by itself: nobody else may execute it, and as a trigger of another table it refuses to run.
     """
     op.lock_table("device_state", "SHARE ROW EXCLUSIVE")
     _create_parked()
-    schema = op.get_bind().scalar(
-        text("""
-            SELECT quote_ident(n.nspname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-             WHERE c.oid = to_regclass(:table)
-        """),
-        {"table": PARKED},
+    table = (
+        op.get_bind()
+        .execute(
+            text("""
+            SELECT CAST(c.oid AS bigint) AS id, quote_ident(CAST(n.nspname AS text)) AS schema
+              FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+             WHERE c.oid = to_regclass('device_state')
+        """)
+        )
+        .one()
     )
     op.execute(f"""
         CREATE OR REPLACE FUNCTION {TRIGGER}() RETURNS trigger
-        LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, {schema}, pg_temp AS $$
+        LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, {table.schema}, pg_temp AS $$
         BEGIN
+          IF TG_RELID <> CAST({table.id} AS oid) THEN
+            RAISE insufficient_privilege USING MESSAGE = '{TRIGGER}() is for device_state alone';
+          END IF;
           IF {_never_written("NEW")} THEN
             DELETE FROM {PARKED} p WHERE p.tenant_id = NEW.tenant_id AND p.device_id = NEW.device_id;
           ELSE
@@ -214,6 +234,14 @@ def _mirror_new_writes() -> None:
           RETURN NULL;
         END $$
     """)
+    _revoke_all(
+        f"FUNCTION {TRIGGER}()",
+        f"""
+            SELECT p.proowner AS owner, a.grantee
+              FROM pg_proc p CROSS JOIN aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a
+             WHERE p.oid = to_regprocedure('{TRIGGER}()')
+        """,
+    )
     op.execute(f"""
         CREATE OR REPLACE TRIGGER {TRIGGER}
           AFTER INSERT OR UPDATE OF tenant_id, device_id, {NAMES} ON device_state
@@ -280,7 +308,9 @@ PUT_BACK = f"""
 def _move(connection, statement: str, done: str) -> None:  # noqa: ANN001 - a Connection
     """Run the statement of a page until nothing is left to move, and log the progress every two seconds."""
     first = text(statement.replace("<behind>", "TRUE"))
-    further = text(statement.replace("<behind>", "(tenant_id, device_id) > (:tenant, :device)"))
+    further = text(
+        statement.replace("<behind>", "(tenant_id, device_id) > (CAST(:tenant AS text), CAST(:device AS text))")
+    )
     total = 0
     report_at = time.monotonic() + PROGRESS_EVERY
     pause = FIRST_PAUSE

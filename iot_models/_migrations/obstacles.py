@@ -15,6 +15,7 @@ from iot_models._migrations import expectations
 from iot_models._migrations.comparison import KEY, TABLE
 from iot_models._migrations.dependents import PARKED, TRIGGER, dependents
 from iot_models._migrations.faulty_rows import faulty_rows
+from iot_models._migrations.strangers import strangers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -90,6 +91,25 @@ def _paragraph(obstacle: Obstacle) -> str:
 
 def _capital(sentence: str) -> str:
     return sentence[:1].upper() + sentence[1:]
+
+
+def refuse_strangers(connection: Connection) -> None:
+    """Refuse to work in a database where code of a stranger's would run as this role. To be called first.
+
+    Raises:
+        CommandError: With every object that stands in the way.
+    """
+    if found := strangers(connection):
+        refuse(
+            [
+                Obstacle(
+                    "names that this command uses are taken by objects of other roles, and their code would run",
+                    found,
+                    "drop them, and let nobody else create objects in the schemas of the search path (REVOKE CREATE ON "
+                    "SCHEMA public FROM PUBLIC)",
+                )
+            ]
+        )
 
 
 def obstacles(connection: Connection, plan: Plan) -> list[Obstacle]:

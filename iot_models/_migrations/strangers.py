@@ -1,0 +1,89 @@
+"""Objects of roles that nobody here trusts, under names that a migration uses: it would run their code as its own role.
+
+A role that may create objects in a schema of the search path can make a table, a function or an operator before us. A
+function or an operator of the right types is a better match than the catalog's, whatever stands first in the path.
+
+This is asked before everything else, in SQL that names the schema of each function and operator.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from sqlalchemy import text
+
+from iot_models._migrations.comparison import TABLE
+from iot_models._migrations.dependents import PARKED, TRIGGER
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy import Connection
+
+# Tables that are ours alone. A team's triggers and policies on `device_state` are its own business.
+_TABLES: Final = ("alembic_version", PARKED)
+
+# `{=}` stands for the catalog's operator.
+_FOUND: Final = """
+    WITH path AS (
+      SELECT n.oid FROM pg_catalog.pg_namespace n
+       WHERE n.nspname {=} ANY (pg_catalog.current_schemas(false)) AND NOT (n.nspname {=} 'pg_catalog')),
+    me AS (
+      SELECT r.oid, r.rolsuper FROM pg_catalog.pg_roles r WHERE r.rolname {=} CURRENT_USER),
+    trusted AS (
+      SELECT r.oid FROM pg_catalog.pg_roles r CROSS JOIN me
+       WHERE r.rolsuper OR r.oid {=} me.oid
+          OR NOT me.rolsuper AND pg_catalog.pg_has_role(me.oid, r.oid, 'USAGE')
+          OR EXISTS (SELECT FROM pg_catalog.pg_database d
+                      WHERE d.datname {=} pg_catalog.current_database() AND d.datdba {=} r.oid)
+          OR EXISTS (SELECT FROM pg_catalog.pg_class c
+                      WHERE c.oid {=} CAST(pg_catalog.to_regclass(CAST(:table AS text)) AS oid)
+                        AND c.relowner {=} r.oid)),
+    ours AS (
+      SELECT c.oid, c.relowner FROM pg_catalog.pg_class c JOIN path ON path.oid {=} c.relnamespace
+       WHERE c.relname {=} ANY (CAST(CAST(:tables AS text[]) AS name[]))),
+    named AS (
+      SELECT CAST('pg_catalog.pg_class' AS regclass) AS class, o.oid, o.relowner AS owner FROM ours o
+      UNION ALL
+      SELECT 'pg_catalog.pg_proc', p.oid, p.proowner FROM pg_catalog.pg_proc p JOIN path ON path.oid {=} p.pronamespace
+       WHERE p.proname {=} CAST(CAST(:trigger AS text) AS name)
+          OR EXISTS (SELECT FROM pg_catalog.pg_proc b
+                      WHERE b.pronamespace {=} CAST(CAST('pg_catalog' AS regnamespace) AS oid)
+                        AND b.proname {=} p.proname)
+      UNION ALL
+      SELECT 'pg_catalog.pg_operator', p.oid, p.oprowner
+        FROM pg_catalog.pg_operator p JOIN path ON path.oid {=} p.oprnamespace
+       WHERE EXISTS (SELECT FROM pg_catalog.pg_operator b
+                      WHERE b.oprnamespace {=} CAST(CAST('pg_catalog' AS regnamespace) AS oid)
+                        AND b.oprname {=} p.oprname)),
+    carried AS (
+      SELECT CAST('pg_catalog.pg_trigger' AS regclass) AS class, t.oid FROM pg_catalog.pg_trigger t
+        JOIN ours ON ours.oid {=} t.tgrelid WHERE NOT t.tgisinternal
+      UNION ALL
+      SELECT 'pg_catalog.pg_rewrite', r.oid FROM pg_catalog.pg_rewrite r JOIN ours ON ours.oid {=} r.ev_class
+      UNION ALL
+      SELECT 'pg_catalog.pg_policy', p.oid FROM pg_catalog.pg_policy p JOIN ours ON ours.oid {=} p.polrelid
+      UNION ALL
+      SELECT 'pg_catalog.pg_class', i.inhrelid FROM pg_catalog.pg_inherits i JOIN ours ON ours.oid {=} i.inhparent
+      UNION ALL
+      SELECT 'pg_catalog.pg_class', i.inhparent FROM pg_catalog.pg_inherits i JOIN ours ON ours.oid {=} i.inhrelid)
+    SELECT pg_catalog.format('%s of role %I', pg_catalog.pg_describe_object(named.class, named.oid, 0),
+                             pg_catalog.pg_get_userbyid(named.owner)) AS found
+      FROM named
+     WHERE NOT EXISTS (SELECT FROM trusted WHERE trusted.oid {=} named.owner)
+       AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d
+                        WHERE d.classid {=} CAST(named.class AS oid) AND d.objid {=} named.oid
+                          AND CAST(d.deptype AS text) {=} 'e')
+    UNION ALL
+    SELECT pg_catalog.format('%s, which a table of ours does not have',
+                             pg_catalog.pg_describe_object(carried.class, carried.oid, 0))
+      FROM carried
+     ORDER BY 1
+""".replace("{=}", "OPERATOR(pg_catalog.=)")
+
+
+def strangers(connection: Connection) -> Sequence[str]:
+    """Each object that a migration would take for the catalog's or for its own. Nothing is changed or locked."""
+    binds = {"table": TABLE, "tables": [*_TABLES], "trigger": TRIGGER}
+    found: Sequence[str] = connection.scalars(text(_FOUND), binds).all()
+    return found

@@ -1,0 +1,196 @@
+"""A role that may log in, or create objects in a schema of the search path, gets nothing out of a migration."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import psycopg
+import pytest
+from alembic.util import CommandError
+from sqlalchemy import NullPool, create_engine, event, make_url
+
+from iot_models import migrate
+from tests.migrations.raw_sql import FLEET, RAW_075, SHADOWS, as_role, rows_of, run_sql
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+PARKED = "device_state_shadow_076"
+PARK = f"{PARKED}_park"
+WITNESS = "CREATE TABLE public.called (by name); GRANT ALL ON public.called TO PUBLIC;"
+TELL = "INSERT INTO public.called VALUES (current_user)"
+
+
+@pytest.fixture
+def database(new_database: Callable[..., str]) -> str:
+    """A database in whose schema `public` everybody may create objects, as in those that PostgreSQL 14 made."""
+    url = new_database()
+    run_sql(url, "GRANT ALL ON SCHEMA public TO PUBLIC;" + WITNESS)
+    return url
+
+
+@pytest.fixture
+def attacker(database: str, server_role: str) -> Iterator[str]:
+    """The database as somebody logs in who owns nothing and was granted nothing."""
+    yield as_role(database, server_role)
+    run_sql(database, f"DROP OWNED BY {server_role} CASCADE")
+
+
+def calls(database: str) -> object:
+    return run_sql(database, "SELECT * FROM public.called")
+
+
+def interrupted_downgrade(database: str) -> None:
+    """Cut a downgrade off when the shadows are parked and the columns are still there."""
+    run_sql(database, RAW_075, FLEET)
+    migrate.upgrade(database)
+    run_sql(database, SHADOWS)
+    engine = create_engine(database, poolclass=NullPool)
+
+    def cut(_c: object, _cursor: object, statement: str, *_rest: object) -> None:
+        if "DROP COLUMN IF EXISTS" in statement:
+            raise KeyboardInterrupt
+
+    event.listen(engine, "before_cursor_execute", cut)
+    with pytest.raises(KeyboardInterrupt):
+        migrate.downgrade(engine, "075")
+
+
+ATTACK = f"""
+    CREATE TEMP TABLE mine (tenant_id text, device_id text, desired_state jsonb, reported_state jsonb,
+                            desired_version int, reported_version int, shadow_updated_at timestamptz);
+    CREATE TRIGGER planted AFTER INSERT ON mine FOR EACH ROW EXECUTE FUNCTION public.{PARK}();
+    INSERT INTO mine VALUES ('t1', 'd1', '{{"planted": true}}', '{{}}', 99, 99, now());
+"""
+
+
+def test_the_copying_function_of_a_downgrade_serves_nobody_elses_trigger(database: str, attacker: str) -> None:
+    interrupted_downgrade(database)
+    before = rows_of(database, PARKED)
+
+    with pytest.raises(psycopg.Error, match=f"permission denied for function .*{PARK}"):
+        run_sql(attacker, ATTACK)
+
+    assert rows_of(database, PARKED) == before
+
+
+def test_the_copying_function_refuses_another_table_though_its_execution_was_granted(
+    database: str, attacker: str
+) -> None:
+    interrupted_downgrade(database)
+    run_sql(database, f"GRANT EXECUTE ON FUNCTION {PARK}() TO PUBLIC")
+    before = rows_of(database, PARKED)
+
+    with pytest.raises(psycopg.Error, match="is for device_state alone"):
+        run_sql(attacker, ATTACK)
+
+    assert rows_of(database, PARKED) == before
+
+
+def test_default_privileges_give_nobody_the_copying_function(database: str, attacker: str) -> None:
+    role = make_url(attacker).username
+    run_sql(database, f"ALTER DEFAULT PRIVILEGES GRANT ALL ON FUNCTIONS TO {role}; "
+                      f"ALTER DEFAULT PRIVILEGES GRANT ALL ON TABLES TO {role}")  # fmt: skip
+    interrupted_downgrade(database)
+
+    with pytest.raises(psycopg.Error, match=f"permission denied for function .*{PARK}"):
+        run_sql(attacker, ATTACK)
+    for statement in (
+        f"CREATE FUNCTION mine() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {TELL}; RETURN NULL; END $$;"
+        f"CREATE TRIGGER mine AFTER INSERT ON {PARKED} EXECUTE FUNCTION mine()",
+        f"TRUNCATE {PARKED}",
+        f"CREATE TABLE spy (a text, b text, FOREIGN KEY (a, b) REFERENCES {PARKED})",
+        f"SELECT * FROM {PARKED}",
+    ):
+        with pytest.raises(psycopg.Error, match="permission denied"):
+            run_sql(attacker, statement)
+    run_sql(database, f"ALTER DEFAULT PRIVILEGES REVOKE ALL ON FUNCTIONS FROM {role}; "
+                      f"ALTER DEFAULT PRIVILEGES REVOKE ALL ON TABLES FROM {role}")  # fmt: skip
+
+
+TAKEN = {
+    "the parked table": (
+        f"""CREATE TABLE {PARKED} (tenant_id text NOT NULL, device_id text NOT NULL, desired_state jsonb NOT NULL,
+              reported_state jsonb NOT NULL, desired_version int NOT NULL, reported_version int NOT NULL,
+              shadow_updated_at timestamptz, PRIMARY KEY (tenant_id, device_id));
+            INSERT INTO {PARKED} VALUES ('t1', 'd1', '{{"planted": true}}', '{{}}', 99, 99, now())""",
+        f"table {PARKED} of role",
+    ),
+    "the version table": (
+        "CREATE TABLE alembic_version (version_num varchar(32) PRIMARY KEY)",
+        "table alembic_version of role",
+    ),
+    "a view with the parked table's name": (f"CREATE VIEW {PARKED} AS SELECT 1", f"view {PARKED} of role"),
+    "the copying function": (
+        f"CREATE FUNCTION {PARK}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {TELL}; RETURN NULL; END $$",
+        rf"function {PARK}\(\) of role",
+    ),
+    "a function of the catalog's name": (
+        f"CREATE FUNCTION quote_ident(name) RETURNS text LANGUAGE plpgsql AS $$ BEGIN {TELL}; RETURN 'x'; END $$",
+        r"function quote_ident\(name\) of role",
+    ),
+    "a function that matches better than the catalog's variadic one": (
+        f"CREATE FUNCTION format(text, text) RETURNS text LANGUAGE plpgsql AS $$ BEGIN {TELL}; RETURN 'x'; END $$",
+        r"function format\(text,text\) of role",
+    ),
+    "an operator that matches better than the catalog's": (
+        f"""CREATE FUNCTION same(oid, regclass) RETURNS bool LANGUAGE plpgsql AS $$ BEGIN {TELL}; RETURN true; END $$;
+            CREATE OPERATOR = (LEFTARG = oid, RIGHTARG = regclass, FUNCTION = same)""",
+        r"operator =\(oid,regclass\) of role",
+    ),
+}
+
+
+@pytest.mark.parametrize("command", [migrate.upgrade, migrate.check, lambda url: migrate.downgrade(url, "075")])
+@pytest.mark.parametrize("name", TAKEN)
+def test_a_name_that_a_stranger_took_first_is_refused_before_any_change(
+    database: str, attacker: str, name: str, command: Callable[[str], object]
+) -> None:
+    made, message = TAKEN[name]
+    run_sql(database, RAW_075, FLEET)
+    before = rows_of(database)
+    run_sql(attacker, made)
+
+    with pytest.raises(CommandError, match=f"(?s)objects of other roles.*{message}"):
+        command(database)
+
+    assert rows_of(database) == before
+    assert calls(database) == []
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        f"CREATE FUNCTION tell() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {TELL}; RETURN NULL; END $$;"
+        "CREATE TRIGGER tell AFTER UPDATE ON alembic_version EXECUTE FUNCTION tell()",
+        f"CREATE RULE tell AS ON UPDATE TO alembic_version DO ALSO {TELL}",
+        "CREATE TABLE child () INHERITS (alembic_version)",
+    ],
+)
+def test_what_a_table_of_ours_carries_besides_is_refused_by_name(database: str, planted: str) -> None:
+    migrate.upgrade(database, "076")
+    run_sql(database, planted)
+
+    with pytest.raises(CommandError, match="which a table of ours does not have"):
+        migrate.upgrade(database)
+
+    assert calls(database) == []
+    assert run_sql(database, "SELECT version_num FROM alembic_version") == [("076",)]
+
+
+def test_objects_of_the_team_and_of_extensions_are_no_strangers(database: str, server_role: str) -> None:
+    """Here the application's owner migrates, and a superuser has made a function with the name of a built-in one."""
+    run_sql(
+        database,
+        f"CREATE FUNCTION format(text, text) RETURNS text LANGUAGE sql RETURN $1; ALTER SCHEMA public OWNER TO {server_role}",
+    )
+    owner = as_role(database, server_role)
+    run_sql(owner, RAW_075, FLEET, "CREATE FUNCTION lower(int) RETURNS text LANGUAGE sql RETURN 'x'")
+
+    migrate.upgrade(owner)
+    migrate.upgrade(database)
+
+    assert migrate.check(owner) == []
+    run_sql(database, "ALTER SCHEMA public OWNER TO postgres")
+    run_sql(database, f"DROP OWNED BY {server_role} CASCADE")
