@@ -13,13 +13,13 @@ import typing
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import DDL, ColumnElement, Index, Integer, MetaData, Table, Text, event, func, text
+from sqlalchemy import DDL, ColumnElement, Index, Integer, MetaData, Table, event, func, text
 from sqlalchemy.ext.hybrid import hybrid_property
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from iot_models import twin
 from iot_models._core import conditions
-from iot_models._core.column_types import Document, UTCTime
+from iot_models._core.column_types import Document, PlainText, UTCTime
 
 
 class Base(DeclarativeBase):
@@ -38,7 +38,7 @@ class Base(DeclarativeBase):
         }
     )
     type_annotation_map = {  # noqa: RUF012 - DeclarativeBase's own declaration, read once
-        str: Text,
+        str: PlainText(),
         int: Integer,
         datetime: UTCTime(),
         dict[str, Any]: Document(),

@@ -45,47 +45,50 @@ _BOUND: Final = "iot_models.tenancy.bound"
 _POLICY_NOW: Final = text("""
     SELECT ARRAY(SELECT CAST(rolname AS text) FROM pg_roles WHERE oid = ANY (p.polroles)) AS roles,
            c.relrowsecurity AND p.polpermissive AND p.polcmd = '*'
-             AND pg_get_expr(p.polqual, c.oid) = :rule AND pg_get_expr(p.polwithcheck, c.oid) = :rule AS in_force
+             AND pg_get_expr(p.polqual, c.oid) = CAST(:rule AS text)
+             AND pg_get_expr(p.polwithcheck, c.oid) = CAST(:rule AS text) AS in_force
       FROM pg_class c JOIN pg_policy p ON p.polrelid = c.oid
-     WHERE c.oid = to_regclass(:table) AND p.polname = :policy
+     WHERE c.oid = CAST(to_regclass(CAST(:table AS text)) AS oid) AND CAST(p.polname AS text) = CAST(:policy AS text)
 """)
 
 # A role counts as all that it can become by SET ROLE.
 _WAYS_AROUND: Final = text("""
     WITH role AS (
       SELECT r.oid, r.rolsuper, r.rolbypassrls, r.rolname,
-             CASE WHEN r.oid = me.oid THEN 'it' ELSE quote_ident(r.rolname) END AS subject
+             CASE WHEN r.oid = me.oid THEN 'it' ELSE quote_ident(CAST(r.rolname AS text)) END AS subject
         FROM pg_roles me JOIN pg_roles r
           ON r.oid = me.oid OR NOT me.rolsuper AND pg_has_role(me.oid, r.oid, 'MEMBER')
-       WHERE me.rolname = :role),
-    target AS (SELECT oid, relowner, relacl FROM pg_class WHERE oid = to_regclass(:table))
+       WHERE CAST(me.rolname AS text) = CAST(:role AS text)),
+    target AS (SELECT oid, relowner, relacl FROM pg_class WHERE oid = CAST(to_regclass(CAST(:table AS text)) AS oid))
     SELECT subject || CASE WHEN rolsuper THEN ' is a superuser' ELSE ' has BYPASSRLS' END AS way
       FROM role WHERE rolsuper OR rolbypassrls
     UNION ALL
     SELECT subject || ' owns the table' FROM role JOIN target ON relowner = role.oid
     UNION ALL
-    SELECT format('%s may use what no policy limits (REVOKE %s ON %s FROM %s)', coalesce(subject, 'everybody'),
+    SELECT pg_catalog.format('%s may use what no policy limits (REVOKE %s ON %s FROM %s)',
+                  coalesce(subject, 'everybody'),
                   string_agg(privilege_type, ', ' ORDER BY privilege_type), target.oid::regclass,
-                  coalesce(quote_ident(rolname), 'PUBLIC'))
+                  coalesce(quote_ident(CAST(rolname AS text)), 'PUBLIC'))
       FROM target CROSS JOIN aclexplode(relacl) LEFT JOIN role ON role.oid = grantee
      WHERE privilege_type IN ('REFERENCES', 'TRIGGER', 'TRUNCATE') AND grantee <> relowner
-       AND (grantee = 0 OR role.oid IS NOT NULL)
+       AND (grantee = CAST(0 AS oid) OR role.oid IS NOT NULL)
      GROUP BY subject, rolname, target.oid
     UNION ALL
-    SELECT concat('the policy ', quote_ident(polname), ' shows it rows too')
+    SELECT pg_catalog.concat('the policy ', quote_ident(CAST(polname AS text)), ' shows it rows too')
       FROM target JOIN pg_policy ON polrelid = target.oid
-     WHERE polpermissive AND polname <> :policy AND (0 = ANY (polroles) OR polroles && ARRAY(SELECT oid FROM role))
+     WHERE polpermissive AND CAST(polname AS text) <> CAST(:policy AS text)
+       AND (CAST(0 AS oid) = ANY (polroles) OR polroles OPERATOR(pg_catalog.&&) ARRAY(SELECT oid FROM role))
 """)
 
 _SHUT_OUT: Final = text("""
-    SELECT DISTINCT coalesce(quote_ident(r.rolname), 'PUBLIC')
+    SELECT DISTINCT coalesce(quote_ident(CAST(r.rolname AS text)), 'PUBLIC')
       FROM pg_class c CROSS JOIN aclexplode(c.relacl) a LEFT JOIN pg_roles r ON r.oid = a.grantee
-     WHERE c.oid = to_regclass(:table) AND c.relrowsecurity
+     WHERE c.oid = CAST(to_regclass(CAST(:table AS text)) AS oid) AND c.relrowsecurity
        AND a.privilege_type IN ('SELECT', 'INSERT', 'UPDATE', 'DELETE')
        AND NOT coalesce(r.rolsuper OR r.rolbypassrls OR pg_has_role(r.oid, c.relowner, 'USAGE'), false)
        AND NOT EXISTS (
-         SELECT FROM pg_policy p CROSS JOIN unnest(p.polroles) AS granted
-          WHERE p.polrelid = c.oid AND (granted = 0 OR pg_has_role(r.oid, granted, 'USAGE')))
+         SELECT FROM pg_policy p CROSS JOIN pg_catalog.unnest(p.polroles) AS granted
+          WHERE p.polrelid = c.oid AND (granted = CAST(0 AS oid) OR pg_has_role(r.oid, granted, 'USAGE')))
      ORDER BY 1
 """)
 
@@ -153,7 +156,13 @@ def disable(connection: Connection, role: str) -> None:
         return
     _lock(connection)
     _write_policy(connection, {*_policy_now(connection).roles} - {role})
-    if connection.scalar(text("SELECT count(*) FROM pg_policy WHERE polrelid = to_regclass(:table)"), _BINDS) == 0:
+    if (
+        connection.scalar(
+            text("SELECT count(*) FROM pg_policy WHERE polrelid = CAST(to_regclass(CAST(:table AS text)) AS oid)"),
+            _BINDS,
+        )
+        == 0
+    ):
         _run(connection, f"ALTER TABLE {_TABLE} DISABLE ROW LEVEL SECURITY")
     _warn(connection)
 
@@ -252,7 +261,7 @@ def _require_transaction(connection: Connection) -> None:
 def _require_role(connection: Connection, role: str) -> None:
     validation.require_text("role", role)
     # CAST: the type name would cut it to 63 bytes, and so to the name of another role.
-    found = text("SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = CAST(:role AS text))")
+    found = text("SELECT EXISTS (SELECT FROM pg_roles WHERE CAST(rolname AS text) = CAST(:role AS text))")
     if not connection.scalar(found, {"role": role}):
         raise LookupError(f"there is no role {role!a} on this server: check the name, or CREATE ROLE first")
 

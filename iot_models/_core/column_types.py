@@ -16,7 +16,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from iot_models._core.stored_json import read_json
 
 if TYPE_CHECKING:
-    from sqlalchemy import ColumnElement, Dialect
+    from sqlalchemy import BindParameter, ColumnElement, Dialect
     from sqlalchemy.sql.operators import OperatorType
     from sqlalchemy.types import TypeEngine
 
@@ -29,6 +29,20 @@ _BEHIND_LAST: Final = literal_column("TIMESTAMPTZ '10000-01-01 00:00:00+00'", TI
 def readable_time(time: ColumnElement[Any]) -> ColumnElement[bool]:
     """Python can hold this time: it is there, finite, and of the years 1 to 9999."""
     return (time >= _FIRST) & (time < _BEHIND_LAST)
+
+
+class PlainText(TypeDecorator[str]):
+    """A `text`, whose values are bound as `text`.
+
+    SQLAlchemy binds a `varchar`. PostgreSQL has no operator for the two: it takes the one for text and text, or a
+    better match, and a role that may create objects in a schema of the search path can make that.
+    """
+
+    impl = Text
+    cache_ok = True
+
+    def bind_expression(self, bindparam: BindParameter[str]) -> ColumnElement[str]:
+        return cast(bindparam, Text)
 
 
 class UTCTime(TypeDecorator[datetime]):

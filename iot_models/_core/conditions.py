@@ -51,7 +51,7 @@ def delta(device: Any) -> ColumnElement[dict[str, Any]]:
     """
     wanted, lacking = _lacking(device)
     missing = (
-        select(func.coalesce(func.jsonb_object_agg(wanted.c.key, wanted.c.value), _EMPTY))
+        select(func.coalesce(func.pg_catalog.jsonb_object_agg(wanted.c.key, wanted.c.value), _EMPTY))
         .where(lacking)
         .correlate_except(wanted)
         .scalar_subquery()

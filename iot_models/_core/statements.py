@@ -3,6 +3,9 @@
 All are Core statements over `device_state` that name its `tenant_id` and take their values as bound parameters.
 Documents travel as JSON text that `documents.encode_document` made. Nothing here prevents a team from distributing the
 table by `tenant_id` (Citus): one table, plain `now()` in SET, no function over columns that is not immutable.
+
+No operator or function of a stranger's is a better match than the catalog's: both sides of a comparison have types for
+which the catalog has an operator, and a function whose arguments may be of any type is named with its schema.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 
 from iot_models._core import conditions
+from iot_models._core.column_types import PlainText
 from iot_models.models import TABLE
 
 if TYPE_CHECKING:
@@ -58,8 +62,8 @@ _SHADOW: Final = (
     _C.shadow_updated_at,
     _C.last_seen_at,
 )
-_OF_TENANT: Final = _C.tenant_id == bindparam("tenant", type_=Text)
-_OF_DEVICE: Final = _C.device_id == bindparam("device", type_=Text)
+_OF_TENANT: Final = _C.tenant_id == bindparam("tenant", type_=PlainText())
+_OF_DEVICE: Final = _C.device_id == bindparam("device", type_=PlainText())
 
 
 class _ArrayAsText(TypeDecorator[Iterable[object]]):
@@ -89,7 +93,7 @@ def _array(name: str, of: TypeEngine[Any]) -> Cast[Any]:
 _DEVICES: Final = _array("devices", Text())
 # Not `= ANY (array)`: PostgreSQL does not know the array when it plans, would read all of a tenant where the batch is a
 # large part of it, and compare each row with each id.
-_OF_DEVICES: Final = _C.device_id.in_(select(func.unnest(_DEVICES)))
+_OF_DEVICES: Final = _C.device_id.in_(select(func.pg_catalog.unnest(_DEVICES)))
 _PENDING: Final = conditions.pending(_C)
 _DOCUMENT: Final = cast(bindparam("document", type_=Text), JSONB)
 
@@ -234,7 +238,7 @@ def write_desired_many() -> ShadowUpdate:
     wanted = _rows_of("wanted", expected=BigInteger())
     new = _rows_of("new", documents=Text())
     locked = _locked(wanted, func.coalesce(wanted.c.expected, _LOCKED.c.desired_version) == _LOCKED.c.desired_version)
-    all_locked = select(func.count()).select_from(locked).scalar_subquery() == func.cardinality(_DEVICES)
+    all_locked = select(func.count()).select_from(locked).scalar_subquery() == func.pg_catalog.cardinality(_DEVICES)
     return (
         update(TABLE)
         .where(_OF_TENANT, _C.device_id == new.c.devices, all_locked)
@@ -285,6 +289,7 @@ def _rows_of(name: str, **arrays: TypeEngine[Any]) -> TableValuedAlias:
     """The bound array `devices`, and others bound by their names, side by side as the columns of a table."""
     types = {"devices": Text(), **arrays}
     columns = [column(key, type_) for key, type_ in types.items()]
+    # Several arrays are known to PostgreSQL as `unnest` only, which then is the catalog's, whatever else has the name.
     rows = func.unnest(*(_array(key, type_) for key, type_ in types.items()))
     return rows.table_valued(*columns).render_derived(name=name)
 
@@ -297,7 +302,7 @@ def _locked(of: TableValuedAlias, *guard: ColumnElement[bool], carrying: Sequenc
     return (
         select(_LOCKED.c.device_id, *carrying)
         .join_from(_LOCKED, of, _LOCKED.c.device_id == of.c.devices)
-        .where(_LOCKED.c.tenant_id == bindparam("tenant", type_=Text), *guard)
+        .where(_LOCKED.c.tenant_id == bindparam("tenant", type_=PlainText()), *guard)
         .order_by(_LOCKED.c.device_id)
         .with_for_update(key_share=True, of=_LOCKED)
         .cte("locked")
@@ -315,7 +320,7 @@ def pending_page(*, after: bool) -> ShadowSelect:
     planner knew it, and expected no more pending devices than that (a table without statistics, a tenant whose rows
     were just loaded), it would sort all of them for each page. Without it, it reads the index in order.
     """
-    behind = [_C.device_id > bindparam("after", type_=Text)] if after else []
+    behind = [_C.device_id > bindparam("after", type_=PlainText())] if after else []
     limit = select(bindparam("limit", type_=BigInteger)).scalar_subquery()
     return select(*_SHADOW).where(_OF_TENANT, _PENDING, *behind).order_by(_C.device_id).limit(limit)
 
@@ -329,7 +334,7 @@ def pending_count() -> Select[int]:
 @cache
 def drifted_page(*, after: bool) -> ShadowSelect:
     """A page of the devices that acknowledged the newest version and lack some of it, as `pending_page`."""
-    behind = [_C.device_id > bindparam("after", type_=Text)] if after else []
+    behind = [_C.device_id > bindparam("after", type_=PlainText())] if after else []
     limit = bindparam("limit", type_=BigInteger)
     return select(*_SHADOW).where(_OF_TENANT, conditions.drifted(_C), *behind).order_by(_C.device_id).limit(limit)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+from types import SimpleNamespace
 
-from iot_models._core.database_errors import explained
+import pytest
+from sqlalchemy.exc import IntegrityError
+
+from iot_models._core.database_errors import explained, hide_row
 
 
 @pytest.mark.parametrize(
@@ -20,3 +23,18 @@ def test_an_error_that_a_driver_raises_itself_says_what_to_do(error: Exception, 
 
     assert raised.value is error
     assert [way_out in note for note in error.__notes__] == [True]
+
+
+def test_a_constraints_error_says_which_constraint_and_shows_no_row() -> None:
+    violated = 'null value in column "a"'
+    of_psycopg = Exception(f"{violated}\nDETAIL:  Failing row contains (1, {{secret}}).\nCONTEXT:  COPY")
+    of_asyncpg = Exception(violated)
+    of_asyncpg.detail = "Failing row contains (1, {secret})."  # type: ignore[attr-defined]
+    of_psycopg.__cause__ = of_asyncpg
+    error = IntegrityError("UPDATE", {}, of_psycopg)
+
+    hide_row(SimpleNamespace(sqlalchemy_exception=error, original_exception=of_psycopg))  # type: ignore[arg-type]
+
+    assert error.args == (f"(builtins.Exception) {violated}\nCONTEXT:  COPY",)
+    assert of_psycopg.args == (f"{violated}\nCONTEXT:  COPY",)
+    assert of_asyncpg.detail is None  # type: ignore[attr-defined]
