@@ -18,7 +18,10 @@ from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from iot_models._core.database_errors import LOCK_NOT_AVAILABLE, sqlstate
 from iot_models._migrations.comparison import TABLE
 from iot_models._migrations.obstacles import Plan, obstacles, refuse, refuse_strangers, warnings
-from iot_models._migrations.operations import LockTable  # registers, too, what the revisions use
+from iot_models._migrations.operations import (
+    LockTable,
+    undo_interrupted_downgrade,
+)  # registers, too, what revisions use
 from iot_models._migrations.options import LOCK_TIMEOUT, require_known
 from iot_models._migrations.session import set_all
 from iot_models._migrations.targets import engine_for
@@ -103,7 +106,7 @@ def _look_ahead(connection: Connection, options: dict[str, str]) -> None:
         CommandError: With everything that was found.
     """
     migration = context.get_context()
-    steps = migration.opts["fn"](migration.get_current_heads(), migration)
+    steps = [*migration.opts["fn"](migration.get_current_heads(), migration)]
     moves = [step for step in steps if isinstance(step, RevisionStep)]  # `stamp` changes nothing
     if moves:
         plan = Plan(
@@ -123,6 +126,8 @@ def _look_ahead(connection: Connection, options: dict[str, str]) -> None:
         refuse(found)
         for warning in warnings(connection, plan):
             log.warning("%s", warning)
+    if len(moves) == len(steps) and not (moves and moves[0].is_downgrade):  # the database stays above
+        undo_interrupted_downgrade(migration)
     connection.rollback()
 
 

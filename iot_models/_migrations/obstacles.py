@@ -138,11 +138,7 @@ def _obstacles(connection: Connection, plan: Plan) -> Iterator[Obstacle]:
 
 def warnings(connection: Connection, plan: Plan) -> list[str]:
     """What a migration leaves as it is, although somebody has to know of it."""
-    adopts = plan.upgrade and plan.has_table
-    return [
-        *(faulty_rows(connection) if adopts else ()),
-        *(filter(None, [interrupted_downgrade(connection)]) if plan.upgrade else ()),
-    ]
+    return faulty_rows(connection) if plan.upgrade and plan.has_table else []
 
 
 def interrupted_downgrade(connection: Connection) -> str | None:
@@ -159,8 +155,7 @@ def interrupted_downgrade(connection: Connection) -> str | None:
         return None
     return (
         f"a downgrade to 075 is at work or was interrupted (trigger {TRIGGER} on {TABLE}): to finish it, run it again; "
-        f"to stay at 076, run one by one: SET lock_timeout = '4s'; DROP FUNCTION {TRIGGER}() CASCADE; "
-        f"DROP TABLE IF EXISTS {PARKED};"
+        "to stay where the database is, run upgrade head, which takes the trigger and the copies away"
     )
 
 

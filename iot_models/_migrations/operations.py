@@ -18,11 +18,15 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from iot_models._core.database_errors import LOCK_NOT_AVAILABLE, sqlstate
+from iot_models._migrations.comparison import TABLE
+from iot_models._migrations.dependents import PARKED, TRIGGER
 from iot_models._migrations.expectations import find_index
+from iot_models._migrations.obstacles import interrupted_downgrade
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from alembic.runtime.migration import MigrationContext
     from sqlalchemy import Connection, Engine, Pool
 
 log = logging.getLogger("alembic.iot_models")
@@ -83,6 +87,24 @@ def _lock_table(operations: Operations, lock: LockTable) -> None:
         f"changed nothing. It is held by: {holders}. End that transaction, or run the same command again at a quieter "
         "moment, or with a longer -x lock_timeout=10s (writers may then have to wait that long)."
     )
+
+
+def undo_interrupted_downgrade(migration: MigrationContext) -> None:
+    """Take away what a downgrade below 076 that did not finish has left: its trigger, the function, the copies.
+
+    Until such a downgrade has finished, every shadow is in its columns, too: the parked table holds copies.
+
+    Raises:
+        CommandError: As `op.lock_table`; then nothing is taken away.
+    """
+    connection = migration.connection
+    if connection is None or not interrupted_downgrade(connection):
+        return
+    Operations(migration).invoke(LockTable(TABLE, "ACCESS EXCLUSIVE"))
+    connection.execute(text(f"DROP FUNCTION {TRIGGER}() CASCADE"))  # with the triggers that call it
+    connection.execute(text(f"DROP TABLE IF EXISTS {PARKED}"))
+    connection.commit()
+    log.warning("a downgrade to 075 was interrupted: its trigger and its copies of the shadows are taken away")
 
 
 def _lock_holders(connection: Connection, table: str) -> str:
