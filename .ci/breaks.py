@@ -401,6 +401,42 @@ BREAKS = [
         "ON DELETE NO ACTION NOT VALID;",
         (ROLLBACK,),
     ),
+    # What an attacker tries
+    Break(
+        "an id is bound as varchar, and a stranger's operator is the best match",
+        "iot_models/_core/column_types.py",
+        "        return cast(bindparam, Text)",
+        "        return bindparam",
+        ("tests/security/test_statements.py",),
+    ),
+    Break(
+        "nobody looks for a stranger's objects",
+        "iot_models/_migrations/obstacles.py",
+        "    if found := strangers(connection):",
+        "    if found := []:",
+        ("tests/security/test_migrations.py",),
+    ),
+    Break(
+        "the function of a downgrade serves any table",
+        "alembic/versions/076_device_shadow.py",
+        "IF TG_RELID <> CAST({table.id} AS oid) THEN",
+        "IF FALSE THEN",
+        ("tests/security/test_migrations.py",),
+    ),
+    Break(
+        "a constraint's error shows the row",
+        "iot_models/_core/database_errors.py",
+        '_ROW.sub("", part) if isinstance(part, str) else part',
+        "part",
+        ("tests/security/test_secrets.py",),
+    ),
+    Break(
+        "a URL is shown with all that it holds",
+        "alembic/env.py",
+        "cannot reach {shown(engine.url)}",
+        "cannot reach {engine.url.render_as_string(hide_password=False)}",
+        ("tests/security/test_secrets.py", "tests/migrations/test_command.py"),
+    ),
 ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from contextlib import contextmanager
 from logging.config import fileConfig
 from typing import TYPE_CHECKING
@@ -17,11 +16,11 @@ from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
 from iot_models._core.database_errors import LOCK_NOT_AVAILABLE, sqlstate
 from iot_models._migrations.comparison import TABLE
+from iot_models._migrations.deployers import wait_for_other_deployers
 from iot_models._migrations.obstacles import Plan, obstacles, refuse, refuse_strangers, warnings
-from iot_models._migrations.operations import (
-    LockTable,
-    undo_interrupted_downgrade,
-)  # registers, too, what revisions use
+
+# Importing it registers what the revisions use, too.
+from iot_models._migrations.operations import LockTable, undo_interrupted_downgrade
 from iot_models._migrations.options import LOCK_TIMEOUT, require_known
 from iot_models._migrations.session import set_all
 from iot_models._migrations.targets import engine_for
@@ -37,11 +36,6 @@ log = logging.getLogger("alembic.iot_models")
 config = context.config
 if config.config_file_name is not None:
     fileConfig(config.config_file_name, disable_existing_loggers=False)
-
-# Any number works if all deployers of these migrations use the same one ("iot_mode" in ASCII).
-ADVISORY_LOCK = 0x696F745F6D6F6465
-POLL_SECONDS = 0.2
-REPORT_SECONDS = 5
 
 
 def _options() -> dict[str, str]:
@@ -75,19 +69,6 @@ def _connection(options: dict[str, str]) -> Iterator[Connection]:
             yield connection
         finally:
             connection.invalidate()  # ends its settings and locks: it does not return to a pool
-
-
-def _wait_for_other_deployers(connection: Connection) -> None:
-    """Take the advisory lock, which ends with the connection. By polling: waiting can deadlock with an index build."""
-    began = time.monotonic()
-    report_at = began
-    while not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": ADVISORY_LOCK}):
-        connection.commit()  # an index build of the other deployer would wait for an open transaction
-        if time.monotonic() >= report_at:
-            log.info("another deployer is migrating this database: waiting, %.0f s so far", time.monotonic() - began)
-            report_at += REPORT_SECONDS
-        time.sleep(POLL_SECONDS)
-    connection.commit()
 
 
 def _run(connection: Connection, options: dict[str, str]) -> None:
@@ -145,7 +126,7 @@ def _run_online() -> None:
     try:
         with _connection(options) as connection:
             if _migrates():
-                _wait_for_other_deployers(connection)
+                wait_for_other_deployers(connection)
             _run(connection, options)
     except SQLAlchemyError as error:
         lost = _disconnect(error)

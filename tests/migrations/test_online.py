@@ -21,7 +21,7 @@ from alembic.operations import Operations
 from alembic.util import CommandError
 from sqlalchemy import Connection, Engine, event, text
 
-from iot_models._migrations import operations
+from iot_models._migrations import deployers, operations
 from iot_models.testing import throwaway
 from tests.databases.alembic_runs import CHECKOUT, config, downgrade, run_alembic, upgrade
 from tests.databases.backends import connected
@@ -192,6 +192,18 @@ def test_of_two_deployers_at_once_both_succeed_and_the_work_is_done_once(url: st
         assert sum(run.stderr.count(step) for run in runs) == 1
 
 
+def test_who_holds_the_deployers_lock_for_too_long_is_named(
+    url: str, server_role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deployers, "_MOST_SECONDS", 0.1)
+    before = tables_of(url)
+    with connected(as_role(url, server_role)) as other:
+        pid = other.scalar(text("SELECT pg_backend_pid() FROM pg_advisory_lock(:key)"), {"key": ADVISORY_LOCK})
+        with pytest.raises(CommandError, match=f"another deployer holds the lock.*pid {pid}, role {server_role}"):
+            upgrade(url)
+    assert tables_of(url) == before
+
+
 def test_a_waiting_deployer_says_so_and_a_command_that_only_reads_does_not_wait(
     url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -201,7 +213,7 @@ def test_a_waiting_deployer_says_so_and_a_command_that_only_reads_does_not_wait(
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(upgrade, url)
             try:
-                wait_until(lambda: "another deployer is migrating this database: waiting" in caplog.text)
+                wait_until(lambda: "another deployer is migrating this database: waiting for pid" in caplog.text)
                 assert not waiting.done()
                 assert "alembic_version" not in tables_of(url)
             finally:  # otherwise the pool would wait forever
