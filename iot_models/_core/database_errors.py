@@ -6,7 +6,7 @@ import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, ProgrammingError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -110,6 +110,6 @@ def hide_row(context: ExceptionContext) -> None:
 def _hint(error: DBAPIError) -> str | None:
     if error.connection_invalidated:
         return _LOST
-    if error.statement is None and isinstance(error, (InterfaceError, OperationalError)):  # while it connected
+    if error.statement is None and not isinstance(error, ProgrammingError):  # while it connected
         return _POOLER if _UNSUPPORTED_BY_PGBOUNCER in str(error.orig) else _UNREACHABLE + _REFUSED
     return _BY_SQLSTATE.get(sqlstate(error))
