@@ -195,7 +195,7 @@ def test_of_two_deployers_at_once_both_succeed_and_the_work_is_done_once(url: st
 def test_who_holds_the_deployers_lock_for_too_long_is_named(
     url: str, server_role: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deployers, "_MOST_SECONDS", 0.1)
+    monkeypatch.setattr(deployers, "_MOST_SECONDS", 0.5)
     before = tables_of(url)
     with connected(as_role(url, server_role)) as other:
         pid = other.scalar(text("SELECT pg_backend_pid() FROM pg_advisory_lock(:key)"), {"key": ADVISORY_LOCK})

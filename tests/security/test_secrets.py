@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
+pytestmark = pytest.mark.repeats
+
 SECRET = "hunter2"  # noqa: S105 - not a real one
 NOWHERE = f"postgresql://iot:{SECRET}@127.0.0.1:9/iot"
 WITH_SECRETS = [
