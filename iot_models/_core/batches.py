@@ -127,7 +127,8 @@ def replace_reported(
         written.update(_write_decided(execute, tenant_id, to_write))
         # A device is not written only in AUTOCOMMIT mode, where its version changed since it was read: its reports
         # start anew, and no other report depends on them.
-        left = {place: report for place, report in left.items() if report.device_id in to_write.keys() - written}
+        not_written = to_write.keys() - written
+        left = {place: report for place, report in left.items() if report.device_id in not_written}
         return True if not left else None
 
     if left:
