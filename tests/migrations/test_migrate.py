@@ -417,6 +417,15 @@ def test_an_unknown_revision_is_reported_as_unknown_and_not_as_old(at_head: str)
     assert f"stands at frob, which is unknown here, where head is {HEAD}: a newer iot_models migrated it" in problem
 
 
+def test_what_is_no_revision_is_refused_without_being_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["upgrade", "postgresql://iot:hunter2@db/iot"])
+
+    said = capsys.readouterr().err
+    assert "argument revision: not a revision: write 076, head, +1 or -1, or a range FROM:TO" in said
+    assert "hunter2" not in said
+
+
 @pytest.mark.parametrize("revision", ["076", "head"])  # the database is at 076
 def test_an_interrupted_downgrade_is_reported_and_undone_by_the_next_upgrade(
     at_head: str, revision: str, monkeypatch: pytest.MonkeyPatch

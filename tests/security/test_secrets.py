@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
-pytestmark = pytest.mark.repeats
-
 SECRET = "hunter2"  # noqa: S105 - not a real one
 NOWHERE = f"postgresql://iot:{SECRET}@127.0.0.1:9/iot"
 WITH_SECRETS = [
@@ -65,12 +63,14 @@ def read_async(url: str | URL) -> None:
     asyncio.run(ask())
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("url", WITH_SECRETS)
 @pytest.mark.parametrize("call", [read, read_async, migrate.upgrade, migrate.check])
 def test_the_error_about_a_url_does_not_show_its_password(call: Callable[[str], object], url: str) -> None:
     assert SECRET not in said_by(lambda: call(url))
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("url", WITH_SECRETS)
 @pytest.mark.parametrize(
     "arguments",
