@@ -32,7 +32,8 @@ TESTS = [
     "tests/migrations",
     "tests/service",
     *sorted(str(path.relative_to(CHECKOUT)) for path in (CHECKOUT / "tests/integration").glob("test_tenancy*.py")),
-    *(f"tests/integration/test_{name}.py" for name in ("aio", "plans")),
+    "tests/security",
+    *(f"tests/integration/test_{name}.py" for name in ("aio", "asyncpg_urls", "pgbouncer", "plans")),
 ]
 AT_ONCE = 2
 SECONDS = 1200
