@@ -302,9 +302,9 @@ def normalize_url(url: str | URL) -> URL:
     """
     try:
         parsed = make_url(url)
-    except (ArgumentError, ValueError) as error:  # ValueError: the port is not a number
-        # Without the URL: it cannot be parsed, so a password in it cannot be masked.
-        raise ValueError(f"not a database URL: {_WRITE_IT_AS}") from error
+    except (ArgumentError, ValueError):  # ValueError: the port is not a number
+        # Without the URL, and without SQLAlchemy's error, which quotes it in 2.0: no password can be found in it.
+        raise ValueError(f"not a database URL: {_WRITE_IT_AS}") from None
     if "@" in (parsed.host or "") or re.search("=|://", parsed.database or ""):
         # Without the URL again: what looks like its host or its database is a part of a password, or holds one.
         raise ValueError(f"not a database URL: {_WRITE_IT_AS}, with @ in a user or password written as %40")
