@@ -207,8 +207,8 @@ def _name(error: SQLAlchemyError) -> str:
         return type(error).__name__
     if isinstance(error, InvalidRequestError) and "was read without the desired_version" in str(error):
         return UNGUARDED
-    # Where a ROLLBACK itself is cancelled, SQLAlchemy 2.1 gives the connection back to the pool as it is. The ping of
-    # the next user fails, and the pool makes another connection.
+    # Probably a ROLLBACK that was itself cancelled, after which the connection went back to the pool as it was. The ping
+    # of the next user fails, and the pool makes another connection.
     if isinstance(error, ProgrammingError) and "can't change 'autocommit' now" in str(error):
         return NOT_RESET
     return f"{type(error).__name__}: {error}"
