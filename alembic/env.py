@@ -74,14 +74,17 @@ def _connection(options: dict[str, str]) -> Iterator[Connection]:
 def _run(connection: Connection, options: dict[str, str]) -> None:
     # A transaction for each revision: an interrupted upgrade keeps the revisions that are finished.
     context.configure(connection=connection, target_metadata=DEFINED.metadata, transaction_per_migration=True)
-    if _migrates():
-        _look_ahead(connection, options)
+    if _migrates() and _look_ahead(connection, options):
+        undo_interrupted_downgrade(context.get_context())
     with context.begin_transaction():
         context.run_migrations()
 
 
-def _look_ahead(connection: Connection, options: dict[str, str]) -> None:
+def _look_ahead(connection: Connection, options: dict[str, str]) -> bool:
     """Refuse, before the first revision changes anything, what one of the revisions would refuse or fail at.
+
+    Returns:
+        Whether the database stays where it is or goes up; no for a downgrade and for `stamp`.
 
     Raises:
         CommandError: With everything that was found.
@@ -107,9 +110,8 @@ def _look_ahead(connection: Connection, options: dict[str, str]) -> None:
         refuse(found)
         for warning in warnings(connection, plan):
             log.warning("%s", warning)
-    if len(moves) == len(steps) and not (moves and moves[0].is_downgrade):  # the database stays above
-        undo_interrupted_downgrade(migration)
     connection.rollback()
+    return not steps or bool(moves and moves[0].is_upgrade)
 
 
 def _migrates() -> bool:

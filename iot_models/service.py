@@ -7,8 +7,6 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy.orm import scoped_session
-
 from iot_models import tenancy, twin
 from iot_models._core import batches, loaded_objects, report_rules, statements, validation
 from iot_models._core.database_errors import explained
@@ -27,7 +25,7 @@ if TYPE_CHECKING:
     from typing import TypeAlias
 
     from sqlalchemy import Executable, Result, Row
-    from sqlalchemy.orm import Session
+    from sqlalchemy.orm import Session, scoped_session
 
     from iot_models.reports import Report, ReportOutcome
 
@@ -431,9 +429,7 @@ class ShadowService:
 
     @property
     def _session(self) -> Session:
-        """The session to use now: of a `scoped_session`, the one of the current scope."""
-        given = self._session_or_registry
-        return given() if isinstance(given, scoped_session) else given
+        return loaded_objects.session_of(self._session_or_registry)
 
     def _execute(self, method: str, statement: Executable, binds: Mapping[str, object]) -> Result[*tuple[Any, ...]]:
         session = self._session

@@ -17,9 +17,8 @@ from weakref import ref
 
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
-from sqlalchemy.orm import scoped_session
 
-from iot_models._core import validation
+from iot_models._core import loaded_objects, validation
 from iot_models._core.database_errors import LOCK_NOT_AVAILABLE, sqlstate
 from iot_models.models import DeviceState
 
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
     from sqlalchemy.engine import Transaction
-    from sqlalchemy.orm import Session, SessionTransaction
+    from sqlalchemy.orm import Session, SessionTransaction, scoped_session
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +191,7 @@ def bind_tenant(session: Session | scoped_session[Any], tenant_id: str) -> None:
         ...     session.scalars(select(DeviceState)).all()  # acme's
     """
     validation.require_tenant(tenant_id)
-    session = session() if isinstance(session, scoped_session) else session
+    session = loaded_objects.session_of(session)
     connection = session.connection(bind_arguments={"mapper": DeviceState.__mapper__})
     bound: _Bound | None = connection.info.get(_BOUND)
     if bound is not None and bound.is_open():

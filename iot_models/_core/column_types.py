@@ -1,8 +1,9 @@
-"""How the columns of `device_state` travel: times that Python can hold, and documents that one bad row cannot spoil.
+"""How the columns of `device_state` travel: as text, times that Python can hold, documents that no bad row can spoil.
 
-The two types are SQLAlchemy's TIMESTAMP and JSONB in the schema and in expressions. What they change is how a value is
-read, for the ORM and for the service's statements alike: in SQL first, so that no setting of the session (TimeZone,
-DateStyle) and no driver has a say, and a value that the driver would fail on does not take its whole result with it.
+In the schema and in expressions the types are SQLAlchemy's Text, TIMESTAMP and JSONB. `PlainText` changes how a value
+is bound. The other two change how a value is read, for the ORM and for the service's statements alike: in SQL first, so
+that no setting of the session (TimeZone, DateStyle) and no driver has a say, and a value that the driver would fail on
+does not take its whole result with it.
 """
 
 from __future__ import annotations

@@ -76,22 +76,16 @@ def explained() -> Iterator[None]:
     """Add the way out to an error of the database or its driver that leaves the `with` block, if one is known."""
     try:
         yield
-    except (DBAPIError, OSError, UnicodeError) as error:
-        add_hint(error)
+    except DBAPIError as error:
+        if hint := _hint(error):
+            error.add_detail(hint)
         raise
-
-
-def add_hint(error: DBAPIError | OSError | UnicodeError) -> None:
-    """Add the way out, if one is known.
-
-    Args:
-        error: A database error; or OSError, which asyncpg raises if no server answers; or UnicodeError, which psycopg
-            raises if the session's encoding cannot express a text.
-    """
-    if not isinstance(error, DBAPIError):
-        error.add_note(_UNREACHABLE if isinstance(error, OSError) else _CLIENT_ENCODING)
-    elif hint := _hint(error):
-        error.add_detail(hint)
+    except OSError as error:  # asyncpg's, if no server answers
+        error.add_note(_UNREACHABLE)
+        raise
+    except UnicodeError as error:  # psycopg's, if the session's encoding cannot express a text
+        error.add_note(_CLIENT_ENCODING)
+        raise
 
 
 def hide_row(context: ExceptionContext) -> None:

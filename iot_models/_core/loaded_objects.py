@@ -11,6 +11,7 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from sqlalchemy import event, inspect
+from sqlalchemy.orm import scoped_session
 
 from iot_models._core.tracked_documents import notice, set_committed_value
 from iot_models.models import DeviceState
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
 # `version_guard` keeps it for all that SQLAlchemy loads, `show` for what the service shows.
 READ_AT: Final = "iot_models.desired_read_at"
 _WRITTEN: Final = "iot_models.written_in_savepoints"
+
+
+def session_of(given: Session | scoped_session[Any]) -> Session:
+    """The session to use now: of a `scoped_session`, the one of the current scope."""
+    return given() if isinstance(given, scoped_session) else given
 
 
 def loaded(session: Session, tenant_id: str, device_ids: Iterable[str]) -> dict[str, list[DeviceState]]:

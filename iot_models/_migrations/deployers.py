@@ -29,19 +29,20 @@ def wait_for_other_deployers(connection: Connection) -> None:
         CommandError: If another connection has held it for half an hour. The message says which.
     """
     began = time.monotonic()
-    report_at = began
+    report_after = 0.0
     while not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": ADVISORY_LOCK}):
-        holder = _holder(connection)
-        connection.commit()  # an index build of the other deployer would wait for an open transaction
         waited = time.monotonic() - began
         if waited > _MOST_SECONDS:
             raise CommandError(
-                f"another deployer holds the lock of these migrations for {waited / 60:.0f} minutes: {holder}; nothing "
-                "was changed. If it migrates, run the same command again when it is done; if not, end it."
+                f"another deployer holds the lock of these migrations for {waited / 60:.0f} minutes: "
+                f"{_holder(connection)}; nothing was changed. If it migrates, run the same command again when it is "
+                "done; if not, end it."
             )
-        if time.monotonic() >= report_at:
+        if waited >= report_after:
+            holder = _holder(connection)
             log.info("another deployer is migrating this database: waiting for %s, %.0f s so far", holder, waited)
-            report_at += _REPORT_SECONDS
+            report_after += _REPORT_SECONDS
+        connection.commit()  # an index build of the other deployer would wait for an open transaction
         time.sleep(_POLL_SECONDS)
     connection.commit()
 

@@ -14,8 +14,8 @@ from sqlalchemy.orm import Session
 from iot_models import ShadowService, migrate
 from iot_models._migrations.command_line import main
 from iot_models.engine import create_async_engine, create_engine
-from tests.databases.async_engines import ASYNC_DRIVERS, url_for
 from tests.databases.devices import DEVICE, TENANT, add_device
+from tests.databases.engines import KINDS, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -117,35 +117,23 @@ def test_the_help_shows_no_url_of_the_environment(
 DOCUMENT = {"wifi_password": SECRET}
 
 
-@pytest.mark.parametrize("driver", ["sync", *ASYNC_DRIVERS])
-def test_an_error_of_the_database_shows_no_document(own_engine: Engine, driver: str) -> None:
+@pytest.mark.parametrize("driver", KINDS)
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda shadows: shadows.replace_desired(DEVICE, DOCUMENT),
+        lambda shadows: shadows.patch_desired_many([DEVICE], DOCUMENT),
+    ],
+)
+def test_an_error_of_the_database_shows_no_document(
+    own_engine: Engine, driver: str, write: Callable[[ShadowService], object]
+) -> None:
     with Session(own_engine) as session, session.begin():
         add_device(session)
         session.execute(text("ALTER TABLE device_state ADD CHECK (NOT desired_state ? 'wifi_password')"))
 
-    def write(session: Session) -> None:
-        ShadowService(session, TENANT).replace_desired(DEVICE, DOCUMENT)
-
-    def in_thread() -> None:
-        with Session(create_engine(own_engine.url, poolclass=NullPool)) as session:
-            write(session)
-
-    async def in_task() -> None:
-        async with create_async_engine(url_for(driver, own_engine.url), poolclass=NullPool).connect() as connection:
-            await connection.run_sync(lambda sync: write(Session(sync)))
-
-    said = said_by(in_thread if driver == "sync" else lambda: asyncio.run(in_task()))
-
-    assert "violates check constraint" in said
-    assert SECRET not in said
-
-
-def test_an_error_of_a_batch_shows_no_document(own_engine: Engine) -> None:
-    engine = create_engine(own_engine.url, poolclass=NullPool)
-    with Session(engine) as session:
-        add_device(session)
-        session.execute(text("ALTER TABLE device_state ADD CHECK (NOT desired_state ? 'wifi_password')"))
-        said = said_by(lambda: ShadowService(session, TENANT).patch_desired_many([DEVICE], DOCUMENT))
+    kind = Kind(driver, own_engine.url)
+    said = said_by(lambda: kind.ask(lambda connection: write(ShadowService(Session(connection), TENANT))))
 
     assert "violates check constraint" in said
     assert SECRET not in said

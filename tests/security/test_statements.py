@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from sqlalchemy import NullPool, make_url, select, text
 from sqlalchemy.orm import Session
 
 from iot_models import DeviceState, Report, ShadowService, tenancy
-from iot_models.engine import create_async_engine, create_engine
-from tests.databases.async_engines import ASYNC_DRIVERS, url_for
+from iot_models.engine import create_engine
+from iot_models.testing import database
 from tests.databases.devices import TENANT, add_device
+from tests.databases.engines import KINDS, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from iot_models.testing import PostgresServer
 
 pytestmark = pytest.mark.repeats
 
@@ -60,9 +62,7 @@ HOSTILE = text("""
 
 
 @pytest.fixture(scope="module")
-def attacked(server: Any, migrated_url: str) -> Iterator[str]:
-    from iot_models.testing import database  # noqa: PLC0415
-
+def attacked(server: PostgresServer, migrated_url: str) -> Iterator[str]:
     with database(server, migrated_url) as url:
         engine = create_engine(url, poolclass=NullPool)
         with Session(engine) as session, session.begin():
@@ -125,21 +125,9 @@ CALLS: dict[str, Callable[[Session], object]] = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("driver", ["sync", *ASYNC_DRIVERS])
+@pytest.mark.parametrize("driver", KINDS)
 def test_no_call_of_the_service_calls_a_strangers_code(attacked: str, driver: str, call: str) -> None:
-    def in_session() -> None:
-        with Session(create_engine(attacked, poolclass=NullPool)) as session:
-            CALLS[call](session)
-
-    async def in_task() -> None:
-        engine = create_async_engine(url_for(driver, make_url(attacked)), poolclass=NullPool)
-        async with engine.connect() as connection:
-            await connection.run_sync(lambda sync: CALLS[call](Session(sync)))
-
-    if driver == "sync":
-        in_session()
-    else:
-        asyncio.run(in_task())
+    Kind(driver, make_url(attacked)).ask(lambda connection: CALLS[call](Session(connection)))
 
 
 def test_tenancy_calls_no_strangers_code(attacked: str, server_role: str) -> None:
