@@ -133,6 +133,7 @@ def test_every_read_works_on_a_standby(
         assert [shadow.device_id for shadow in service.drifted()] == ["c"]
 
 
+@pytest.mark.repeats
 @each_mode
 def test_every_write_is_refused_by_a_standby_which_says_why(
     standby: DurableServer, on_primary: Engine, engine_of: Callable[..., Engine], mode: str
@@ -196,6 +197,7 @@ def test_a_read_only_role_or_session_is_refused_in_the_same_words(
     assert committed(on_primary) == START
 
 
+@pytest.mark.repeats
 @pytest.mark.usefixtures("on_primary")
 def test_a_synchronous_standby_that_takes_over_has_every_acknowledged_write_and_the_engine_finds_it(
     primary: DurableServer, engine_of: Callable[..., Engine]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.repeats
 
 PROCESSES = 4
-ENOUGH = 600  # acknowledged units of work: every call and every refusal is among them many times
+ENOUGH = 400  # acknowledged units of work: every call and every refusal is among them many times
 MOST_SECONDS = 90  # on a machine that has much else to do
 
 

@@ -116,6 +116,7 @@ def test_the_caller_may_choose_another_time_zone(kind: Kind) -> None:
         assert kind.settings("TimeZone", "DateStyle", **options) == {"TimeZone": "Asia/Seoul", "DateStyle": "ISO, DMY"}
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("style", ["ISO", "iso, dmy", "ISO,YMD", "DMY", "european"])
 def test_the_caller_may_choose_the_order_of_a_date(kind: Kind, style: str) -> None:
     for options in options_of(kind, "DateStyle", style):
@@ -196,6 +197,7 @@ def test_a_database_in_sql_ascii_is_refused_with_the_way_out(
             assert time.monotonic() < until
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("name", KINDS)
 def test_in_a_latin_1_database_what_fits_is_stored_and_what_does_not_is_an_error_that_says_so(
     name: str, server: PostgresServer, new_database: Callable[..., str]

@@ -181,6 +181,7 @@ def every_call(shadows: ShadowService, device: str, number: int) -> None:
     assert shadows.status_counts()
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("isolation_level", ["READ COMMITTED", "AUTOCOMMIT"])
 def test_the_service_works_for_more_clients_than_there_are_servers(
     isolation_level: str, behind: str, device: str
@@ -198,6 +199,7 @@ def test_the_service_works_for_more_clients_than_there_are_servers(
     engine.dispose()
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("isolation_level", ["READ COMMITTED", "AUTOCOMMIT"])
 @pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
 def test_the_async_service_works_for_more_clients_than_there_are_servers(

@@ -78,6 +78,7 @@ def test_a_test_with_a_session_and_a_fleet_takes_three_lines_and_the_run_names_i
     assert team.databases() == set()
 
 
+@pytest.mark.repeats
 def test_a_run_that_uses_none_of_the_fixtures_loads_nothing_starts_nothing_and_says_nothing(
     team: Team, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +110,7 @@ def test_its_fixtures_have_a_prefix_of_their_own_and_say_what_they_give(team: Te
     assert "no docstring available" not in ours
 
 
+@pytest.mark.repeats
 def test_what_a_test_commits_in_the_session_is_undone_after_it(team: Team) -> None:
     team.write(
         test_of_the_team="""
@@ -127,6 +129,7 @@ def test_what_a_test_commits_in_the_session_is_undone_after_it(team: Team) -> No
     team.run().assert_outcomes(passed=3)
 
 
+@pytest.mark.repeats
 def test_the_fleet_outlives_a_rollback_in_the_test(team: Team) -> None:
     team.write(
         test_of_the_team="""
@@ -143,6 +146,7 @@ def test_the_fleet_outlives_a_rollback_in_the_test(team: Team) -> None:
     team.run().assert_outcomes(passed=1)
 
 
+@pytest.mark.repeats
 def test_a_database_of_a_tests_own_is_at_head_and_empty_and_gone_after_the_test(team: Team) -> None:
     team.write(
         test_of_the_team="""
@@ -193,6 +197,7 @@ def test_async_code_has_the_same_databases_with_either_driver(team: Team) -> Non
     team.run().assert_outcomes(passed=2)
 
 
+@pytest.mark.repeats
 def test_a_teams_own_tables_are_in_every_database_though_it_leaves_a_connection_open(team: Team) -> None:
     team.write(
         conftest="""

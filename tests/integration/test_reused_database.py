@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from iot_models.testing import PostgresServer
 
+pytestmark = pytest.mark.repeats
+
 DEVICE = "INSERT INTO device_state (tenant_id, site_id, device_id) VALUES ('acme', 'berlin', 't-1')"
 
 

@@ -133,6 +133,7 @@ def test_what_is_no_url_of_a_postgresql_is_an_error(monkeypatch: pytest.MonkeyPa
         pass
 
 
+@pytest.mark.repeats
 @pytest.mark.usefixtures("socket_path")
 def test_without_a_docker_engine_the_server_is_embedded() -> None:
     with postgres_server() as chosen:
@@ -323,6 +324,7 @@ def run(runs: pytest.Pytester, *arguments: str) -> pytest.RunResult:
     return runs.runpytest_inprocess("-q", "-p", "no:cacheprovider", "-p", "no:randomly", *arguments)
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("options", [(), ("-n", "1")], ids=["alone", "parallel"])
 def test_a_run_names_its_server_at_its_end(
     runs: pytest.Pytester, server: PostgresServer, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
@@ -348,6 +350,7 @@ def test_a_run_that_asks_for_no_server_starts_none_and_names_none(
     assert "server: " not in result.stdout.str()
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("options", [(), ("-n", "1")], ids=["alone", "parallel"])
 def test_a_run_without_a_server_ends_at_once_and_says_why(
     runs: pytest.Pytester, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
@@ -362,6 +365,7 @@ def test_a_run_without_a_server_ends_at_once_and_says_why(
     assert " failed" not in result.outlines[-1]
 
 
+@pytest.mark.repeats
 def test_a_dump_has_the_tables_and_nothing_that_differs_from_run_to_run(new_database: Callable[[], str]) -> None:
     one, other = new_database(), new_database()
     for url in (one, other):

@@ -188,6 +188,7 @@ def forget(session: Session) -> None:
     bind_tenant(session, TENANT)
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("leave", [commit, roll_back, close, fail, forget])
 def test_the_next_user_of_a_pooled_connection_is_bound_to_nobody(
     app: Engine, leave: Callable[[Session], object]

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy import URL, Engine
 
+pytestmark = pytest.mark.repeats
+
 
 @pytest.fixture(params=ASYNC_DRIVERS)
 def url(request: pytest.FixtureRequest, engine: Engine, server_role: str) -> Iterator[URL]:

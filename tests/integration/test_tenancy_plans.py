@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.orm import Session
 
@@ -36,6 +37,7 @@ def explained(engine: Engine) -> Iterator[dict[str, str]]:
         event.remove(engine, "before_cursor_execute", explain)
 
 
+@pytest.mark.repeats
 def test_the_policy_keeps_no_statement_of_the_service_from_its_index(own_engine: Engine, server_role: str) -> None:
     with own_engine.begin() as connection:
         connection.execute(

@@ -145,6 +145,7 @@ def error_of(**arguments: Any) -> str:
 # It runs.
 
 
+@pytest.mark.repeats
 @pytest.mark.usefixtures("temporary")
 def test_two_servers_at_once_each_with_its_settings() -> None:
     with postgres() as one, postgres(settings={"work_mem": "7MB", "fsync": "on", "port": "6543"}) as two:
@@ -160,6 +161,7 @@ def test_two_servers_at_once_each_with_its_settings() -> None:
     assert not processes_naming(str(folder_of(one)))
 
 
+@pytest.mark.repeats
 def test_a_broken_environment_and_a_temporary_folder_with_spaces_do_no_harm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +218,7 @@ def test_binaries_that_the_user_of_the_server_cannot_run_are_copied(temporary: P
         subprocess.run([server.bin / "psql", "--version"], check=True, stdout=subprocess.DEVNULL)
 
 
+@pytest.mark.repeats
 @pytest.mark.skipif(not ROOT, reason="any other user runs all of these tests as what it is")
 def test_an_ordinary_user_runs_it_too(temporary: Path, readable: dict[str, Any]) -> None:
     nobody = pwd.getpwnam("nobody")
@@ -228,6 +231,7 @@ def test_an_ordinary_user_runs_it_too(temporary: Path, readable: dict[str, Any])
 # It ends.
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_nothing_is_left_when_a_signal_ends_the_parent(number: signal.Signals, temporary: Path) -> None:
     with parent() as process:
@@ -236,18 +240,21 @@ def test_nothing_is_left_when_a_signal_ends_the_parent(number: signal.Signals, t
         assert process.wait(SOON) != 0
 
 
+@pytest.mark.repeats
 def test_nothing_is_left_when_the_parent_is_killed_while_the_server_is_being_made(temporary: Path) -> None:
     with parent() as process:
         assert eventually(lambda: list(temporary.glob("*/run/data/base")))
         process.kill()
 
 
+@pytest.mark.repeats
 def test_nothing_is_left_when_the_parent_is_killed_at_once(temporary: Path) -> None:
     with parent() as process:
         assert eventually(lambda: processes_naming(f'"{temporary}/iot_models_'))
         process.kill()
 
 
+@pytest.mark.repeats
 def test_a_polite_end_of_the_guard_waits_for_the_parent(temporary: Path) -> None:
     with postgres() as server:
         guard = guard_in(temporary)
@@ -336,6 +343,7 @@ def test_a_folder_without_postgresql_is_named(tmp_path: Path) -> None:
     assert f"There is no initdb in {tmp_path}." in error_of(binaries=tmp_path)
 
 
+@pytest.mark.repeats
 @pytest.mark.skipif(not ROOT, reason="only root can become a user that has no name")
 @pytest.mark.usefixtures("temporary")
 def test_a_user_without_an_entry_in_the_password_file_is_told_so(readable: dict[str, Any]) -> None:

@@ -157,6 +157,7 @@ def test_no_variable_of_libpq_is_forgotten_here() -> None:
     assert known <= VARIABLES.keys()
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("name", VARIABLES)
 def test_a_variable_of_libpq_leads_no_client_to_another_server(
     name: str, started: Server, elsewhere: Elsewhere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -203,6 +204,7 @@ def started_by_postgres_server(started: Server, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(throwaway, "postgres", postgres)
 
 
+@pytest.mark.repeats
 @pytest.mark.usefixtures("started_by_postgres_server")
 @pytest.mark.parametrize("name", HARDEST)
 def test_databases_are_made_and_dropped_on_the_server_that_was_started(

@@ -19,7 +19,10 @@ from iot_models.testing.throwaway import ThrowawayPostgresError, postgres, wheel
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root runs the server as another user")
+pytestmark = [
+    pytest.mark.repeats,
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root runs the server as another user"),
+]
 
 # In each new folder of a server: a link in place of the copy, of the data, of the log. It prints each link that it made.
 PLANT = """

@@ -49,6 +49,7 @@ def head_dump(migrated_url: str) -> str:
     return dump(migrated_url)
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("start", STARTS)
 def test_from_every_start_the_upgrade_ends_in_one_schema_and_keeps_every_row(
     url: str, head_dump: str, start: str
@@ -68,6 +69,7 @@ def test_from_every_start_the_upgrade_ends_in_one_schema_and_keeps_every_row(
         assert after == head_dump
 
 
+@pytest.mark.repeats
 def test_the_command_adopts_a_raw_deployment_and_changes_nothing_the_second_time(raw_fleet: str) -> None:
     first = run_alembic("upgrade", "head", DATABASE_URL=raw_fleet)
     second = alembic("upgrade", "head", DATABASE_URL=raw_fleet)
@@ -78,6 +80,7 @@ def test_the_command_adopts_a_raw_deployment_and_changes_nothing_the_second_time
     assert "Running" not in second.err
 
 
+@pytest.mark.repeats
 def test_what_a_team_added_to_the_table_is_not_changed(make_empty: Callable[[], str]) -> None:
     own = """
         ALTER TABLE device_state ADD own_column text DEFAULT 'v1', ADD CONSTRAINT known CHECK (status <> 'BROKEN');
@@ -199,6 +202,7 @@ def test_a_migrated_database_with_another_index_of_a_later_revision_is_refused_u
     assert dump(url) == before
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("set_at", ["076", "077"])
 def test_upgrade_and_downgrade_keep_a_fillfactor_that_a_team_set(url: str, set_at: str) -> None:
     upgrade(url, set_at)

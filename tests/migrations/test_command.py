@@ -9,6 +9,8 @@ from tests.databases.alembic_runs import run_alembic
 from tests.migrations.commands import alembic
 from tests.migrations.revisions import HEAD, TO_HEAD
 
+pytestmark = pytest.mark.repeats
+
 NOWHERE = "postgresql://iot:hunter2@127.0.0.1:1/nowhere"
 
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+pytestmark = pytest.mark.repeats
+
 
 @pytest.fixture
 def raw_075(make_empty: Callable[[], str]) -> str:

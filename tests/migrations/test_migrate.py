@@ -80,6 +80,7 @@ def as_session(url: str, *settings: str) -> str:
 # The command line, in a process of its own.
 
 
+@pytest.mark.repeats
 def test_the_command_upgrades_checks_and_downgrades_a_database(empty: str) -> None:
     code, out, err = run("upgrade", "075", "--url", empty, DATABASE_URL=NOWHERE)
     assert (code, out) == (0, "")
@@ -426,6 +427,7 @@ def test_what_is_no_revision_is_refused_without_being_shown(capsys: pytest.Captu
     assert "hunter2" not in said
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("revision", ["076", "head"])  # the database is at 076
 def test_an_interrupted_downgrade_is_reported_and_undone_by_the_next_upgrade(
     at_head: str, revision: str, monkeypatch: pytest.MonkeyPatch

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable
 
+pytestmark = pytest.mark.repeats
+
 
 def psql(url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Print the SQL of `alembic ARGUMENTS --sql`, and run it as a database administrator would."""

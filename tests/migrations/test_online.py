@@ -60,6 +60,7 @@ def url(raw_fleet: str) -> str:
     return raw_fleet
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize(("start", "end"), [("075", "head"), ("head", "075"), ("076", "075")])
 def test_a_lock_that_is_not_acquired_in_time_is_an_error_and_changes_nothing_while_writers_go_on(
     url: str, start: str, end: str, monkeypatch: pytest.MonkeyPatch
@@ -176,6 +177,7 @@ def test_an_invalid_index_is_built_again_and_a_valid_one_is_kept(
     assert run_sql(url, identity) == [(built, True)]
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("direction", ["upgrade", "downgrade"])
 def test_of_two_deployers_at_once_both_succeed_and_the_work_is_done_once(url: str, direction: str) -> None:
     arguments = ("upgrade", "head") if direction == "upgrade" else ("downgrade", "075")

@@ -69,6 +69,7 @@ def test_if_no_shadow_was_ever_written_a_downgrade_leaves_exactly_the_schema_of_
     assert rows_of(raw_fleet) == before
 
 
+@pytest.mark.repeats
 def test_shadows_come_back_bit_by_bit_and_the_parked_table_is_gone(url: str, raw_075: str, migrated_url: str) -> None:
     before, rows = shadows(url), rows_of(url)
 
@@ -181,6 +182,7 @@ def test_shadows_are_discarded_only_with_the_option(url: str, raw_075: str) -> N
     assert run_sql(url, "SELECT sum(desired_version) FROM device_state") == [(0,)]
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("option", ["shadow=park", "shadow=", "shadow", "shadwo=discard", "device_state=yes", "lock_timeout=0", "lock_timeout=4", "lock_timeout=4s; DROP TABLE x"])  # fmt: skip
 def test_an_option_that_is_misspelt_is_refused_and_not_ignored(url: str, option: str) -> None:
     before = rows_of(url)

@@ -11,6 +11,8 @@ from tests.databases.schema_dump import dump
 from tests.databases.tenants import isolate
 from tests.migrations.raw_sql import FLEET, PARKED, RAW_075, as_role, rows_of, run_sql, tables_of
 
+pytestmark = pytest.mark.repeats
+
 
 @pytest.fixture
 def url(shadow_fleet_at_head: str, server_role: str) -> str:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.repeats
+
 
 def test_importing_the_package_loads_neither_alembic_nor_a_driver() -> None:
     program = "import sys, iot_models; print(sorted({'alembic', 'psycopg', 'rich'} & set(sys.modules)))"

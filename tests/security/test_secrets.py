@@ -117,6 +117,7 @@ def test_the_help_shows_no_url_of_the_environment(
 DOCUMENT = {"wifi_password": SECRET}
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("driver", KINDS)
 @pytest.mark.parametrize(
     "write",
@@ -189,6 +190,7 @@ def test_the_report_of_a_test_that_fails_does_not_show_the_password(
     assert "hunter2@" not in text_of_run.replace(NOWHERE, "", text_of_run.count(f'PostgresServer("{NOWHERE}"'))
 
 
+@pytest.mark.repeats
 def test_a_url_of_a_fixture_is_a_text_like_any_other(shadow_database: str) -> None:
     assert isinstance(shadow_database, str)
     assert make_url(shadow_database).database in repr(shadow_database)  # type: ignore[operator]

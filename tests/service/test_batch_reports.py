@@ -157,6 +157,7 @@ def test_the_limits_are_the_services(session: Session, service: ShadowService) -
     assert service.get("a").reported == {"old": 1}
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("count", [1, 10, 1000])
 def test_the_number_of_statements_does_not_grow_with_the_batch(
     session: Session, service: ShadowService, count: int
@@ -251,7 +252,7 @@ def one_after_another(service: ShadowService, reports: list[Report]) -> list[Rep
     return outcomes
 
 
-@with_a_database(share=1.5)
+@with_a_database(share=0.75)
 @given(
     standings=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4)), min_size=3, max_size=3),
     reports=st.lists(st.builds(Report, device_ids, contents, versions), max_size=12),
@@ -386,6 +387,7 @@ def test_batches_whose_refused_reports_cross_wait_for_each_other_and_never_deadl
         assert set.union(*pool.map(work, range(4))) == {ACCEPTED, UNKNOWN_VERSION}
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("mode", ["READ COMMITTED", "AUTOCOMMIT"])
 def test_of_batches_that_race_the_newest_acknowledged_version_stays(own_engine: Engine, mode: str) -> None:
     writers, newest = 6, 30

@@ -446,6 +446,7 @@ def at_once(work: Callable[[int], object]) -> list[Any]:
         return list(pool.map(one, range(WRITERS)))
 
 
+@pytest.mark.repeats
 @MODES
 def test_batches_that_cross_wait_for_each_other_and_never_deadlock(own_engine: Engine, mode: str) -> None:
     rounds, size = 8, 60

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
 NOW = datetime(2026, 11, 1, 12, 0, tzinfo=UTC)
-on_generated_data = with_a_database(share=0.75)
+on_generated_data = with_a_database(share=0.4)
 
 
 @pytest.fixture

@@ -68,7 +68,7 @@ def test_a_device_shows_its_ids(session: Session) -> None:
 _fleets = st.lists(st.tuples(document_pairs, st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=25)
 
 
-@with_a_database(share=0.6)
+@with_a_database(share=0.4)
 @given(fleet=_fleets)
 def test_the_hybrids_are_the_same_in_python_and_in_sql(
     session: Session, fleet: list[tuple[tuple[dict[str, Any], dict[str, Any]], int, int]]

@@ -69,6 +69,7 @@ def stored(engine: Engine) -> tuple[dict[str, Any], int]:
         return shadow.desired, shadow.desired_version
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("write", WRITES)
 def test_a_write_of_the_service_does_not_take_an_objects_change_past_another_sessions_write(
@@ -191,6 +192,7 @@ NEWER_VERSIONS = (
 )
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("read", NEWER_VERSIONS)
 def test_a_version_that_was_read_later_than_the_document_guards_nothing(

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from iot_models.testing import PostgresServer
 
-on_generated_documents = with_a_database(share=1.5)
+on_generated_documents = with_a_database(share=0.75)
 
 
 @pytest.fixture
