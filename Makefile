@@ -38,14 +38,11 @@ quick: .venv/installed
 	@$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --include='$(CORE)' --omit='$(ENGINES)'
 
-# Coverage makes Python half as fast. So it is measured where one run of a test is enough, and not where the same code runs
-# a thousand times with other input.
 test: .venv/installed
 	@rm -rf .coverage
-	$(BIN)/coverage run -m pytest $(PARALLEL) -m 'not repeats'
+	$(BIN)/coverage run -m pytest $(PARALLEL)
 	@$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
-	$(BIN)/python -m pytest $(PARALLEL) -m repeats
 
 test-matrix: .venv/installed
 	@$(BIN)/python .ci/matrix.py

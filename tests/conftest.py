@@ -10,10 +10,12 @@ In a parallel run (`-n`, pytest-xdist) the workers share the server, and each ha
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+import coverage
 import pytest
 from hypothesis import HealthCheck, is_hypothesis_test, settings
 from sqlalchemy import Connection, Engine, NullPool, create_engine, make_url, text
@@ -53,12 +55,40 @@ def pytest_configure_node(node: Any) -> None:
     node.workerinput[SERVER_OF_WORKERS] = (str(server.url), server.description)
 
 
+@pytest.hookimpl(trylast=True)  # after pytest-randomly has shuffled them
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the properties, and what is large, as tests that run code which others cover, too."""
+    """Mark the properties, and what is large, as tests that run code which others cover, too; let those run last.
+
+    What is made once in a process, as a statement is, is made where it is measured then. Of a parallel run each worker
+    takes an equal part of the list, from its beginning.
+    """
     for item in items:
         # Hypothesis sets a marker of its own, but later.
         if is_hypothesis_test(getattr(item, "obj", None)) or item.get_closest_marker("large"):
             item.add_marker("repeats")
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    kinds = [[item for item in items if bool(item.get_closest_marker("repeats")) == kind] for kind in (False, True)]
+    items[:] = [
+        item
+        for worker in range(workers)
+        for kind in kinds
+        for item in kind[len(kind) * worker // workers : len(kind) * (worker + 1) // workers]
+    ]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Measure no coverage in a test that is marked `repeats`, nor in its processes: coverage makes Python half as fast."""
+    measuring = coverage.Coverage.current()
+    if measuring is None or not item.get_closest_marker("repeats"):
+        return (yield)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)  # what processes are measured by
+        measuring.stop()
+        try:
+            return (yield)
+        finally:
+            measuring.start()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
