@@ -20,10 +20,11 @@ from sqlalchemy.exc import OperationalError
 
 from iot_models._core import loaded_objects, validation
 from iot_models._core.database_errors import LOCK_NOT_AVAILABLE, sqlstate
+from iot_models._core.ways_around import ways_around
 from iot_models.models import DeviceState
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Sequence
 
     from sqlalchemy import Connection
     from sqlalchemy.engine import Transaction
@@ -50,33 +51,11 @@ _POLICY_NOW: Final = text("""
      WHERE c.oid = CAST(to_regclass(CAST(:table AS text)) AS oid) AND CAST(p.polname AS text) = CAST(:policy AS text)
 """)
 
-# A role counts as all that it can become by SET ROLE.
-_WAYS_AROUND: Final = text("""
-    WITH role AS (
-      SELECT r.oid, r.rolsuper, r.rolbypassrls, r.rolname,
-             CASE WHEN r.oid = me.oid THEN 'it' ELSE quote_ident(CAST(r.rolname AS text)) END AS subject
-        FROM pg_roles me JOIN pg_roles r
-          ON r.oid = me.oid OR NOT me.rolsuper AND pg_has_role(me.oid, r.oid, 'MEMBER')
-       WHERE CAST(me.rolname AS text) = CAST(:role AS text)),
-    target AS (SELECT oid, relowner, relacl FROM pg_class WHERE oid = CAST(to_regclass(CAST(:table AS text)) AS oid))
-    SELECT subject || CASE WHEN rolsuper THEN ' is a superuser' ELSE ' has BYPASSRLS' END AS way
-      FROM role WHERE rolsuper OR rolbypassrls
-    UNION ALL
-    SELECT subject || ' owns the table' FROM role JOIN target ON relowner = role.oid
-    UNION ALL
-    SELECT pg_catalog.format('%s may use what no policy limits (REVOKE %s ON %s FROM %s)',
-                  coalesce(subject, 'everybody'),
-                  string_agg(privilege_type, ', ' ORDER BY privilege_type), target.oid::regclass,
-                  coalesce(quote_ident(CAST(rolname AS text)), 'PUBLIC'))
-      FROM target CROSS JOIN aclexplode(relacl) LEFT JOIN role ON role.oid = grantee
-     WHERE privilege_type IN ('REFERENCES', 'TRIGGER', 'TRUNCATE') AND grantee <> relowner
-       AND (grantee = CAST(0 AS oid) OR role.oid IS NOT NULL)
-     GROUP BY subject, rolname, target.oid
-    UNION ALL
-    SELECT pg_catalog.concat('the policy ', quote_ident(CAST(polname AS text)), ' shows it rows too')
-      FROM target JOIN pg_policy ON polrelid = target.oid
-     WHERE polpermissive AND CAST(polname AS text) <> CAST(:policy AS text)
-       AND (CAST(0 AS oid) = ANY (polroles) OR polroles OPERATOR(pg_catalog.&&) ARRAY(SELECT oid FROM role))
+# Policies apply to the members of the roles that they name.
+_IS_ONE_OF: Final = text("""
+    SELECT EXISTS (SELECT FROM pg_roles me JOIN pg_roles r ON r.oid = me.oid OR pg_has_role(me.oid, r.oid, 'USAGE')
+                    WHERE CAST(me.rolname AS text) = CAST(:role AS text)
+                      AND CAST(r.rolname AS text) = ANY (CAST(:roles AS text[])))
 """)
 
 _SHUT_OUT: Final = text("""
@@ -109,9 +88,9 @@ def enable(connection: Connection, role: str) -> None:
 
     Raises:
         LookupError: If there is no such role.
-        ValueError: If the role would not be limited to one tenant, with all the reasons: it is a superuser, has
-            BYPASSRLS, owns the table, may use TRUNCATE, REFERENCES or TRIGGER on it, or another policy shows it rows;
-            or it is a member of such a role. Nothing is changed.
+        ValueError: If the role would not be limited to one tenant, with all the reasons (docs/tenancy.md has a list):
+            it is a superuser or a member of one, owns the table, reaches the files of the server, may use TRUNCATE, and
+            so on. Nothing is changed.
         RuntimeError: If the connection is in AUTOCOMMIT mode.
         TypeError: If `role` is not a string.
 
@@ -121,9 +100,9 @@ def enable(connection: Connection, role: str) -> None:
     """
     _require_transaction(connection)
     _require_role(connection, role)
-    if ways := connection.scalars(_WAYS_AROUND, {**_BINDS, "role": role}).all():
+    if ways := _ways_around(connection, role):
         raise ValueError(
-            f"isolation would not hold for role {role!r}: {'; '.join(ways)}. Take that away, or let the application "
+            f"isolation would not hold for role {role!a}: {'; '.join(ways)}. Take that away, or let the application "
             f"log in as a role of its own (CREATE ROLE, then GRANT SELECT, INSERT, UPDATE, DELETE ON {_TABLE})"
         )
     now = _policy_now(connection)
@@ -133,6 +112,30 @@ def enable(connection: Connection, role: str) -> None:
     _write_policy(connection, {*_policy_now(connection).roles, role})
     _run(connection, f"ALTER TABLE {_TABLE} ENABLE ROW LEVEL SECURITY")
     _warn(connection)
+
+
+def check(connection: Connection, role: str) -> list[str]:
+    """Why `role` is not limited to the tenant that it is bound to, a sentence each; empty if it is.
+
+    It asks what `enable` asks, and whether what `enable` did is still so: rights are granted and policies are changed
+    later. Any role may call it; nothing is changed or locked. `python -m iot_models.migrate check --tenancy app` calls
+    it, too.
+
+    Raises:
+        LookupError: If there is no such role.
+        RuntimeError: If the connection is in AUTOCOMMIT mode.
+        TypeError: If `role` is not a string.
+
+    Example:
+        >>> with create_engine("postgresql://owner@db/iot").begin() as connection:
+        ...     assert tenancy.check(connection, "app") == []
+    """
+    _require_transaction(connection)
+    _require_role(connection, role)
+    now = _policy_now(connection)
+    limited = now.in_force and connection.scalar(_IS_ONE_OF, {"role": role, "roles": list(now.roles)})
+    enable_it = f"the policy {POLICY} does not limit it: call tenancy.enable(connection, {role!a})"
+    return [*([] if limited else [enable_it]), *_ways_around(connection, role)]
 
 
 def disable(connection: Connection, role: str) -> None:
@@ -240,6 +243,10 @@ def _policy_now(connection: Connection) -> _Policy:
     connection.execute(text("SELECT set_config('quote_all_identifiers', 'off', true)"))
     row = connection.execute(_POLICY_NOW, _BINDS).one_or_none()
     return _Policy(row.roles, row.in_force) if row is not None else _Policy((), in_force=False)
+
+
+def _ways_around(connection: Connection, role: str) -> Sequence[str]:
+    return ways_around(connection, role, policy=POLICY, setting=SETTING)
 
 
 def _write_policy(connection: Connection, roles: Collection[str]) -> None:

@@ -77,8 +77,8 @@ def _run_history(_: argparse.Namespace, __: str | None, ___: Options) -> tuple[i
     return 0, runner.history()
 
 
-def _run_check(_: argparse.Namespace, url: str | None, options: Options) -> tuple[int, str]:
-    found = examine(url, options)
+def _run_check(given: argparse.Namespace, url: str | None, options: Options) -> tuple[int, str]:
+    found = examine(url, options, roles=given.tenancy)
     sys.stderr.write("".join(f"note: {note}\n" for note in found.notes))
     lines = found.problems or [found.verdict]
     return (1 if found.problems else 0), "".join(f"{line}\n" for line in lines)
@@ -139,7 +139,16 @@ Exit codes: 0 done, 1 refused or failed or a difference found, 2 wrong usage, 13
         move.add_argument("--sql", action="store_true", help="print the SQL, and ask no database")
     add("current", "print the revision at which the database stands", _run_current)
     add("history", "print the revisions, the newest first", _run_history)
-    add("check", "say whether the database stands at head and equals the models: exit code 0 or 1", _run_check)
+    checked = add(
+        "check", "say whether the database stands at head and equals the models: exit code 0 or 1", _run_check
+    )
+    checked.add_argument(
+        "--tenancy",
+        action="append",
+        default=[],
+        metavar="ROLE",
+        help="and whether row level security limits this role to one tenant, as tenancy.enable left it",
+    )
     offline = add("sql", "print the SQL from one revision to another, and ask no database", _run_sql)
     offline.add_argument("range", type=_revisions, metavar="FROM:TO", help="075:076, base:head, or downwards: 076:075")
     for discarding in (down, offline):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
+from iot_models import tenancy
 from iot_models._core.database_errors import LOCK_NOT_AVAILABLE, sqlstate
 from iot_models._migrations import runner
 from iot_models._migrations.comparison import COLUMNS, TABLE, differences
@@ -17,6 +18,8 @@ from iot_models._migrations.faulty_rows import faulty_rows
 from iot_models._migrations.obstacles import SHADOWS, Plan, interrupted_downgrade, obstacles, row_security_hides
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from alembic.script import Script
     from sqlalchemy import Connection
 
@@ -42,8 +45,13 @@ class Findings:
     notes: list[str]
 
 
-def examine(target: Target, options: Options) -> Findings:
+def examine(target: Target, options: Options, *, roles: Iterable[str] = ()) -> Findings:
     """Check a database. Nothing is changed, and another deployer is not waited for.
+
+    Args:
+        target: The database.
+        options: As for `runner.run`.
+        roles: Those that have to be limited to one tenant each, by `tenancy.enable`.
 
     Raises:
         CommandError: As for `runner.ask`, or as for `comparison.differences`.
@@ -64,6 +72,7 @@ def examine(target: Target, options: Options) -> Findings:
                 # At any other revision than head the schema has to differ.
                 *(_differences(connection) if at_head else _stops_upgrade(connection, revision, scripts)),
                 *faulty_rows(connection),
+                *(line for role in roles for line in _tenancy(connection, role)),
             ],
             verdict=f"{database} stands at head ({head}) and equals the models",
             notes=[
@@ -75,6 +84,14 @@ def examine(target: Target, options: Options) -> Findings:
         )
 
     return runner.ask(target, options, answer)
+
+
+def _tenancy(connection: Connection, role: str) -> list[str]:
+    try:
+        ways = tenancy.check(connection, role)
+    except LookupError as error:
+        return [str(error)]
+    return [f"role {role!a} is not limited to one tenant: {'; '.join(ways)}"] if ways else []
 
 
 def _differences(connection: Connection) -> list[str]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from iot_models import tenancy
+from iot_models._migrations.command_line import main
 from tests.databases.devices import TENANT
 from tests.databases.tenants import OFF, rolled_back, run, security, tenants_for
 
@@ -63,7 +64,51 @@ WAYS = {
         "GRANT {app}_b TO {app}",
         'CREATE POLICY "The Group\'s" ON device_state TO {app}_b USING (true)',
     ],
-    "it has BYPASSRLS; it owns the table; everybody may use what no policy limits": [
+    "it has REPLICATION, and a replication slot shows it every row": ["ALTER ROLE {app} REPLICATION"],
+    "it is a member of pg_read_server_files, which reaches the files of the server": [
+        "CREATE ROLE {app}_b",
+        "GRANT pg_read_server_files TO {app}_b",
+        "GRANT {app}_b TO {app}",
+    ],
+    "it is a member of pg_execute_server_program, which reaches the files of the server; "
+    "it is a member of pg_write_server_files, which reaches the files of the server": [
+        "GRANT pg_execute_server_program, pg_write_server_files TO {app}"
+    ],
+    "it may execute lo_import(text), pg_read_file(text), which reach the files of the server": [
+        "GRANT EXECUTE ON FUNCTION pg_read_file(text) TO {app}",
+        "GRANT EXECUTE ON FUNCTION lo_import(text) TO PUBLIC",
+    ],
+    "it owns the schema public, and may drop the table": ["ALTER SCHEMA public OWNER TO {app}"],
+    "it may put a function or an operator in the way of the statements of others "
+    "(REVOKE CREATE ON SCHEMA public FROM {app})": ["GRANT CREATE ON SCHEMA public TO {app}"],
+    "everybody may put a function or an operator in the way of the statements of others "
+    "(REVOKE CREATE ON SCHEMA public FROM PUBLIC)": ["GRANT CREATE ON SCHEMA public TO PUBLIC"],
+    "it may use what no policy limits (REVOKE REFERENCES (tenant_id, device_id) ON device_state FROM {app})": [
+        "GRANT REFERENCES (tenant_id, device_id) ON device_state TO {app}"
+    ],
+    'the trigger "the spy" runs a function of this role (DROP TRIGGER "the spy" ON device_state)': [
+        "CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'",
+        "ALTER FUNCTION f() OWNER TO {app}",
+        'CREATE TRIGGER "the spy" BEFORE INSERT ON device_state FOR EACH ROW EXECUTE FUNCTION f()',
+    ],
+    'the foreign key k shows which devices exist (ALTER TABLE "My table" DROP CONSTRAINT k)': [
+        'CREATE TABLE "My table" (t text, d text, CONSTRAINT k FOREIGN KEY (t, d) REFERENCES device_state)',
+        'ALTER TABLE "My table" OWNER TO {app}',
+    ],
+    "a transaction that is bound to no tenant has one already (ALTER ROLE {app} RESET app.tenant_id)": [
+        "ALTER ROLE {app} SET app.tenant_id = 'acme'"
+    ],
+    "a transaction that is bound to no tenant has one already (ALTER ROLE ALL RESET app.tenant_id)": [
+        "ALTER ROLE ALL SET app.tenant_id = 'acme'"
+    ],
+    "a transaction that is bound to no tenant has one already (ALTER DATABASE {database} RESET app.tenant_id); "
+    "a transaction that is bound to no tenant has one already (ALTER ROLE {app} IN DATABASE {database} RESET "
+    "app.tenant_id)": [
+        "ALTER DATABASE {database} SET APP.tenant_id = 'acme'",
+        "ALTER ROLE {app} IN DATABASE {database} SET app.tenant_id = 'acme'",
+    ],
+    "everybody may use what no policy limits (REVOKE TRUNCATE ON device_state FROM PUBLIC); "
+    "it has BYPASSRLS; it owns the table": [
         "ALTER ROLE {app} BYPASSRLS",
         "ALTER TABLE device_state OWNER TO {app}",
         "GRANT TRUNCATE ON device_state TO PUBLIC",
@@ -75,16 +120,94 @@ WAYS = {
 def test_a_role_that_a_policy_would_not_stop_is_refused_with_every_reason(
     owner: Connection, app: str, way: str
 ) -> None:
+    def named(written: str) -> str:
+        return written.replace("{app}", app).replace("{database}", str(owner.engine.url.database))
+
     for statement in WAYS[way]:
-        run(owner, statement.replace("{app}", app))
+        run(owner, named(statement))
     before = security(owner)
 
     with pytest.raises(ValueError) as caught:
         tenancy.enable(owner, app)
 
-    assert str(caught.value).startswith(f"isolation would not hold for role '{app}': {way.replace('{app}', app)}")
+    assert str(caught.value).startswith(f"isolation would not hold for role '{app}': {named(way)}")
     assert "Take that away, or let the application log in as a role of its own" in str(caught.value)
     assert security(owner) == before
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_granted_later_is_found_by_a_check_and_by_enabling_again(owner: Connection, app: str, way: str) -> None:
+    tenancy.enable(owner, app)
+    assert tenancy.check(owner, app) == []
+    for statement in WAYS[way]:
+        run(owner, statement.replace("{app}", app).replace("{database}", str(owner.engine.url.database)))
+
+    found = tenancy.check(owner, app)
+    assert found
+    with pytest.raises(ValueError) as caught:
+        tenancy.enable(owner, app)
+    assert f": {'; '.join(found)}. Take that away" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "ALTER POLICY iot_models_tenant ON device_state USING (true)",
+        "ALTER TABLE device_state DISABLE ROW LEVEL SECURITY",
+        "ALTER POLICY iot_models_tenant ON device_state TO pg_monitor",
+        "DROP POLICY iot_models_tenant ON device_state",
+        "DROP TABLE device_state",
+    ],
+)
+def test_a_check_finds_that_the_policy_limits_nobody_any_more(owner: Connection, app: str, damage: str) -> None:
+    tenancy.enable(owner, app)
+    run(owner, damage)
+
+    (found,) = tenancy.check(owner, app)
+    assert found == f"the policy iot_models_tenant does not limit it: call tenancy.enable(connection, '{app}')"
+
+
+def test_a_member_of_an_isolated_group_is_isolated(owner: Connection, app: str) -> None:
+    run(owner, f"CREATE ROLE {app}_group")
+    run(owner, f"GRANT {app}_group TO {app}")
+    tenancy.enable(owner, f"{app}_group")
+
+    assert tenancy.check(owner, app) == []
+
+
+def test_anybody_may_check(owner: Connection, app: str) -> None:
+    tenancy.enable(owner, app)
+    run(owner, f"GRANT REFERENCES ON device_state TO {app}")
+    run(owner, f"SET LOCAL ROLE {app}")
+
+    (found,) = tenancy.check(owner, app)
+    assert "REVOKE REFERENCES" in found
+
+
+@pytest.mark.parametrize("role", ["the application's", "nobody's"])
+def test_a_deployment_is_stopped_by_one_line(
+    own_engine: Engine, app: str, role: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with own_engine.begin() as connection:
+        tenancy.enable(connection, app)
+    asked = app if role == "the application's" else role
+    command = ["check", "--url", own_engine.url.render_as_string(hide_password=False), "--tenancy", asked]
+
+    assert main(command) == (0 if asked == app else 1)
+    if asked == app:
+        with own_engine.begin() as connection:
+            run(connection, f"ALTER ROLE {app} REPLICATION")
+            run(connection, "ALTER TABLE device_state DISABLE ROW LEVEL SECURITY")
+        assert main(command) == 1
+
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == (
+        f"role '{app}' is not limited to one tenant: the policy iot_models_tenant does not limit it: "
+        f"call tenancy.enable(connection, '{app}'); it has REPLICATION, and a replication slot shows it every row"
+        if asked == app
+        else 'there is no role "nobody\'s" on this server: check the name, or CREATE ROLE first'
+    )
+    assert len(said) == (2 if asked == app else 1)
 
 
 def test_once_the_reason_is_gone_the_same_call_goes_through(owner: Connection, app: str) -> None:
@@ -103,7 +226,7 @@ def test_a_role_that_does_not_exist_is_refused(owner: Connection, name: str) -> 
     if name == "x" * 64:
         run(owner, f"CREATE ROLE {'x' * 63}")  # what PostgreSQL would cut the name down to
 
-    for call in (tenancy.enable, tenancy.disable):
+    for call in (tenancy.enable, tenancy.disable, tenancy.check):
         with pytest.raises(LookupError, match=r"there is no role .* check the name, or CREATE ROLE first"):
             call(owner, name)
         with pytest.raises(TypeError, match="role must be a str, got None"):

@@ -134,5 +134,6 @@ def test_tenancy_calls_no_strangers_code(attacked: str, server_role: str) -> Non
     with create_engine(attacked, poolclass=NullPool).connect() as connection:
         tenancy.enable(connection, server_role)
         tenancy.enable(connection, server_role)
+        assert tenancy.check(connection, server_role) == []
         tenancy.disable(connection, server_role)
         connection.rollback()

@@ -1,0 +1,128 @@
+"""How a role gets around row level security on `device_state`: each way that the catalog shows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from sqlalchemy import text
+
+from iot_models.models import TABLE
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy import Connection
+
+# A role counts as all that it can become by SET ROLE. As in `statements`, no operator or function of a stranger's is a
+# better match than the catalog's.
+_WAYS: Final = text("""
+    WITH me AS (
+      SELECT oid, rolsuper, CAST(rolname AS text) AS rolname FROM pg_roles
+       WHERE CAST(rolname AS text) = CAST(:role AS text)),
+    role AS (
+      SELECT r.*, CASE WHEN r.oid = me.oid THEN 'it' ELSE quote_ident(CAST(r.rolname AS text)) END AS subject
+        FROM me JOIN pg_roles r ON r.oid = me.oid OR NOT me.rolsuper AND pg_has_role(me.oid, r.oid, 'MEMBER')),
+    target AS (
+      SELECT c.oid, c.relowner, c.relacl, c.relnamespace, quote_ident(CAST(c.relname AS text)) AS name
+        FROM pg_class c WHERE c.oid = CAST(to_regclass(CAST(:table AS text)) AS oid)),
+    path AS (
+      SELECT n.oid, n.nspowner, quote_ident(CAST(n.nspname AS text)) AS name, n.oid = target.relnamespace AS has_table
+        FROM target JOIN pg_namespace n ON n.oid = target.relnamespace OR n.nspname = ANY (current_schemas(false)))
+
+    SELECT subject || CASE WHEN rolsuper THEN ' is a superuser' ELSE ' has BYPASSRLS' END AS way
+      FROM role WHERE rolsuper OR rolbypassrls
+    UNION ALL
+    SELECT subject || ' has REPLICATION, and a replication slot shows it every row' FROM role
+     WHERE rolreplication AND NOT rolsuper
+    UNION ALL
+    SELECT subject || ' has CREATEROLE, and can make itself a member of the owner before PostgreSQL 16' FROM role
+     WHERE rolcreaterole AND NOT rolsuper AND CAST(current_setting('server_version_num') AS integer) < 160000
+    UNION ALL
+    SELECT 'it is a member of ' || subject || ', which reaches the files of the server' FROM role
+     WHERE CAST(rolname AS text) IN ('pg_execute_server_program', 'pg_read_server_files', 'pg_write_server_files')
+    UNION ALL
+    SELECT pg_catalog.format('%s may execute %s, which reach the files of the server', subject,
+                             string_agg(CAST(CAST(p.oid AS regprocedure) AS text), ', ' ORDER BY p.oid))
+      FROM role JOIN pg_proc p ON p.pronamespace = CAST(CAST('pg_catalog' AS regnamespace) AS oid)
+       AND CAST(p.proname AS text) IN ('pg_read_file', 'pg_read_binary_file', 'lo_import', 'lo_export')
+     WHERE NOT rolsuper AND has_function_privilege(role.oid, p.oid, 'EXECUTE') GROUP BY subject
+    UNION ALL
+    SELECT subject || ' owns the table' FROM role JOIN target ON relowner = role.oid
+    UNION ALL
+    SELECT subject || ' owns the schema ' || path.name || ', and may drop the table'
+      FROM role JOIN path ON nspowner = role.oid AND has_table
+    UNION ALL
+    SELECT subject || ' owns the database' FROM role JOIN pg_database d ON d.datdba = role.oid
+     WHERE d.datname = current_database()
+    UNION ALL
+    SELECT pg_catalog.format('%s may put a function or an operator in the way of the statements of others'
+                             ' (REVOKE CREATE ON SCHEMA %s FROM %s)', coalesce(subject, 'everybody'), path.name,
+                             coalesce(quote_ident(CAST(rolname AS text)), 'PUBLIC'))
+      FROM path JOIN pg_namespace n ON n.oid = path.oid CROSS JOIN aclexplode(n.nspacl)
+           LEFT JOIN role ON role.oid = grantee
+     WHERE privilege_type = 'CREATE' AND grantee <> path.nspowner
+       AND (grantee = CAST(0 AS oid) OR role.oid IS NOT NULL)
+    UNION ALL
+    SELECT pg_catalog.format('%s may use what no policy limits (REVOKE %s ON %s FROM %s)',
+                             coalesce(subject, 'everybody'),
+                             string_agg(privilege_type, ', ' ORDER BY privilege_type), target.name,
+                             coalesce(quote_ident(CAST(rolname AS text)), 'PUBLIC'))
+      FROM target CROSS JOIN aclexplode(relacl) LEFT JOIN role ON role.oid = grantee
+     WHERE privilege_type IN ('REFERENCES', 'TRIGGER', 'TRUNCATE') AND grantee <> relowner
+       AND (grantee = CAST(0 AS oid) OR role.oid IS NOT NULL)
+     GROUP BY subject, rolname, target.name
+    UNION ALL
+    SELECT pg_catalog.format('%s may use what no policy limits (REVOKE REFERENCES (%s) ON %s FROM %s)',
+                             coalesce(subject, 'everybody'),
+                             string_agg(quote_ident(CAST(attname AS text)), ', ' ORDER BY attnum), target.name,
+                             coalesce(quote_ident(CAST(rolname AS text)), 'PUBLIC'))
+      FROM target JOIN pg_attribute ON attrelid = target.oid CROSS JOIN aclexplode(attacl)
+           LEFT JOIN role ON role.oid = grantee
+     WHERE privilege_type = 'REFERENCES' AND grantee <> relowner
+       AND (grantee = CAST(0 AS oid) OR role.oid IS NOT NULL)
+     GROUP BY subject, rolname, target.name
+    UNION ALL
+    SELECT pg_catalog.format('the trigger %I runs a function of %s (DROP TRIGGER %I ON %s)', tgname,
+                             CASE subject WHEN 'it' THEN 'this role' ELSE subject END, tgname, target.name)
+      FROM target JOIN pg_trigger ON tgrelid = target.oid AND NOT tgisinternal
+           JOIN pg_proc p ON p.oid = tgfoid JOIN role ON role.oid = proowner
+    UNION ALL
+    SELECT pg_catalog.format('the foreign key %I shows which devices exist (ALTER TABLE %s DROP CONSTRAINT %I)',
+                             conname, CAST(CAST(conrelid AS regclass) AS text), conname)
+      FROM target JOIN pg_constraint ON confrelid = target.oid AND CAST(contype AS text) = 'f'
+           JOIN pg_class c ON c.oid = conrelid JOIN role ON role.oid = c.relowner
+     WHERE NOT role.oid = target.relowner
+    UNION ALL
+    SELECT pg_catalog.concat('the policy ', quote_ident(CAST(polname AS text)), ' shows it rows too')
+      FROM target JOIN pg_policy ON polrelid = target.oid
+     WHERE polpermissive AND CAST(polname AS text) <> CAST(:policy AS text)
+       AND (CAST(0 AS oid) = ANY (polroles) OR polroles OPERATOR(pg_catalog.&&) ARRAY(SELECT oid FROM role))
+    UNION ALL
+    SELECT pg_catalog.format('a transaction that is bound to no tenant has one already (ALTER %s%s RESET %s)',
+                             CASE WHEN setrole = me.oid THEN 'ROLE ' || quote_ident(me.rolname)
+                                  WHEN setdatabase = CAST(0 AS oid) THEN 'ROLE ALL' ELSE '' END,
+                             CASE WHEN setdatabase = CAST(0 AS oid) THEN ''
+                                  WHEN setrole = me.oid THEN ' IN DATABASE ' || quote_ident(current_database())
+                                  ELSE 'DATABASE ' || quote_ident(current_database()) END,
+                             CAST(:setting AS text))
+      FROM me JOIN pg_db_role_setting ON setrole = me.oid OR setrole = CAST(0 AS oid)
+           CROSS JOIN pg_catalog.unnest(setconfig) AS setting
+     WHERE (setdatabase = CAST(0 AS oid)
+            OR setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database()))
+       AND starts_with(lower(setting), CAST(:setting AS text) || '=')
+     ORDER BY way
+""")
+
+
+def ways_around(connection: Connection, role: str, *, policy: str, setting: str) -> Sequence[str]:
+    """How `role` would see or change rows of other tenants, a sentence each, most with the statement that ends it.
+
+    Args:
+        connection: To the database of the table. Nothing is changed or locked.
+        role: A role that exists.
+        policy: The policy that limits it; other permissive policies are a way.
+        setting: What the policy compares with; a value that every session has from the start is a way.
+    """
+    binds = {"table": TABLE.name, "role": role, "policy": policy, "setting": setting}
+    found: Sequence[str] = connection.scalars(_WAYS, binds).all()
+    return found
