@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import batches
 import fleet
+import limits
 import psycopg
 import single
 import storage
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 URL_VARIABLE = "IOT_MODELS_BENCH_URL"
-SECTIONS = ("one device", "tasks", "batches", "fleet", "storage", "documents")
+SECTIONS = ("one device", "tasks", "batches", "fleet", "storage", "documents", "limits")
 FLEETS = (10_000, 100_000, 1_000_000)
 SETTINGS = {DURABLE: {"synchronous_commit": "on"}, RELAXED: {"synchronous_commit": "off"}}
 # Settings as in production. The throwaway server's own defaults are not durable.
@@ -105,6 +106,9 @@ def measure(url: str, tools: Path, rounds: int, only: list[str], progress: Progr
             figures += _fleet(url, devices, rounds, only, progress)
     if "documents" in only:
         figures += twins.measure(rounds, progress)
+    if "limits" in only:
+        with database(url, "iot_models_bench", **SETTINGS[RELAXED]) as own:
+            figures += limits.measure(own, rounds, progress)
     return figures
 
 

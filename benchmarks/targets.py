@@ -47,6 +47,7 @@ def judge(figures: list[Figure]) -> list[Target]:
         *(target for setting in (DURABLE, RELAXED) for target in _writes(run, setting)),
         *_fleet(run),
         *_documents(run),
+        *_limits(figures, run),
     ]
 
 
@@ -95,3 +96,12 @@ def _documents(run: Run) -> Iterator[Target]:
             )
             yield Target(f"compute_delta, {name}: times a plain loop", "", 3, ratio(ours, loop), at_most=True)
             yield Target(f"compute_delta, {name}: faster than deepdiff", "", 20, ratio(deepdiff, ours))
+
+
+def _limits(figures: list[Figure], run: Run) -> Iterator[Target]:
+    """The dearest document of each kind of work."""
+    for work in dict.fromkeys(f.setting for f in figures if f.section == "limits"):
+        ordinary = run.figure("limits", "ordinary", "ours", work)
+        dear = {f.work: ratio(f, ordinary) for f in figures if (f.section, f.setting) == ("limits", work)}
+        kind = max(dear, key=dear.__getitem__)
+        yield Target(f"{work}: the dearest document ({kind}) over an ordinary one", "", 5, dear[kind], at_most=True)

@@ -28,7 +28,7 @@ EVERY = 20  # one key in 20 differs: 5 %
 def measure(rounds: int, progress: Progress) -> list[Figure]:
     """Measure deltas and merges of small, ordinary and large documents: equal ones, and with 5 % of keys different."""
     figures: list[Figure] = []
-    for size, desired in (("small", _small()), ("ordinary", _ordinary()), ("large", _large())):
+    for size, desired in (("small", _small()), ("ordinary", _ordinary()), ("large", large())):
         for state, reported in (("in sync", desired), ("5 % differ", _differing(desired))):
             works = _works(desired, reported)
             _check(works, desired, reported)
@@ -57,7 +57,7 @@ def _ordinary() -> Document:
     return _small() | zones
 
 
-def _large() -> Document:
+def large() -> Document:
     """Return the configuration of a device with many channels, nearly as large as a document may be (32 KiB)."""
     channels = {
         f"channel_{n:02}": {

@@ -20,7 +20,7 @@ from sqlalchemy.exc import OperationalError
 
 from iot_models._core import loaded_objects, validation
 from iot_models._core.database_errors import LOCK_NOT_AVAILABLE, sqlstate
-from iot_models._core.ways_around import ways_around
+from iot_models._core.ways_around import creators, ways_around
 from iot_models.models import DeviceState
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ def enable(connection: Connection, role: str) -> None:
     Row level security applies to the table as a whole: a role that does not own the table, has no BYPASSRLS and is
     named by no policy sees no rows any more. A warning in the log names these roles. Call `enable` for them too. For a
     role that has to see all tenants, create a policy first:
-    `CREATE POLICY reports ON device_state TO reports USING (true)`.
+    `CREATE POLICY reports ON device_state TO reports USING (true)`. Another warning names who may create objects in a
+    schema of the search path: the table's owner could call their functions by mistake.
 
     It takes an ACCESS EXCLUSIVE lock until the transaction ends, so end it at once. If no `lock_timeout` is set, it is
     4 s for the rest of the transaction. `deadlock_timeout`, after which autovacuum leaves the table, is 20 ms for the
@@ -304,6 +305,9 @@ def _warn(connection: Connection) -> None:
             ", ".join(roles),
             _TABLE,
         )
+
+    for line in creators(connection):
+        log.warning("%s", line)
 
 
 def _run(connection: Connection, statement: str) -> None:

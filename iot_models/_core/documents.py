@@ -22,7 +22,8 @@ from iot_models.errors import DocumentTooLarge, InvalidDocument, UnreadableShado
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    Place = tuple[str | int, ...]
+    # From the innermost step outwards: the place of the container, and the key in it; () for the document.
+    Place = tuple["Place", str | int] | tuple[()]
 
 # The upper bound of max_depth. json's encoder needs one recursion per level; Python's default limit is 1,000.
 _DEEPEST: Final = 200
@@ -35,6 +36,16 @@ _FEW_BITS: Final = 2126
 # A number with a decimal point and at most this many characters has at most 15 digits, which a float does not round.
 # jsonb writes no exponents.
 _FLOAT_KEEPS: Final = 16
+
+# An array or object costs several times as much as another value, to check, to merge and to compare, and its text may
+# take two bytes. PostgreSQL stores eight bytes for each: only an attacker's document needs more of them than this.
+_BYTES_A_CONTAINER: Final = 8
+_ALWAYS_ENOUGH: Final = 1_024
+
+
+# From here to there Python writes a float without an exponent.
+_LOW: Final = 1e-4
+_HIGH: Final = 1e16
 
 
 class _StoredNumber(Decimal):
@@ -60,7 +71,8 @@ class DocumentLimits:
 
     Attributes:
         max_bytes: The size as compact UTF-8 JSON, in which a number takes what PostgreSQL stores of it. PostgreSQL
-            writes exponents out: `1e308` takes 309 bytes.
+            writes exponents out: `1e308` takes 309 bytes. A document has at most `max_bytes / 8` arrays and objects
+            (and may always have 1,024).
         max_depth: The number of levels of objects and arrays. The document itself is the first level. At most 200.
 
     Raises:
@@ -135,11 +147,30 @@ def _object(document: object) -> dict[Any, Any]:
     raise InvalidDocument("", f"a document is a JSON object (a dict), not {_name(document)}")
 
 
+class _Weight:
+    """What the check of a document counts.
+
+    Attributes:
+        written_out: By how many bytes its numbers grow that PostgreSQL writes without their exponents.
+        containers_left: How many more arrays and objects it may have.
+    """
+
+    __slots__ = ("containers_left", "written_out")
+
+    def __init__(self, limits: DocumentLimits) -> None:
+        self.written_out = 0
+        self.containers_left = _most_containers(limits)
+
+
+def _most_containers(limits: DocumentLimits) -> int:
+    return max(_ALWAYS_ENOUGH, limits.max_bytes // _BYTES_A_CONTAINER)
+
+
 def _weigh(document: dict[Any, Any], limits: DocumentLimits) -> int:
     """Check a document; return how many bytes its numbers take in PostgreSQL beyond what JSON text takes."""
-    written_out: list[int] = []
-    _check(document, (), limits, 2 * limits.max_bytes, written_out)
-    return sum(written_out)
+    weight = _Weight(limits)
+    _check(document, (), 0, limits, 2 * limits.max_bytes, weight)
+    return weight.written_out
 
 
 def _number(literal: str) -> float | _StoredNumber:
@@ -152,16 +183,17 @@ def _number(literal: str) -> float | _StoredNumber:
 def _check(  # noqa: C901, PLR0912 - one branch per JSON type
     container: dict[Any, Any] | list[object],
     place: Place,
+    depth: int,
     limits: DocumentLimits,
     left: int,
-    written_out: list[int],
+    weight: _Weight,
 ) -> int:
     """Check the content of a container, for which `left` bytes are left; return how many are left after it.
 
-    No value is counted larger than it is, so the result is an upper bound. `written_out` collects by how many bytes
-    each number grows that PostgreSQL writes without its exponent.
+    No value is counted larger than it is, so the result is an upper bound. `weight` is added to.
     """
-    if len(place) == limits.max_depth:
+    weight.containers_left -= 1
+    if depth == limits.max_depth:
         raise InvalidDocument(_pointer(place), "nested too deep: flatten it, or raise DocumentLimits.max_depth")
     keyed = isinstance(container, dict)
     members: Iterable[tuple[Any, object]] = container.items() if isinstance(container, dict) else enumerate(container)
@@ -174,28 +206,44 @@ def _check(  # noqa: C901, PLR0912 - one branch per JSON type
             left -= len(key)
         if isinstance(value, str):
             if not ((value.isascii() and "\0" not in value) or storable_text(value)):
-                raise InvalidDocument(_pointer((*place, key)), _TEXT_REASON)
+                raise InvalidDocument(_pointer((place, key)), _TEXT_REASON)
             left -= len(value)
         elif value is None or value is True or value is False:
             pass
         elif isinstance(value, int):
             if value.bit_length() > _FEW_BITS:
                 if abs(value) >= 10 ** (most := _most_digits()):
-                    raise InvalidDocument(_pointer((*place, key)), f"an integer of more than {most:,} digits")
+                    raise InvalidDocument(_pointer((place, key)), f"an integer of more than {most:,} digits")
                 left -= value.bit_length() * 3 // 10  # a digit is 3.3 bits
         elif isinstance(value, float):
-            if not math.isfinite(value):
-                raise InvalidDocument(_pointer((*place, key)), f"{value} is not a JSON number: send null, or omit it")
-            if "e" in (text := float.__repr__(value)):
-                written_out.append(len(f"{Decimal(text):f}") - len(text))
-                left -= written_out[-1]
+            if not (_LOW <= value < _HIGH or -_HIGH < value <= -_LOW or value == 0):
+                left -= _check_float(value, place, key, weight)
         elif isinstance(value, (dict, list)):
-            left = _check(value, (*place, key), limits, left, written_out)
+            # A document can be nothing but empty containers: they must cost no more than other values.
+            if value or depth + 1 == limits.max_depth:
+                left = _check(value, (place, key), depth + 1, limits, left, weight)
+            else:
+                weight.containers_left -= 1
         elif not isinstance(value, _StoredNumber):
-            raise InvalidDocument(_pointer((*place, key)), f"{_name(value)} is not a JSON type: convert it first")
+            raise InvalidDocument(_pointer((place, key)), f"{_name(value)} is not a JSON type: convert it first")
         if left < 0:
             raise _too_large(f"more than {2 * limits.max_bytes:,}", limits)
+        if weight.containers_left < 0:
+            most = _most_containers(limits)
+            raise DocumentTooLarge(
+                "", f"more than {most:,} arrays and objects: write them flatter, or raise DocumentLimits.max_bytes"
+            )
     return left
+
+
+def _check_float(value: float, place: Place, key: str | int, weight: _Weight) -> int:
+    """Check a number; return by how many bytes it grows in PostgreSQL, which are added to `weight`."""
+    if not math.isfinite(value):
+        raise InvalidDocument(_pointer((place, key)), f"{value} is not a JSON number: send null, or omit it")
+    text = float.__repr__(value)
+    grows = len(f"{Decimal(text):f}") - len(text) if "e" in text else 0
+    weight.written_out += grows
+    return grows
 
 
 def _most_digits() -> int:
@@ -206,9 +254,9 @@ def _most_digits() -> int:
 def _check_key(key: object, place: Place) -> None:
     if not isinstance(key, str):
         # json would write 1, None and True as "1", "null" and "true": two keys could become one without an error.
-        raise InvalidDocument(_pointer((*place, shown(key))), f"keys are strings, {shown(key)} is {_name(key)}")
+        raise InvalidDocument(_pointer((place, shown(key))), f"keys are strings, {shown(key)} is {_name(key)}")
     if not storable_text(key):
-        raise InvalidDocument(_pointer((*place, key)), _TEXT_REASON)
+        raise InvalidDocument(_pointer((place, key)), _TEXT_REASON)
 
 
 _TEXT_REASON: Final = r"PostgreSQL cannot store \u0000 or a lone surrogate in a string: remove it first"
@@ -224,7 +272,11 @@ def _too_large(size: str, limits: DocumentLimits) -> DocumentTooLarge:
 
 def _pointer(place: Place) -> str:
     """Return the place as a JSON Pointer (RFC 6901), in which `~` is written `~0` and `/` is written `~1`."""
-    return "".join("/" + str(step).replace("~", "~0").replace("/", "~1") for step in place)
+    pointer = ""
+    while place:
+        place, step = place
+        pointer = f"/{str(step).replace('~', '~0').replace('/', '~1')}{pointer}"
+    return pointer
 
 
 def _name(value: object) -> str:

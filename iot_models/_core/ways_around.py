@@ -1,4 +1,4 @@
-"""How a role gets around row level security on `device_state`: each way that the catalog shows."""
+"""How a role gets around row level security on `device_state`, and who gets in the way of the statements of others."""
 
 from __future__ import annotations
 
@@ -24,10 +24,7 @@ _WAYS: Final = text("""
         FROM me JOIN pg_roles r ON r.oid = me.oid OR NOT me.rolsuper AND pg_has_role(me.oid, r.oid, 'MEMBER')),
     target AS (
       SELECT c.oid, c.relowner, c.relacl, c.relnamespace, quote_ident(CAST(c.relname AS text)) AS name
-        FROM pg_class c WHERE c.oid = CAST(to_regclass(CAST(:table AS text)) AS oid)),
-    path AS (
-      SELECT n.oid, n.nspowner, quote_ident(CAST(n.nspname AS text)) AS name, n.oid = target.relnamespace AS has_table
-        FROM target JOIN pg_namespace n ON n.oid = target.relnamespace OR n.nspname = ANY (current_schemas(false)))
+        FROM pg_class c WHERE c.oid = CAST(to_regclass(CAST(:table AS text)) AS oid))
 
     SELECT subject || CASE WHEN rolsuper THEN ' is a superuser' ELSE ' has BYPASSRLS' END AS way
       FROM role WHERE rolsuper OR rolbypassrls
@@ -49,19 +46,11 @@ _WAYS: Final = text("""
     UNION ALL
     SELECT subject || ' owns the table' FROM role JOIN target ON relowner = role.oid
     UNION ALL
-    SELECT subject || ' owns the schema ' || path.name || ', and may drop the table'
-      FROM role JOIN path ON nspowner = role.oid AND has_table
+    SELECT subject || ' owns the schema ' || quote_ident(CAST(nspname AS text)) || ', and may drop the table'
+      FROM target JOIN pg_namespace n ON n.oid = relnamespace JOIN role ON role.oid = nspowner
     UNION ALL
     SELECT subject || ' owns the database' FROM role JOIN pg_database d ON d.datdba = role.oid
      WHERE d.datname = current_database()
-    UNION ALL
-    SELECT pg_catalog.format('%s may put a function or an operator in the way of the statements of others'
-                             ' (REVOKE CREATE ON SCHEMA %s FROM %s)', coalesce(subject, 'everybody'), path.name,
-                             coalesce(quote_ident(CAST(rolname AS text)), 'PUBLIC'))
-      FROM path JOIN pg_namespace n ON n.oid = path.oid CROSS JOIN aclexplode(n.nspacl)
-           LEFT JOIN role ON role.oid = grantee
-     WHERE privilege_type = 'CREATE' AND grantee <> path.nspowner
-       AND (grantee = CAST(0 AS oid) OR role.oid IS NOT NULL)
     UNION ALL
     SELECT pg_catalog.format('%s may use what no policy limits (REVOKE %s ON %s FROM %s)',
                              coalesce(subject, 'everybody'),
@@ -113,6 +102,20 @@ _WAYS: Final = text("""
      ORDER BY way
 """)
 
+_CREATORS: Final = text("""
+    SELECT pg_catalog.format('%s may create functions and operators in schema %s, where statements of others find them'
+                             ' (REVOKE CREATE ON SCHEMA %s FROM %s)',
+                             coalesce('role ' || quote_ident(CAST(rolname AS text)), 'everybody'),
+                             quote_ident(CAST(nspname AS text)), quote_ident(CAST(nspname AS text)),
+                             coalesce(quote_ident(CAST(rolname AS text)), 'PUBLIC')) AS found
+      FROM pg_namespace n CROSS JOIN aclexplode(nspacl) LEFT JOIN pg_roles r ON r.oid = grantee
+     WHERE n.nspname = ANY (current_schemas(false)) AND privilege_type = 'CREATE' AND grantee <> nspowner
+       AND NOT coalesce(rolsuper, false)
+       AND NOT EXISTS (SELECT FROM pg_class c WHERE relowner = grantee
+                          AND c.oid = CAST(to_regclass(CAST(:table AS text)) AS oid))
+     ORDER BY found
+""")
+
 
 def ways_around(connection: Connection, role: str, *, policy: str, setting: str) -> Sequence[str]:
     """How `role` would see or change rows of other tenants, a sentence each, most with the statement that ends it.
@@ -125,4 +128,14 @@ def ways_around(connection: Connection, role: str, *, policy: str, setting: str)
     """
     binds = {"table": TABLE.name, "role": role, "policy": policy, "setting": setting}
     found: Sequence[str] = connection.scalars(_WAYS, binds).all()
+    return found
+
+
+def creators(connection: Connection) -> Sequence[str]:
+    """Who may create objects in a schema of the search path, a sentence each with the statement that ends it.
+
+    Not the owners of the schema and of the table, and no superuser. No statement of this package calls what they
+    create; a statement that somebody types as the table's owner may.
+    """
+    found: Sequence[str] = connection.scalars(_CREATORS, {"table": TABLE.name}).all()
     return found

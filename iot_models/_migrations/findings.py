@@ -10,6 +10,7 @@ from sqlalchemy.exc import DBAPIError
 
 from iot_models import tenancy
 from iot_models._core.database_errors import LOCK_NOT_AVAILABLE, sqlstate
+from iot_models._core.ways_around import creators
 from iot_models._migrations import runner
 from iot_models._migrations.comparison import COLUMNS, TABLE, differences
 from iot_models._migrations.dependents import PARKED
@@ -80,6 +81,7 @@ def examine(target: Target, options: Options, *, roles: Iterable[str] = ()) -> F
                 *_stops_downgrade(connection, revision, scripts),
                 *_encoding(connection),
                 *_slow_locks(connection),
+                *creators(connection),
             ],
         )
 

@@ -79,10 +79,6 @@ WAYS = {
         "GRANT EXECUTE ON FUNCTION lo_import(text) TO PUBLIC",
     ],
     "it owns the schema public, and may drop the table": ["ALTER SCHEMA public OWNER TO {app}"],
-    "it may put a function or an operator in the way of the statements of others "
-    "(REVOKE CREATE ON SCHEMA public FROM {app})": ["GRANT CREATE ON SCHEMA public TO {app}"],
-    "everybody may put a function or an operator in the way of the statements of others "
-    "(REVOKE CREATE ON SCHEMA public FROM PUBLIC)": ["GRANT CREATE ON SCHEMA public TO PUBLIC"],
     "it may use what no policy limits (REVOKE REFERENCES (tenant_id, device_id) ON device_state FROM {app})": [
         "GRANT REFERENCES (tenant_id, device_id) ON device_state TO {app}"
     ],

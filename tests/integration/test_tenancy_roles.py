@@ -186,6 +186,21 @@ def test_a_warning_names_the_roles_that_see_nothing_any_more(
     assert f"from PUBLIC, {app}_reports:" in caplog.text
 
 
+def test_a_warning_names_who_may_create_objects_in_the_search_path(
+    owner: Connection, app: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(owner, "GRANT CREATE ON SCHEMA public TO PUBLIC")
+    run(owner, f"GRANT CREATE ON SCHEMA public TO {app}")
+
+    tenancy.enable(owner, app)
+
+    for who, whom in (("everybody", "PUBLIC"), (f"role {app}", app)):
+        assert (
+            f"{who} may create functions and operators in schema public, where statements of others find them "
+            f"(REVOKE CREATE ON SCHEMA public FROM {whom})"
+        ) in caplog.messages
+
+
 def test_nobody_is_warned_where_nobody_is_shut_out(
     owner: Connection, app: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -68,10 +68,12 @@ def storable(
     if not isinstance(document, dict):
         document = dict(document)
     verdicts: set[bool | None] = set()
+    containers = 0
     left: list[tuple[object, int]] = [(document, 1)]  # no recursion: documents may be deeper than Python's stack
     while left:
         value, depth = left.pop()
         if isinstance(value, dict | list) and type(value) in {dict, list}:
+            containers += 1
             if depth > max_depth:
                 verdicts |= {False}
                 continue
@@ -82,7 +84,7 @@ def storable(
     for verdict in (None, False):
         if verdict in verdicts:
             return verdict
-    return size(document) <= max_bytes
+    return size(document) <= max_bytes and containers <= max(1_024, max_bytes / 8)
 
 
 def _key(key: object) -> bool | None:

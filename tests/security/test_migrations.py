@@ -11,6 +11,7 @@ from alembic.util import CommandError
 from sqlalchemy import NullPool, create_engine, event, make_url
 
 from iot_models import migrate
+from iot_models._migrations.command_line import main
 from tests.migrations.raw_sql import FLEET, RAW_075, SHADOWS, as_role, rows_of, run_sql
 
 if TYPE_CHECKING:
@@ -181,6 +182,16 @@ def test_what_a_table_of_ours_carries_besides_is_refused_by_name(database: str, 
 
     assert calls(database) == []
     assert run_sql(database, "SELECT version_num FROM alembic_version") == [("076",)]
+
+
+def test_check_says_who_may_create_objects_in_the_search_path(
+    database: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    migrate.upgrade(database)
+
+    assert main(["check", "--url", database]) == 0
+
+    assert "(REVOKE CREATE ON SCHEMA public FROM PUBLIC)" in capsys.readouterr().err
 
 
 def test_objects_of_the_team_and_of_extensions_are_no_strangers(database: str, server_role: str) -> None:
