@@ -17,7 +17,14 @@ from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from iot_models._core.database_errors import LOCK_NOT_AVAILABLE, sqlstate
 from iot_models._migrations.comparison import TABLE
 from iot_models._migrations.deployers import wait_for_other_deployers
-from iot_models._migrations.obstacles import Plan, obstacles, refuse, refuse_strangers, warnings
+from iot_models._migrations.obstacles import (
+    Plan,
+    obstacles,
+    refuse,
+    refuse_another_version_table,
+    refuse_strangers,
+    warnings,
+)
 
 # Importing it registers what the revisions use, too.
 from iot_models._migrations.operations import LockTable, undo_interrupted_downgrade
@@ -63,6 +70,7 @@ def _connection(options: dict[str, str]) -> Iterator[Connection]:
         ) from error
     with connection:
         refuse_strangers(connection)
+        refuse_another_version_table(connection)
         connection.execute(text(set_all(options.get("lock_timeout", LOCK_TIMEOUT))))
         connection.commit()
         try:

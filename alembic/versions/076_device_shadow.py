@@ -217,9 +217,10 @@ def _mirror_new_writes() -> None:
         )
         .one()
     )
+    schema = table.schema.replace(":", r"\:")  # Alembic would take :name for a parameter
     op.execute(f"""
         CREATE OR REPLACE FUNCTION {TRIGGER}() RETURNS trigger
-        LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, {table.schema}, pg_temp AS $$
+        LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, {schema}, pg_temp AS $$
         BEGIN
           IF TG_RELID <> CAST({table.id} AS oid) THEN
             RAISE insufficient_privilege USING MESSAGE = '{TRIGGER}() is for device_state alone';

@@ -164,14 +164,15 @@ def differences(
     yield from unfit(connection, table, [name for name in actual if name in required or name in optional])
     if primary_key:
         yield from _key_difference(connection, table, primary_key)
-    yield from _index_differences(connection, table, indexes)
+    yield from index_differences(connection, table, indexes)
 
 
-def _index_differences(connection: Connection, table: str, indexes: Mapping[str, str]) -> Iterator[str]:
+def index_differences(connection: Connection, table: str, indexes: Mapping[str, str]) -> Iterator[str]:
+    """How the indexes of a table differ from the expected ones, a sentence each; the table itself may be missing."""
     for name, definition in indexes.items():
         row = find_index(connection, table, name)
         if row is not None and not row.ours:
-            yield f"the name of index {name} is taken by another table's"
+            yield f"the name of index {name} is taken by {row.taken_by}"
         elif row is not None and row.valid and row.definition != definition:
             yield f"index {name} is {row.definition}: expected {definition}"
 
@@ -223,14 +224,21 @@ def _describe(column: Column) -> str:
 
 
 def find_index(connection: Connection, table: str, name: str) -> Any:
-    """The index of that name in the table's schema, with `valid`, `ours` (of this table), `definition`; or None."""
+    """What has that name in the schema of the table, or in that in which it will be made; None if nothing has it.
+
+    Its `ours` says whether it is an index of this table, of which there are `valid` and `definition`. If it is not,
+    `taken_by` says what it is.
+    """
     return connection.execute(
         text("""
-            SELECT i.indisvalid AS valid, i.indrelid = to_regclass(:table) AS ours,
-                   regexp_replace(pg_get_indexdef(i.indexrelid), '^.* USING ', '') AS definition
-              FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
-              JOIN pg_class t ON t.oid = to_regclass(:table) AND t.relnamespace = c.relnamespace
-             WHERE c.relname = :name
+            SELECT i.indisvalid AS valid, coalesce(i.indrelid = to_regclass(:table), false) AS ours,
+                   regexp_replace(pg_get_indexdef(i.indexrelid), '^.* USING ', '') AS definition,
+                   CASE WHEN i.indrelid IS NULL THEN pg_describe_object(CAST('pg_class' AS regclass), c.oid, 0)
+                        ELSE 'another table''s' END AS taken_by
+              FROM pg_class c LEFT JOIN pg_index i ON i.indexrelid = c.oid
+             WHERE c.relname = :name AND c.relnamespace = coalesce(
+                     (SELECT t.relnamespace FROM pg_class t WHERE t.oid = to_regclass(:table)),
+                     (SELECT n.oid FROM pg_namespace n WHERE n.nspname = current_schema()))
         """),
         {"table": table, "name": name},
     ).one_or_none()

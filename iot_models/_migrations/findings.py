@@ -150,7 +150,12 @@ def _elsewhere(revision: str | None, known: list[str]) -> str:
 
 def _parked_shadows(connection: Connection, *, below: bool) -> list[str]:
     """How many shadows are parked, and why; empty if there is no parked table, or no right to read it."""
-    readable = connection.scalar(text("SELECT has_table_privilege(to_regclass(:table), 'SELECT')"), {"table": PARKED})
+    readable = connection.scalar(
+        text(
+            "SELECT has_table_privilege(oid, 'SELECT') FROM pg_class WHERE oid = to_regclass(:table) AND relkind = 'r'"
+        ),
+        {"table": PARKED},
+    )
     if not readable:
         return []
     if row_security_hides(connection, PARKED):

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from alembic.script import Script
     from sqlalchemy import Connection
 
+# Alembic's.
+VERSION_TABLE: Final = "alembic_version"
 # The revision that adds the shadows.
 SHADOWS: Final = "076"
 
@@ -112,6 +114,33 @@ def refuse_strangers(connection: Connection) -> None:
         )
 
 
+def refuse_another_version_table(connection: Connection) -> None:
+    """Refuse to work where something else has the name of the table in which Alembic keeps the revision.
+
+    Raises:
+        CommandError: If there is such an object.
+    """
+    taken_by = connection.scalar(
+        text("""
+            SELECT pg_describe_object(CAST('pg_class' AS regclass), c.oid, 0) FROM pg_class c
+             WHERE c.oid = to_regclass(:table) AND NOT (
+                     CAST(c.relkind AS text) = 'r' AND EXISTS (
+                       SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attname = 'version_num'))
+                OR to_regclass(:table) IS NULL AND c.relname = :key
+                     AND c.relnamespace = (SELECT n.oid FROM pg_namespace n WHERE n.nspname = current_schema())
+            UNION ALL
+            SELECT pg_describe_object(CAST('pg_type' AS regclass), t.oid, 0)
+              FROM pg_type t JOIN pg_namespace n ON n.oid = t.typnamespace
+             WHERE to_regclass(:table) IS NULL AND n.nspname = current_schema() AND t.typname = :table
+             LIMIT 1
+        """),
+        {"table": VERSION_TABLE, "key": f"{VERSION_TABLE}_pkc"},
+    )
+    if taken_by:
+        fact = f"{taken_by} has the name of the table in which Alembic keeps the revision, or of its key"
+        refuse([Obstacle(fact, (), "rename or drop it")])
+
+
 def obstacles(connection: Connection, plan: Plan) -> list[Obstacle]:
     """All that would stop a migration, as far as the database can tell before. Nothing is changed, no row is locked."""
     if not plan.scripts:
@@ -122,9 +151,9 @@ def obstacles(connection: Connection, plan: Plan) -> list[Obstacle]:
 def _obstacles(connection: Connection, plan: Plan) -> Iterator[Obstacle]:
     yield from _settings(connection, plan)
     exists, parked = (_exists(connection, table) for table in (TABLE, PARKED))
-    if not exists and plan.upgrade and plan.has_table:
-        return  # it is created
-    yield from _differences(connection, plan, parked=parked)
+    creates = not exists and plan.upgrade and plan.has_table
+    yield from _taken_names(connection, plan, creates=creates, parked=parked)
+    yield from _differences(connection, plan, creates=creates, parked=parked)
     if not exists:
         return
     yield from _rights(connection, plan, parked=parked)
@@ -189,9 +218,34 @@ def _settings(connection: Connection, plan: Plan) -> Iterator[Obstacle]:
         )
 
 
-def _differences(connection: Connection, plan: Plan, *, parked: bool) -> Iterator[Obstacle]:
+def _taken_names(connection: Connection, plan: Plan, *, creates: bool, parked: bool) -> Iterator[Obstacle]:
+    """What has the names of tables and indexes that this migration makes: not those of tables, see `_differences`."""
+    parks = not plan.upgrade and plan.has_shadows and not plan.discard and not parked
+    types = connection.scalars(
+        text("""
+            SELECT pg_describe_object(CAST('pg_type' AS regclass), t.oid, 0)
+              FROM pg_type t JOIN pg_namespace n ON n.oid = t.typnamespace
+             WHERE n.nspname = current_schema() AND t.typname = ANY (CAST(:names AS text[]))
+             ORDER BY 1
+        """),
+        {"names": [TABLE] * creates + [PARKED] * parks},
+    ).all()
+    indexes = {
+        name: definition
+        for script in plan.scripts
+        for name, definition in getattr(script.module, "ADDS", {}).get(TABLE, {}).get("indexes", {}).items()
+    }
+    found = [
+        *(f"a table's name is taken by {kind}" for kind in types),
+        *(expectations.index_differences(connection, TABLE, indexes) if creates else ()),
+    ]
+    if found:
+        yield Obstacle("other objects have names that this migration gives to its own", found, "rename or drop them")
+
+
+def _differences(connection: Connection, plan: Plan, *, creates: bool, parked: bool) -> Iterator[Obstacle]:
     tables: dict[str, dict[str, Any]] = {}
-    if plan.upgrade:
+    if plan.upgrade and not creates:
         expected: dict[str, Any] = {"required": {}, "optional": {}, "primary_key": [], "indexes": {}}
         for script in plan.scripts:
             adds = getattr(script.module, "ADDS", {}).get(TABLE, {})
@@ -201,7 +255,7 @@ def _differences(connection: Connection, plan: Plan, *, parked: bool) -> Iterato
             if adopted:
                 expected["primary_key"] = [*KEY]
         tables[TABLE] = expected
-    elif not _exists(connection, TABLE):
+    elif not plan.upgrade and not _exists(connection, TABLE):
         tables[TABLE] = {}
     if plan.has_shadows and parked and not plan.discard:
         module = next(script.module for script in plan.scripts if script.revision == SHADOWS)

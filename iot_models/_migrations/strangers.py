@@ -40,7 +40,8 @@ _FOUND: Final = """
                       WHERE c.oid {=} CAST(pg_catalog.to_regclass(CAST(:table AS text)) AS oid)
                         AND c.relowner {=} r.oid)),
     ours AS (
-      SELECT c.oid, c.relowner FROM pg_catalog.pg_class c JOIN path ON path.oid {=} c.relnamespace
+      SELECT c.oid, c.relowner, CAST(c.relkind AS text) {=} 'r' AS is_table
+        FROM pg_catalog.pg_class c JOIN path ON path.oid {=} c.relnamespace
        WHERE c.relname {=} ANY (CAST(CAST(:tables AS text[]) AS name[]))),
     named AS (
       SELECT CAST('pg_catalog.pg_class' AS regclass) AS class, o.oid, o.relowner AS owner FROM ours o
@@ -60,7 +61,8 @@ _FOUND: Final = """
       SELECT CAST('pg_catalog.pg_trigger' AS regclass) AS class, t.oid FROM pg_catalog.pg_trigger t
         JOIN ours ON ours.oid {=} t.tgrelid WHERE NOT t.tgisinternal
       UNION ALL
-      SELECT 'pg_catalog.pg_rewrite', r.oid FROM pg_catalog.pg_rewrite r JOIN ours ON ours.oid {=} r.ev_class
+      SELECT 'pg_catalog.pg_rewrite', r.oid FROM pg_catalog.pg_rewrite r
+        JOIN ours ON ours.oid {=} r.ev_class WHERE ours.is_table
       UNION ALL
       SELECT 'pg_catalog.pg_policy', p.oid FROM pg_catalog.pg_policy p JOIN ours ON ours.oid {=} p.polrelid
       UNION ALL
