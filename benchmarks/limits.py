@@ -48,7 +48,10 @@ def measure(url: str, rounds: int, progress: Progress) -> list[Figure]:
     with Session(engine) as session, session.begin():
         for kind in documents:
             session.execute(
-                text("INSERT INTO device_state (tenant_id, site_id, device_id) SELECT :kind, 's', unnest(:devices)"),
+                text(
+                    "INSERT INTO device_state (tenant_id, site_id, device_id)"
+                    " SELECT :kind, 's', unnest(CAST(:devices AS text[]))"
+                ),
                 {"kind": f"{TENANT} {kind}", "devices": DEVICES},
             )
     with Session(engine, autoflush=False) as session:

@@ -37,9 +37,9 @@ _FEW_BITS: Final = 2126
 # jsonb writes no exponents.
 _FLOAT_KEEPS: Final = 16
 
-# An array or object costs several times as much as another value, to check, to merge and to compare, and its text may
-# take two bytes. PostgreSQL stores eight bytes for each: only an attacker's document needs more of them than this.
-_BYTES_A_CONTAINER: Final = 8
+# An array or object costs many times as much as another value, because Python's garbage collector looks after each; its
+# text may take two bytes. With so many bytes for each, no document costs much more than another one of its size.
+_BYTES_A_CONTAINER: Final = 16
 _ALWAYS_ENOUGH: Final = 1_024
 
 
@@ -71,8 +71,8 @@ class DocumentLimits:
 
     Attributes:
         max_bytes: The size as compact UTF-8 JSON, in which a number takes what PostgreSQL stores of it. PostgreSQL
-            writes exponents out: `1e308` takes 309 bytes. A document has at most `max_bytes / 8` arrays and objects
-            (and may always have 1,024).
+            writes exponents out: `1e308` takes 309 bytes. A document has at most `max_bytes / 16` arrays and
+            objects (and may always have 1,024).
         max_depth: The number of levels of objects and arrays. The document itself is the first level. At most 200.
 
     Raises:

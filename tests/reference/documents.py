@@ -84,7 +84,7 @@ def storable(
     for verdict in (None, False):
         if verdict in verdicts:
             return verdict
-    return size(document) <= max_bytes and containers <= max(1_024, max_bytes / 8)
+    return size(document) <= max_bytes and containers <= max(1_024, max_bytes / 16)
 
 
 def _key(key: object) -> bool | None:
