@@ -107,8 +107,8 @@ def refuse_strangers(connection: Connection) -> None:
                 Obstacle(
                     "names that this command uses are taken by objects of other roles, and their code would run",
                     found,
-                    "drop them, and let nobody else create objects in the schemas of the search path (REVOKE CREATE ON "
-                    "SCHEMA public FROM PUBLIC)",
+                    "drop them, or migrate as their owner if you trust it, and let nobody else create objects in the "
+                    "schemas of the search path (REVOKE CREATE ON SCHEMA public FROM PUBLIC)",
                 )
             ]
         )

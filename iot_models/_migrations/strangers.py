@@ -3,6 +3,10 @@
 A role that may create objects in a schema of the search path can make a table, a function or an operator before us. A
 function or an operator of the right types is a better match than the catalog's, whatever stands first in the path.
 
+Trusted are superusers, the role that migrates and the roles it is a member of, the owner of the database, and the owner
+of `device_state`. The last one is not trusted if anybody could have made that table: because PUBLIC may create objects
+in its schema, or because the schema has the name of the role that migrates (`"$user"`) and belongs to somebody else.
+
 This is asked before everything else, in SQL that names the schema of each function and operator.
 """
 
@@ -30,21 +34,32 @@ _FOUND: Final = """
        WHERE n.nspname {=} ANY (pg_catalog.current_schemas(false)) AND NOT (n.nspname {=} 'pg_catalog')),
     me AS (
       SELECT r.oid, r.rolsuper FROM pg_catalog.pg_roles r WHERE r.rolname {=} CURRENT_USER),
-    trusted AS (
+    home AS (
+      SELECT c.oid, c.relowner, n.nspowner, n.nspacl, n.nspname {=} CURRENT_USER AS is_namesake
+        FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid {=} c.relnamespace
+       WHERE c.oid {=} CAST(pg_catalog.to_regclass(CAST(:table AS text)) AS oid)),
+    certain AS (
       SELECT r.oid FROM pg_catalog.pg_roles r CROSS JOIN me
        WHERE r.rolsuper OR r.oid {=} me.oid
           OR NOT me.rolsuper AND pg_catalog.pg_has_role(me.oid, r.oid, 'USAGE')
+          OR r.rolname {=} 'pg_database_owner'
           OR EXISTS (SELECT FROM pg_catalog.pg_database d
-                      WHERE d.datname {=} pg_catalog.current_database() AND d.datdba {=} r.oid)
-          OR EXISTS (SELECT FROM pg_catalog.pg_class c
-                      WHERE c.oid {=} CAST(pg_catalog.to_regclass(CAST(:table AS text)) AS oid)
-                        AND c.relowner {=} r.oid)),
+                      WHERE d.datname {=} pg_catalog.current_database() AND d.datdba {=} r.oid)),
+    trusted AS (
+      SELECT certain.oid FROM certain
+      UNION ALL
+      SELECT home.relowner FROM home
+       WHERE NOT EXISTS (SELECT FROM pg_catalog.aclexplode(home.nspacl) a
+                          WHERE a.grantee {=} CAST(0 AS oid) AND a.privilege_type {=} 'CREATE')
+         AND NOT (home.is_namesake AND NOT EXISTS (SELECT FROM certain WHERE certain.oid {=} home.nspowner))),
     ours AS (
       SELECT c.oid, c.relowner, CAST(c.relkind AS text) {=} 'r' AS is_table
         FROM pg_catalog.pg_class c JOIN path ON path.oid {=} c.relnamespace
        WHERE c.relname {=} ANY (CAST(CAST(:tables AS text[]) AS name[]))),
     named AS (
       SELECT CAST('pg_catalog.pg_class' AS regclass) AS class, o.oid, o.relowner AS owner FROM ours o
+      UNION ALL
+      SELECT 'pg_catalog.pg_class', home.oid, home.relowner FROM home
       UNION ALL
       SELECT 'pg_catalog.pg_proc', p.oid, p.proowner FROM pg_catalog.pg_proc p JOIN path ON path.oid {=} p.pronamespace
        WHERE p.proname {=} CAST(CAST(:trigger AS text) AS name)

@@ -184,6 +184,37 @@ def test_what_a_table_of_ours_carries_besides_is_refused_by_name(database: str, 
     assert run_sql(database, "SELECT version_num FROM alembic_version") == [("076",)]
 
 
+HIJACK = f"""
+    CREATE FUNCTION tell() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {TELL}; RETURN NEW; END $$;
+    CREATE TRIGGER tell BEFORE INSERT OR UPDATE ON device_state FOR EACH ROW EXECUTE FUNCTION tell();
+    INSERT INTO device_state (tenant_id, site_id, device_id) VALUES ('t1', 's', 'd1'); DELETE FROM public.called;
+    {TAKEN["the parked table"][0]}
+"""
+
+
+@pytest.mark.parametrize("where", ["public", "in a schema with the name of the role that migrates"])
+def test_a_table_that_anybody_could_have_made_is_not_adopted(database: str, attacker: str, where: str) -> None:
+    if where != "public":
+        run_sql(database, f"GRANT CREATE ON DATABASE {make_url(database).database} TO {make_url(attacker).username}")
+        run_sql(attacker, "CREATE SCHEMA postgres; SET search_path = postgres, public;" + RAW_075, HIJACK)
+    else:
+        run_sql(attacker, "GRANT ALL ON SCHEMA public TO PUBLIC;" + RAW_075, HIJACK)
+
+    with pytest.raises(CommandError, match=f"table (postgres.)?device_state of role {make_url(attacker).username}"):
+        migrate.upgrade(database)
+
+    assert calls(database) == []
+
+
+def test_a_table_of_a_role_that_was_trusted_with_the_schema_is_adopted(database: str, server_role: str) -> None:
+    run_sql(database, f"REVOKE ALL ON SCHEMA public FROM PUBLIC; GRANT ALL ON SCHEMA public TO {server_role}")
+    run_sql(as_role(database, server_role), RAW_075, FLEET)
+
+    migrate.upgrade(database)
+
+    run_sql(database, f"DROP OWNED BY {server_role} CASCADE")
+
+
 def test_check_says_who_may_create_objects_in_the_search_path(
     database: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -198,7 +229,8 @@ def test_objects_of_the_team_and_of_extensions_are_no_strangers(database: str, s
     """Here the application's owner migrates, and a superuser has made a function with the name of a built-in one."""
     run_sql(
         database,
-        f"CREATE FUNCTION format(text, text) RETURNS text LANGUAGE sql RETURN $1; ALTER SCHEMA public OWNER TO {server_role}",
+        f"CREATE FUNCTION format(text, text) RETURNS text LANGUAGE sql RETURN $1; ALTER SCHEMA public OWNER TO {server_role};"
+        "REVOKE ALL ON SCHEMA public FROM PUBLIC",
     )
     owner = as_role(database, server_role)
     run_sql(owner, RAW_075, FLEET, "CREATE FUNCTION lower(int) RETURNS text LANGUAGE sql RETURN 'x'")
