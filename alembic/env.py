@@ -27,9 +27,10 @@ from iot_models._migrations.obstacles import (
 )
 
 # Importing it registers what the revisions use, too.
-from iot_models._migrations.operations import LockTable, undo_interrupted_downgrade
+from iot_models._migrations.operations import LockTable, ensure_version_table, undo_interrupted_downgrade
 from iot_models._migrations.options import LOCK_TIMEOUT, require_known
 from iot_models._migrations.session import set_all
+from iot_models._migrations.strangers import refusal_in_sql
 from iot_models._migrations.targets import engine_for
 from iot_models.engine import shown
 from iot_models.models import DEFINED
@@ -82,8 +83,11 @@ def _connection(options: dict[str, str]) -> Iterator[Connection]:
 def _run(connection: Connection, options: dict[str, str]) -> None:
     # A transaction for each revision: an interrupted upgrade keeps the revisions that are finished.
     context.configure(connection=connection, target_metadata=DEFINED.metadata, transaction_per_migration=True)
-    if _migrates() and _look_ahead(connection, options):
-        undo_interrupted_downgrade(context.get_context())
+    if _migrates():
+        stays_or_rises = _look_ahead(connection, options)
+        ensure_version_table(connection)
+        if stays_or_rises:
+            undo_interrupted_downgrade(context.get_context())
     with context.begin_transaction():
         context.run_migrations()
 
@@ -137,6 +141,8 @@ def _run_online() -> None:
         with _connection(options) as connection:
             if _migrates():
                 wait_for_other_deployers(connection)
+                refuse_strangers(connection)  # anybody can let a deployer wait, and make something meanwhile
+                connection.rollback()
             _run(connection, options)
     except SQLAlchemyError as error:
         lost = _disconnect(error)
@@ -161,6 +167,7 @@ def _print_sql() -> None:
     lock_timeout = _options().get("lock_timeout", LOCK_TIMEOUT)
     # The SQL is always PostgreSQL's, so printing it needs no URL.
     context.configure(dialect_name="postgresql", literal_binds=True, transaction_per_migration=True)
+    context.execute(refusal_in_sql())
     context.execute(f"SET lock_timeout = '{lock_timeout}'")
     # No query, whose result psql would print.
     context.execute(f"DO $$ BEGIN\n  PERFORM {set_all(lock_timeout).removeprefix('SELECT ')};\nEND $$")

@@ -104,7 +104,7 @@ def create_engine(
     import_driver(target)
     timeouts = _timeouts(statement_timeout, lock_timeout, idle_in_transaction_session_timeout, pgbouncer=pgbouncer)
     connect_args, settings = _for_libpq(target, application_name, timeouts, options, pgbouncer=pgbouncer)
-    engine = sqlalchemy.create_engine(target, **_with_defaults(options, connect_args))
+    engine = sqlalchemy.create_engine(target, **_with_defaults(target, options, connect_args))
     _prepare_connections(engine, settings)
     return engine
 
@@ -146,7 +146,7 @@ def create_async_engine(
         target, connect_args, settings = _for_asyncpg(target, application_name, timeouts, options, pgbouncer=pgbouncer)
     else:
         connect_args, settings = _for_libpq(target, application_name, timeouts, options, pgbouncer=pgbouncer)
-    engine = asyncio.create_async_engine(target, **_with_defaults(options, connect_args))
+    engine = asyncio.create_async_engine(target, **_with_defaults(target, options, connect_args))
     _prepare_connections(engine.sync_engine, settings)
     return engine
 
@@ -199,9 +199,17 @@ def _timeouts(
     }
 
 
-def _with_defaults(options: Mapping[str, Any], connect_args: Mapping[str, Any]) -> dict[str, Any]:
+def without_hstore(url: URL) -> dict[str, Any]:
+    """The option that keeps SQLAlchemy from looking for the type hstore on psycopg's first connection.
+
+    It compares an oid with a regtype, for which the catalog has no operator: a stranger's would be called.
+    """
+    return {"use_native_hstore": False} if url.get_driver_name() in {"psycopg", "psycopg2"} else {}
+
+
+def _with_defaults(url: URL, options: Mapping[str, Any], connect_args: Mapping[str, Any]) -> dict[str, Any]:
     defaults: dict[str, Any] = {"pool_pre_ping": True, "hide_parameters": True, "json_serializer": _encode}
-    return {**defaults, **options, "connect_args": connect_args}
+    return {**defaults, **without_hstore(url), **options, "connect_args": connect_args}
 
 
 def _for_libpq(

@@ -148,6 +148,7 @@ def _create_parked() -> None:
     op.execute(
         f"COMMENT ON TABLE {PARKED} IS 'Shadows that the downgrade from 076 parked. The next upgrade puts them back.'"
     )
+    _give_to_the_owner("TABLE", PARKED)
     # It has the shadows of all tenants, and is its owner's alone: default privileges may let the application read new
     # tables, and without a policy a role with BYPASSRLS would still see rows.
     op.execute(f"ALTER TABLE {PARKED} ENABLE ROW LEVEL SECURITY")
@@ -197,6 +198,23 @@ def _revoke_all(target: str, grantees: str) -> None:
     """)
 
 
+def _give_to_the_owner(kind: str, name: str) -> None:
+    """Give a new object of a superuser's to the owner of `device_state`.
+
+    The owner of the schema may replace what is in it, and what a superuser's function uses would run as the superuser.
+    """
+    op.execute(f"""
+        DO $$
+        DECLARE owner text := (SELECT CAST(pg_get_userbyid(c.relowner) AS text) FROM pg_class c
+                                WHERE c.oid = CAST(to_regclass('device_state') AS oid));
+        BEGIN
+          IF (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) AND owner <> CAST(current_user AS text) THEN
+            EXECUTE 'ALTER {kind} {name} OWNER TO ' || quote_ident(owner);
+          END IF;
+        END $$
+    """)
+
+
 def _mirror_new_writes() -> None:
     """From now on every write of a shadow also goes to the parked copy.
 
@@ -235,6 +253,7 @@ def _mirror_new_writes() -> None:
           RETURN NULL;
         END $$
     """)
+    _give_to_the_owner("FUNCTION", f"{TRIGGER}()")
     _revoke_all(
         f"FUNCTION {TRIGGER}()",
         f"""

@@ -15,13 +15,16 @@ from iot_models._migrations import expectations
 from iot_models._migrations.comparison import KEY, TABLE
 from iot_models._migrations.dependents import PARKED, TRIGGER, dependents
 from iot_models._migrations.faulty_rows import faulty_rows
-from iot_models._migrations.strangers import strangers
+from iot_models._migrations.strangers import REFUSAL, strangers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from alembic.script import Script
     from sqlalchemy import Connection
+
+# Somebody can make thousands.
+_MOST_NAMED: Final = 20
 
 # Alembic's.
 VERSION_TABLE: Final = "alembic_version"
@@ -105,8 +108,11 @@ def refuse_strangers(connection: Connection) -> None:
         refuse(
             [
                 Obstacle(
-                    "names that this command uses are taken by objects of other roles, and their code would run",
-                    found,
+                    REFUSAL,
+                    [
+                        *found[:_MOST_NAMED],
+                        *([f"and {len(found) - _MOST_NAMED:,} more"] if found[_MOST_NAMED:] else []),
+                    ],
                     "drop them, or migrate as their owner if you trust it, and let nobody else create objects in the "
                     "schemas of the search path (REVOKE CREATE ON SCHEMA public FROM PUBLIC)",
                 )
@@ -160,6 +166,7 @@ def _obstacles(connection: Connection, plan: Plan) -> Iterator[Obstacle]:
     hidden = [*_hidden_rows(connection, plan, parked=parked)]
     yield from hidden
     if not plan.upgrade:
+        yield from _schemas(connection, plan)
         yield from _dependents(connection, plan)
         if plan.has_table and not plan.drop and not hidden:
             yield from _rows(connection, parked=parked)
@@ -174,10 +181,17 @@ def interrupted_downgrade(connection: Connection) -> str | None:
     """What to do about a downgrade below 076 that has begun and has not finished; None if there is none.
 
     While it runs, and if it was interrupted, a trigger copies every write of a shadow to the parked table. Until it has
-    finished, every shadow is in its columns, too.
+    finished, every shadow is in its columns, too. Without the columns it is nobody's downgrade: the parked table may
+    hold the only copies.
     """
     found = connection.scalar(
-        text("SELECT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = to_regclass(:table) AND tgname = :trigger)"),
+        text("""
+            SELECT EXISTS (
+              SELECT FROM pg_trigger t
+                JOIN pg_proc p ON p.oid = t.tgfoid AND p.proname = t.tgname
+                JOIN pg_attribute a ON a.attrelid = t.tgrelid AND a.attname = 'desired_state'
+               WHERE t.tgrelid = to_regclass(:table) AND t.tgname = :trigger)
+        """),
         {"table": TABLE, "trigger": TRIGGER},
     )
     if not found:
@@ -284,6 +298,25 @@ def _rights(connection: Connection, plan: Plan, *, parked: bool) -> Iterator[Obs
         role = connection.scalar(text("SELECT CAST(current_user AS text)"))
         yield Obstacle(
             f"role {role} may not migrate this database", missing, "migrate as a role that owns these tables"
+        )
+
+
+def _schemas(connection: Connection, plan: Plan) -> Iterator[Obstacle]:
+    """The parked table is made in the first schema of the search path, and has to be beside `device_state`."""
+    row = connection.execute(
+        text("""
+            SELECT quote_ident(n.nspname) AS schema, quote_ident(current_schema()) AS first
+              FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+             WHERE c.oid = to_regclass(:table) AND n.nspname IS DISTINCT FROM current_schema()
+        """),
+        {"table": TABLE},
+    ).one_or_none()
+    if row is not None and plan.has_shadows and not plan.discard:
+        yield Obstacle(
+            f"the shadows would be parked in schema {row.first}, the first of the search path, but {TABLE} is in "
+            f"{row.schema}",
+            (),
+            f"put {row.schema} first (in the URL: ?options=-c search_path={row.schema})",
         )
 
 

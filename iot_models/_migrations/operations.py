@@ -21,7 +21,7 @@ from iot_models._core.database_errors import LOCK_NOT_AVAILABLE, sqlstate
 from iot_models._migrations.comparison import TABLE
 from iot_models._migrations.dependents import PARKED, TRIGGER
 from iot_models._migrations.expectations import find_index
-from iot_models._migrations.obstacles import interrupted_downgrade
+from iot_models._migrations.obstacles import VERSION_TABLE, interrupted_downgrade, refuse_strangers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -74,6 +74,7 @@ def _lock_table(operations: Operations, lock: LockTable) -> None:
             if sqlstate(error) != LOCK_NOT_AVAILABLE:
                 raise
         else:
+            refuse_strangers(connection)  # who waited for this moment may have made something meanwhile
             return
         waited = time.monotonic() - began
         holders = _lock_holders(connection, lock.table)
@@ -87,6 +88,39 @@ def _lock_table(operations: Operations, lock: LockTable) -> None:
         f"changed nothing. It is held by: {holders}. End that transaction, or run the same command again at a quieter "
         "moment, or with a longer -x lock_timeout=10s (writers may then have to wait that long)."
     )
+
+
+def ensure_version_table(connection: Connection) -> None:
+    """Make the table in which Alembic keeps the revision, as Alembic would, but for its owner to write alone.
+
+    Default privileges may let others write new tables, or make triggers on them, which run as whoever migrates.
+    """
+    connection.execute(
+        text(f"""
+            DO $$
+            DECLARE granted record;
+            BEGIN
+              IF to_regclass('{VERSION_TABLE}') IS NULL THEN
+                CREATE TABLE {VERSION_TABLE} (
+                  version_num VARCHAR(32) NOT NULL, CONSTRAINT {VERSION_TABLE}_pkc PRIMARY KEY (version_num));
+                FOR granted IN
+                  SELECT CASE WHEN a.grantee = CAST(0 AS oid) THEN 'PUBLIC'
+                         ELSE quote_ident(CAST(pg_get_userbyid(a.grantee) AS text)) END AS role,
+                         bool_or(a.privilege_type = 'SELECT') AS reads
+                    FROM pg_class c CROSS JOIN aclexplode(c.relacl) a
+                   WHERE c.oid = CAST(to_regclass('{VERSION_TABLE}') AS oid) AND a.grantee <> c.relowner
+                   GROUP BY a.grantee
+                LOOP
+                  EXECUTE 'REVOKE ALL PRIVILEGES ON {VERSION_TABLE} FROM ' || granted.role || ' CASCADE';
+                  IF granted.reads THEN
+                    EXECUTE 'GRANT SELECT ON {VERSION_TABLE} TO ' || granted.role;
+                  END IF;
+                END LOOP;
+              END IF;
+            END $$
+        """)  # noqa: S608 - our name
+    )
+    connection.commit()
 
 
 def undo_interrupted_downgrade(migration: MigrationContext) -> None:
@@ -173,6 +207,7 @@ def _ensure_index(operations: Operations, index: EnsureIndex) -> None:
         operations.execute("RESET lock_timeout")
         return
     connection = operations.get_bind()
+    refuse_strangers(connection)
     found = find_index(connection, index.table, index.name)
     if found is not None and found.valid:
         return

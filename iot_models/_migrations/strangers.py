@@ -3,15 +3,18 @@
 A role that may create objects in a schema of the search path can make a table, a function or an operator before us. A
 function or an operator of the right types is a better match than the catalog's, whatever stands first in the path.
 
-Trusted are superusers, the role that migrates and the roles it is a member of, the owner of the database, and the owner
-of `device_state`. The last one is not trusted if anybody could have made that table: because PUBLIC may create objects
-in its schema, or because the schema has the name of the role that migrates (`"$user"`) and belongs to somebody else.
+Trusted are superusers, the role that migrates and the roles it is a member of, and the owners of the database and of
+the schema of `device_state`: not of a schema that is in the search path only because it has the name of the role that
+migrates (`"$user"`). The owner of the table is not trusted for that alone: whoever may create objects can make it
+first.
 
-This is asked before everything else, in SQL that names the schema of each function and operator.
+This is asked before everything else, in SQL that names the schema of each function and operator, and again once this is
+the only deployer and before each step: others may have waited for that moment.
 """
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import text
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
 # Tables that are ours alone. A team's triggers and policies on `device_state` are its own business.
 _TABLES: Final = ("alembic_version", PARKED)
 
+REFUSAL: Final = "names that this command uses are taken by objects of other roles, and their code would run"
+
 # `{=}` stands for the catalog's operator.
 _FOUND: Final = """
     WITH path AS (
@@ -35,7 +40,7 @@ _FOUND: Final = """
     me AS (
       SELECT r.oid, r.rolsuper FROM pg_catalog.pg_roles r WHERE r.rolname {=} CURRENT_USER),
     home AS (
-      SELECT c.oid, c.relowner, n.nspowner, n.nspacl, n.nspname {=} CURRENT_USER AS is_namesake
+      SELECT c.oid, c.relowner, n.nspowner, n.nspname {=} CURRENT_USER AS is_namesake
         FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid {=} c.relnamespace
        WHERE c.oid {=} CAST(pg_catalog.to_regclass(CAST(:table AS text)) AS oid)),
     certain AS (
@@ -48,10 +53,7 @@ _FOUND: Final = """
     trusted AS (
       SELECT certain.oid FROM certain
       UNION ALL
-      SELECT home.relowner FROM home
-       WHERE NOT EXISTS (SELECT FROM pg_catalog.aclexplode(home.nspacl) a
-                          WHERE a.grantee {=} CAST(0 AS oid) AND a.privilege_type {=} 'CREATE')
-         AND NOT (home.is_namesake AND NOT EXISTS (SELECT FROM certain WHERE certain.oid {=} home.nspowner))),
+      SELECT home.nspowner FROM home WHERE NOT home.is_namesake),
     ours AS (
       SELECT c.oid, c.relowner, CAST(c.relkind AS text) {=} 'r' AS is_table
         FROM pg_catalog.pg_class c JOIN path ON path.oid {=} c.relnamespace
@@ -60,6 +62,20 @@ _FOUND: Final = """
       SELECT CAST('pg_catalog.pg_class' AS regclass) AS class, o.oid, o.relowner AS owner FROM ours o
       UNION ALL
       SELECT 'pg_catalog.pg_class', home.oid, home.relowner FROM home
+      UNION ALL
+      SELECT 'pg_catalog.pg_namespace', n.oid, n.nspowner FROM pg_catalog.pg_namespace n JOIN path ON path.oid {=} n.oid
+       WHERE n.nspname {=} CURRENT_USER
+      UNION ALL
+      -- What a trigger, a CHECK, an index, a default or a policy of the table calls.
+      SELECT 'pg_catalog.pg_proc', p.oid, p.proowner
+        FROM home
+        JOIN pg_catalog.pg_depend t ON t.refclassid {=} CAST(CAST('pg_catalog.pg_class' AS regclass) AS oid)
+         AND t.refobjid {=} home.oid
+         AND t.classid {=} ANY (CAST(CAST('{pg_catalog.pg_trigger,pg_catalog.pg_constraint,pg_catalog.pg_class,'
+                                          'pg_catalog.pg_attrdef,pg_catalog.pg_policy}' AS regclass[]) AS oid[]))
+        JOIN pg_catalog.pg_depend f ON f.classid {=} t.classid AND f.objid {=} t.objid
+         AND f.refclassid {=} CAST(CAST('pg_catalog.pg_proc' AS regclass) AS oid)
+        JOIN pg_catalog.pg_proc p ON p.oid {=} f.refobjid
       UNION ALL
       SELECT 'pg_catalog.pg_proc', p.oid, p.proowner FROM pg_catalog.pg_proc p JOIN path ON path.oid {=} p.pronamespace
        WHERE p.proname {=} CAST(CAST(:trigger AS text) AS name)
@@ -99,8 +115,31 @@ _FOUND: Final = """
 """.replace("{=}", "OPERATOR(pg_catalog.=)")
 
 
+# A schema before pg_catalog could have a type `text` or a view `pg_settings`, which all that follows would use.
+_PATH: Final = "SELECT pg_catalog.array_to_string(pg_catalog.current_schemas(true), ',')"
+
+
 def strangers(connection: Connection) -> Sequence[str]:
     """Each object that a migration would take for the catalog's or for its own. Nothing is changed or locked."""
+    path: str = connection.scalar(text(_PATH)) or ""
+    if not re.match(r"(pg_temp_\d+,)?pg_catalog(,|$)", path):
+        return [f"the search path ({path}) has a schema before pg_catalog"]
     binds = {"table": TABLE, "tables": [*_TABLES], "trigger": TRIGGER}
     found: Sequence[str] = connection.scalars(text(_FOUND), binds).all()
     return found
+
+
+def refusal_in_sql() -> str:
+    """SQL that asks the same where no connection can be asked: it raises an exception that names what it found."""
+    question = _FOUND
+    tables = "'{" + ",".join(_TABLES) + "}'"
+    for name, value in (("tables", tables), ("table", f"'{TABLE}'"), ("trigger", f"'{TRIGGER}'")):
+        question = question.replace(f":{name}", value)
+    return f"""DO $$
+DECLARE
+  strangers pg_catalog.text := (SELECT pg_catalog.string_agg(found, pg_catalog.chr(10)) FROM ({question}) AS asked);
+BEGIN
+  IF strangers IS NOT NULL THEN
+    RAISE EXCEPTION USING MESSAGE = '{REFUSAL}', DETAIL = strangers;
+  END IF;
+END $$"""  # noqa: S608 - our own text

@@ -8,7 +8,7 @@ import sqlalchemy
 from alembic.util import CommandError
 from sqlalchemy import URL, Engine, NullPool
 
-from iot_models.engine import database_url, import_driver
+from iot_models.engine import database_url, import_driver, without_hstore
 
 # None: the URL in the environment.
 Target: TypeAlias = str | URL | Engine | None
@@ -47,7 +47,9 @@ def engine_for(target: Target, *, option: str, fallback: str | None = None) -> E
     # In a database in SQL_ASCII psycopg would return bytes, and SQLAlchemy fail before anybody can say why.
     libpq = url.get_driver_name() in {"psycopg", "psycopg2"}
     arguments = {"application_name": _APPLICATION_NAME, **({"client_encoding": "utf8"} if libpq else {})}
-    return sqlalchemy.create_engine(url, poolclass=NullPool, connect_args=arguments, hide_parameters=True)
+    return sqlalchemy.create_engine(
+        url, poolclass=NullPool, connect_args=arguments, hide_parameters=True, **without_hstore(url)
+    )
 
 
 def _usable(engine: object) -> Engine:

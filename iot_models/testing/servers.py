@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy import URL, NullPool, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError
 
-from iot_models.engine import normalize_url, shown
+from iot_models.engine import normalize_url, shown, without_hstore
 from iot_models.testing import throwaway
 
 if TYPE_CHECKING:
@@ -130,16 +130,19 @@ def database(server: PostgresServer, template: str | None = None) -> Iterator[st
         NoServerError: If libpq's variables in the environment would lead to another server than the URL says.
     """
     _require_own_address(make_url(server.url))
-    admin = create_engine(server.url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    url = make_url(server.url)
+    admin = create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT", **without_hstore(url))
     name = f"{_PREFIX}{secrets.token_hex(8)}"
     # template0, because the owner of a given server may have put something into template1.
     original = "template0" if template is None else str(make_url(template).database)
     with admin.connect() as connection:
         if _OURS.fullmatch(original):
             connection.execute(_DISCONNECT, {"database": original})
-        quoted = connection.dialect.identifier_preparer.quote(original)
+        quoted = '"' + original.replace('"', '""') + '"'
         try:
-            connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {quoted}"))
+            # Unchanged: the name may contain a colon or a percent sign.
+            unchanged = {"no_parameters": True}
+            connection.exec_driver_sql(f"CREATE DATABASE {name} TEMPLATE {quoted}", execution_options=unchanged)
         except DBAPIError as error:
             if getattr(error.orig, "sqlstate", None) == _OBJECT_IN_USE:
                 error.add_detail(
@@ -278,7 +281,8 @@ def _version(url: URL) -> str:
         NoServerError: If this role may not create databases, or libpq would connect to another server.
     """
     _require_own_address(url)
-    engine = create_engine(url, poolclass=NullPool, connect_args={"connect_timeout": _CONNECT_SECONDS})
+    options = {"connect_args": {"connect_timeout": _CONNECT_SECONDS}, **without_hstore(url)}
+    engine = create_engine(url, poolclass=NullPool, **options)
     with engine.connect() as connection:
         found = connection.execute(_EXAMINE).one()
     if not found.may_create:
