@@ -167,8 +167,8 @@ def _print_sql() -> None:
     lock_timeout = _options().get("lock_timeout", LOCK_TIMEOUT)
     # The SQL is always PostgreSQL's, so printing it needs no URL.
     context.configure(dialect_name="postgresql", literal_binds=True, transaction_per_migration=True)
-    context.execute(refusal_in_sql())
     context.execute(f"SET lock_timeout = '{lock_timeout}'")
+    context.execute(refusal_in_sql())
     # No query, whose result psql would print.
     context.execute(f"DO $$ BEGIN\n  PERFORM {set_all(lock_timeout).removeprefix('SELECT ')};\nEND $$")
     context.run_migrations()

@@ -113,8 +113,9 @@ def refuse_strangers(connection: Connection) -> None:
                         *found[:_MOST_NAMED],
                         *([f"and {len(found) - _MOST_NAMED:,} more"] if found[_MOST_NAMED:] else []),
                     ],
-                    "drop them, or migrate as their owner if you trust it, and let nobody else create objects in the "
-                    "schemas of the search path (REVOKE CREATE ON SCHEMA public FROM PUBLIC)",
+                    "drop them, or migrate as their owner if you trust it (in the URL: ?options=-c role=...), and let "
+                    "nobody else create objects in the schemas of the search path (REVOKE CREATE ON SCHEMA public FROM "
+                    "PUBLIC)",
                 )
             ]
         )

@@ -100,16 +100,16 @@ _FOUND: Final = """
       SELECT 'pg_catalog.pg_class', i.inhrelid FROM pg_catalog.pg_inherits i JOIN ours ON ours.oid {=} i.inhparent
       UNION ALL
       SELECT 'pg_catalog.pg_class', i.inhparent FROM pg_catalog.pg_inherits i JOIN ours ON ours.oid {=} i.inhrelid)
-    SELECT pg_catalog.format('%s of role %I', pg_catalog.pg_describe_object(named.class, named.oid, 0),
-                             pg_catalog.pg_get_userbyid(named.owner)) AS found
+    SELECT pg_catalog.concat(pg_catalog.pg_describe_object(named.class, named.oid, 0), ' of role ',
+                             pg_catalog.quote_ident(CAST(pg_catalog.pg_get_userbyid(named.owner) AS text))) AS found
       FROM named
      WHERE NOT EXISTS (SELECT FROM trusted WHERE trusted.oid {=} named.owner)
        AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d
                         WHERE d.classid {=} CAST(named.class AS oid) AND d.objid {=} named.oid
                           AND CAST(d.deptype AS text) {=} 'e')
     UNION ALL
-    SELECT pg_catalog.format('%s, which a table of ours does not have',
-                             pg_catalog.pg_describe_object(carried.class, carried.oid, 0))
+    SELECT pg_catalog.concat(pg_catalog.pg_describe_object(carried.class, carried.oid, 0),
+                             ', which a table of ours does not have')
       FROM carried
      ORDER BY 1
 """.replace("{=}", "OPERATOR(pg_catalog.=)")
@@ -137,7 +137,8 @@ def refusal_in_sql() -> str:
         question = question.replace(f":{name}", value)
     return f"""DO $$
 DECLARE
-  strangers pg_catalog.text := (SELECT pg_catalog.string_agg(found, pg_catalog.chr(10)) FROM ({question}) AS asked);
+  strangers pg_catalog.text := (
+    SELECT pg_catalog.string_agg(asked.found, pg_catalog.chr(10)) FROM ({question}) AS asked);
 BEGIN
   IF strangers IS NOT NULL THEN
     RAISE EXCEPTION USING MESSAGE = '{REFUSAL}', DETAIL = strangers;

@@ -142,7 +142,7 @@ def owned_under_forced_row_security(url: str, role: str) -> str:
         ALTER TABLE device_state OWNER TO {role};
         ALTER TABLE IF EXISTS alembic_version OWNER TO {role};
         ALTER TABLE IF EXISTS {PARKED} OWNER TO {role};
-        GRANT ALL ON SCHEMA public TO {role};
+        ALTER SCHEMA public OWNER TO {role};
         ALTER TABLE device_state ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
         CREATE POLICY one ON device_state USING (device_id = 'd1');
     """)  # fmt: skip
@@ -260,7 +260,7 @@ def test_an_interrupted_downgrade_is_undone_by_the_next_upgrade_of_such_an_owner
     monkeypatch.setattr(operations, "_FIRST_PAUSE", 0.001)
     run_sql(url, "DROP FUNCTION f()")
     before = state(url)
-    run_sql(url, f"ALTER TABLE device_state OWNER TO {server_role}; GRANT ALL ON SCHEMA public TO {server_role};"
+    run_sql(url, f"ALTER TABLE device_state OWNER TO {server_role}; ALTER SCHEMA public OWNER TO {server_role};"
                  f"ALTER TABLE alembic_version OWNER TO {server_role}")  # fmt: skip
     migrate.downgrade(as_role(url, server_role), "076")
     with create_engine(url, poolclass=NullPool).connect() as reader:
@@ -586,7 +586,7 @@ def test_a_prepared_transaction_that_holds_the_table_is_named_with_what_ends_it(
 def test_the_role_that_may_set_it_makes_autovacuum_leave_at_once(url: str, server_role: str) -> None:
     owner = as_role(url, server_role)
     run_sql(url, f"ALTER TABLE device_state OWNER TO {server_role}; ALTER TABLE alembic_version OWNER TO {server_role};"
-                 f"GRANT ALL ON SCHEMA public TO {server_role}")  # fmt: skip
+                 f"ALTER SCHEMA public OWNER TO {server_role}")  # fmt: skip
     assert seen_by_a_migration(url) == "20ms"
     assert seen_by_a_migration(owner) == "1s"
     run_sql(url, f"GRANT SET ON PARAMETER deadlock_timeout TO {server_role}")
@@ -602,7 +602,11 @@ def seen_by_a_migration(url: str) -> str:
 
 
 def test_check_says_what_a_grant_would_gain(url: str, server_role: str, capsys: pytest.CaptureFixture[str]) -> None:
-    run_sql(url, f"ALTER TABLE device_state OWNER TO {server_role}; GRANT SELECT ON alembic_version TO {server_role}")
+    run_sql(
+        url,
+        f"ALTER TABLE device_state OWNER TO {server_role}; GRANT SELECT ON alembic_version TO {server_role};"
+        f"ALTER SCHEMA public OWNER TO {server_role}",
+    )
     assert main(["check", "--url", as_role(url, server_role)]) == 0
     assert f"GRANT SET ON PARAMETER deadlock_timeout TO {server_role} makes that 20ms" in capsys.readouterr().err
     assert main(["check", "--url", url]) == 0

@@ -153,7 +153,7 @@ def test_the_printed_sql_parks_no_shadow_if_row_level_security_hides_others(
     run_sql(url, SHADOWS, f"""
         ALTER TABLE device_state OWNER TO {server_role};
         ALTER TABLE alembic_version OWNER TO {server_role};
-        GRANT ALL ON SCHEMA public TO {server_role};
+        ALTER SCHEMA public OWNER TO {server_role};
         ALTER TABLE device_state ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
         CREATE POLICY one ON device_state USING (device_id = 'd1');
     """)  # fmt: skip

@@ -240,7 +240,7 @@ def test_a_downgrade_fails_if_a_policy_hides_rows_from_it(url: str, server_role:
     run_sql(url, f"""
         ALTER TABLE device_state OWNER TO {server_role};
         ALTER TABLE alembic_version OWNER TO {server_role};
-        GRANT ALL ON SCHEMA public TO {server_role};
+        ALTER SCHEMA public OWNER TO {server_role};
         ALTER TABLE device_state ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
         CREATE POLICY one ON device_state USING (device_id = 'd1');
     """)  # fmt: skip

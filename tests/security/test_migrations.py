@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import psycopg
 import pytest
 from alembic.util import CommandError
-from sqlalchemy import NullPool, create_engine, event, make_url
+from sqlalchemy import Engine, NullPool, create_engine, event, make_url, text
 
-from iot_models import migrate
+from iot_models import engine, migrate
 from iot_models._migrations.command_line import main
-from tests.migrations.raw_sql import FLEET, RAW_075, SHADOWS, as_role, rows_of, run_sql
+from tests.databases.backends import connected
+from tests.migrations.raw_sql import ADVISORY_LOCK, FLEET, RAW_075, SHADOWS, as_role, psql, rows_of, run_sql
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -49,14 +52,17 @@ def interrupted_downgrade(database: str) -> None:
     migrate.upgrade(database)
     run_sql(database, SHADOWS)
     engine = create_engine(database, poolclass=NullPool)
+    cut_before(engine, "DROP COLUMN IF EXISTS")
+    with pytest.raises(KeyboardInterrupt):
+        migrate.downgrade(engine, "075")
 
+
+def cut_before(engine: Engine, needle: str) -> None:
     def cut(_c: object, _cursor: object, statement: str, *_rest: object) -> None:
-        if "DROP COLUMN IF EXISTS" in statement:
+        if needle in statement:
             raise KeyboardInterrupt
 
     event.listen(engine, "before_cursor_execute", cut)
-    with pytest.raises(KeyboardInterrupt):
-        migrate.downgrade(engine, "075")
 
 
 ATTACK = f"""
@@ -206,13 +212,161 @@ def test_a_table_that_anybody_could_have_made_is_not_adopted(database: str, atta
     assert calls(database) == []
 
 
-def test_a_table_of_a_role_that_was_trusted_with_the_schema_is_adopted(database: str, server_role: str) -> None:
-    run_sql(database, f"REVOKE ALL ON SCHEMA public FROM PUBLIC; GRANT ALL ON SCHEMA public TO {server_role}")
-    run_sql(as_role(database, server_role), RAW_075, FLEET)
+@pytest.mark.parametrize(
+    "mended", ["REVOKE CREATE ON SCHEMA public FROM PUBLIC", "GRANT CREATE ON SCHEMA public TO {}"]
+)
+def test_who_made_the_table_first_is_not_trusted_for_that(database: str, attacker: str, mended: str) -> None:
+    run_sql(attacker, RAW_075, HIJACK)
+    run_sql(database, mended.format(make_url(attacker).username))
 
+    with pytest.raises(CommandError, match="table device_state of role"):
+        migrate.upgrade(database)
+
+    assert calls(database) == []
+
+
+def test_a_table_of_the_owner_of_its_schema_is_adopted_by_a_superuser(database: str, server_role: str) -> None:
+    run_sql(database, f"CREATE SCHEMA iot AUTHORIZATION {server_role}; GRANT ALL ON SCHEMA public TO {server_role}")
+    run_sql(as_role(database, server_role), "SET search_path = iot;" + RAW_075 + FLEET)
+    engine = create_engine(database, connect_args={"options": "-c search_path=iot"}, poolclass=NullPool)
+
+    migrate.upgrade(engine)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(SHADOWS, execution_options={"no_parameters": True})
+    migrate.downgrade(engine, "075")
+
+    # What a superuser parks is the owner's, who goes on with it.
+    url = make_url(as_role(database, server_role)).update_query_dict({"options": "-c search_path=iot"})
+    owner = create_engine(url, poolclass=NullPool)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"ALTER TABLE alembic_version OWNER TO {server_role}")
+    migrate.upgrade(owner)
+    assert migrate.check(owner) == []
+    run_sql(database, f"DROP OWNED BY {server_role} CASCADE")
+
+
+def test_the_owner_of_the_schema_replaces_what_is_parked_and_gets_no_superusers_rights(
+    database: str, server_role: str
+) -> None:
+    run_sql(database, f"ALTER SCHEMA public OWNER TO {server_role}; REVOKE ALL ON SCHEMA public FROM PUBLIC")
+    interrupted_downgrade(database)
+    run_sql(database, f"ALTER TABLE device_state OWNER TO {server_role}")
+    migrate.upgrade(database)
+    engine = create_engine(database, poolclass=NullPool)
+    cut_before(engine, "DROP COLUMN IF EXISTS")
+    with pytest.raises(KeyboardInterrupt):
+        migrate.downgrade(engine, "075")
+
+    run_sql(
+        as_role(database, server_role),
+        f"DROP TABLE {PARKED}; CREATE TABLE {PARKED} AS TABLE device_state WITH NO DATA;"
+        f"ALTER TABLE {PARKED} ADD PRIMARY KEY (tenant_id, device_id);"
+        f"CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {TELL}; RETURN NULL; END $$;"
+        f"CREATE TRIGGER f AFTER INSERT ON {PARKED} FOR EACH ROW EXECUTE FUNCTION f()",
+    )
+    run_sql(database, "UPDATE device_state SET desired_version = desired_version + 1 WHERE device_id = 'd1'")
+
+    assert calls(database) == [(server_role,)]
+    run_sql(database, f"ALTER SCHEMA public OWNER TO postgres; DROP OWNED BY {server_role} CASCADE")
+
+
+def test_who_lets_a_deployer_wait_gets_nothing_into_it_meanwhile(
+    database: str, attacker: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    run_sql(database, RAW_075, FLEET)
+    with connected(attacker) as connection, ThreadPoolExecutor(1) as pool:
+        connection.execute(text(f"SELECT pg_advisory_lock({ADVISORY_LOCK})"))
+        upgrading = pool.submit(migrate.upgrade, database)
+        while "another deployer is migrating this database: waiting for" not in caplog.text:
+            assert not upgrading.done()
+        run_sql(attacker, TAKEN["an operator that matches better than the catalog's"][0])
+        connection.execute(text("SELECT pg_advisory_unlock_all()"))
+        connection.commit()
+        with pytest.raises(CommandError, match=r"operator =\(oid,regclass\) of role"):
+            upgrading.result()
+    assert calls(database) == []
+
+
+def test_default_privileges_let_nobody_write_the_revision(database: str, attacker: str) -> None:
+    role = make_url(attacker).username
+    run_sql(database, f"ALTER DEFAULT PRIVILEGES GRANT ALL ON TABLES TO {role}")
     migrate.upgrade(database)
 
-    run_sql(database, f"DROP OWNED BY {server_role} CASCADE")
+    for statement in (
+        "UPDATE alembic_version SET version_num = '075'",
+        "CREATE TRIGGER t AFTER UPDATE ON alembic_version EXECUTE FUNCTION suppress_redundant_updates_trigger()",
+    ):
+        with pytest.raises(psycopg.Error, match="permission denied"):
+            run_sql(attacker, statement)
+    assert run_sql(attacker, "SELECT version_num FROM alembic_version")
+    run_sql(database, f"ALTER DEFAULT PRIVILEGES REVOKE ALL ON TABLES FROM {role}")
+
+
+def test_a_trigger_whose_function_is_a_strangers_is_refused(database: str, attacker: str) -> None:
+    run_sql(database, RAW_075, FLEET, f"GRANT ALL ON device_state TO {make_url(attacker).username}")
+    run_sql(attacker, HIJACK.split("INSERT INTO device_state", maxsplit=1)[0])
+
+    with pytest.raises(CommandError, match=r"function tell\(\) of role"):
+        migrate.upgrade(database)
+    assert calls(database) == []
+
+
+def test_a_trigger_with_the_name_of_ours_does_not_destroy_what_is_parked(database: str) -> None:
+    run_sql(database, RAW_075, FLEET)
+    migrate.upgrade(database)
+    run_sql(database, SHADOWS)
+    migrate.downgrade(database, "075")
+    run_sql(
+        database,
+        f"CREATE FUNCTION {PARK}() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';"
+        f"CREATE TRIGGER {PARK} BEFORE UPDATE ON device_state FOR EACH ROW EXECUTE FUNCTION {PARK}()",
+    )
+    migrate.upgrade(database)
+    assert run_sql(database, "SELECT count(*) FROM device_state WHERE desired_version = 7") == [(3,)]
+
+
+def test_the_first_connection_of_our_engines_asks_for_no_type_in_a_strangers_way(database: str, attacker: str) -> None:
+    run_sql(
+        attacker,
+        f"CREATE FUNCTION tell(oid, regtype) RETURNS bool LANGUAGE plpgsql AS $$ BEGIN {TELL}; RETURN false; END $$;"
+        "CREATE OPERATOR = (LEFTARG = oid, RIGHTARG = regtype, FUNCTION = tell)",
+    )
+    ours = engine.create_engine(database, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+    with ours.connect() as connection:
+        connection.execute(text("SELECT 1"))
+    with pytest.raises(CommandError, match="objects of other roles"):
+        migrate.upgrade(database)
+    assert calls(database) == []
+    with connected(database, isolation_level="AUTOCOMMIT") as connection:  # SQLAlchemy's own would be noticed
+        connection.execute(text("SELECT 1"))
+    assert calls(database) != []
+
+
+def test_a_schema_before_pg_catalog_is_refused(database: str) -> None:
+    engine = create_engine(database, connect_args={"options": "-c search_path=public,pg_catalog"}, poolclass=NullPool)
+    with pytest.raises(CommandError, match="has a schema before pg_catalog"):
+        migrate.upgrade(engine)
+
+
+def test_printed_sql_asks_before_it_begins(database: str, attacker: str) -> None:
+    migrate.upgrade(database, "075")
+    run_sql(attacker, TAKEN["the parked table"][0])
+
+    printed = psql(database, migrate.sql("075:head"))
+
+    assert printed.returncode == 3
+    assert f"table {PARKED} of role {make_url(attacker).username}" in printed.stderr
+    assert run_sql(database, "SELECT version_num FROM alembic_version") == [("075",)]
+
+
+def test_shadows_are_parked_beside_their_table_or_not_at_all(database: str) -> None:
+    migrate.upgrade(database)
+    run_sql(database, FLEET, SHADOWS, "CREATE SCHEMA mine")
+    engine = create_engine(database, connect_args={"options": "-c search_path=mine,public"}, poolclass=NullPool)
+
+    with pytest.raises(CommandError, match=r"would be parked in schema mine, .* but device_state is in public"):
+        migrate.downgrade(engine, "075")
 
 
 def test_check_says_who_may_create_objects_in_the_search_path(
