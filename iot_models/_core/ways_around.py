@@ -21,7 +21,10 @@ _WAYS: Final = text("""
        WHERE CAST(rolname AS text) = CAST(:role AS text)),
     role AS (
       SELECT r.*, CASE WHEN r.oid = me.oid THEN 'it' ELSE quote_ident(CAST(r.rolname AS text)) END AS subject
-        FROM me JOIN pg_roles r ON r.oid = me.oid OR NOT me.rolsuper AND pg_has_role(me.oid, r.oid, 'MEMBER')),
+        FROM me JOIN pg_roles r ON r.oid = me.oid OR NOT me.rolsuper AND pg_has_role(me.oid, r.oid,
+               -- From 16 on, a membership can give neither its rights nor SET ROLE.
+               CASE WHEN CAST(current_setting('server_version_num') AS integer) < 160000 THEN 'MEMBER'
+                    ELSE 'USAGE, SET, MEMBER WITH ADMIN OPTION' END)),
     target AS (
       SELECT c.oid, c.relowner, c.relacl, c.relnamespace, quote_ident(CAST(c.relname AS text)) AS name
         FROM pg_class c WHERE c.oid = CAST(to_regclass(CAST(:table AS text)) AS oid))
@@ -71,10 +74,44 @@ _WAYS: Final = text("""
        AND (grantee = CAST(0 AS oid) OR role.oid IS NOT NULL)
      GROUP BY subject, rolname, target.name
     UNION ALL
-    SELECT pg_catalog.format('the trigger %I runs a function of %s (DROP TRIGGER %I ON %s)', tgname,
-                             CASE subject WHEN 'it' THEN 'this role' ELSE subject END, tgname, target.name)
-      FROM target JOIN pg_trigger ON tgrelid = target.oid AND NOT tgisinternal
-           JOIN pg_proc p ON p.oid = tgfoid JOIN role ON role.oid = proowner
+    SELECT pg_catalog.format('%s owns the function %s, which runs with the rights of whoever writes: %s calls it',
+                             subject, CAST(CAST(p.oid AS regprocedure) AS text), pg_describe_object(t.classid, t.objid, 0))
+      FROM target
+      JOIN pg_depend t ON t.refclassid = CAST(CAST('pg_class' AS regclass) AS oid) AND t.refobjid = target.oid
+       AND t.classid = ANY (CAST(CAST('{pg_trigger,pg_constraint,pg_class,pg_attrdef,pg_policy}' AS regclass[])
+                                 AS oid[]))
+      JOIN pg_depend f ON f.classid = t.classid AND f.objid = t.objid
+       AND f.refclassid = CAST(CAST('pg_proc' AS regclass) AS oid)
+      JOIN pg_proc p ON p.oid = f.refobjid JOIN role ON role.oid = p.proowner
+     WHERE NOT role.oid = target.relowner GROUP BY subject, p.oid, t.classid, t.objid
+    UNION ALL
+    SELECT pg_catalog.format('%s may use %s, and reaches the rows of the table through it (REVOKE ALL ON %s FROM %s)',
+                             subject, CAST(CAST(kin.oid AS regclass) AS text), CAST(CAST(kin.oid AS regclass) AS text),
+                             quote_ident(CAST(rolname AS text)))
+      FROM target
+      JOIN pg_inherits ON inhrelid = target.oid OR inhparent = target.oid
+      JOIN pg_class kin ON kin.oid = CASE WHEN inhrelid = target.oid THEN inhparent ELSE inhrelid END
+      JOIN role ON has_table_privilege(role.oid, kin.oid, 'SELECT, INSERT, UPDATE, DELETE, TRUNCATE')
+     WHERE NOT rolsuper AND NOT role.oid = target.relowner
+    UNION ALL
+    SELECT pg_catalog.format('%s may change rows of %s, and the foreign key %I changes those of the table with them',
+                             subject, CAST(CAST(confrelid AS regclass) AS text), conname)
+      FROM target
+      JOIN pg_constraint ON conrelid = target.oid AND CAST(contype AS text) = 'f'
+      JOIN role ON CAST(confdeltype AS text) IN ('c', 'n', 'd') AND has_table_privilege(role.oid, confrelid, 'DELETE')
+                OR CAST(confupdtype AS text) IN ('c', 'n', 'd') AND has_table_privilege(role.oid, confrelid, 'UPDATE')
+     WHERE NOT rolsuper AND NOT role.oid = target.relowner
+    UNION ALL
+    SELECT subject || ' may read values of the table in pg_statistic (REVOKE SELECT ON pg_statistic FROM '
+           || quote_ident(CAST(rolname AS text)) || ', PUBLIC)'
+      FROM role WHERE NOT rolsuper AND has_table_privilege(role.oid, CAST('pg_catalog.pg_statistic' AS text), 'SELECT')
+    UNION ALL
+    SELECT pg_catalog.format('%s may set parameters of the whole server (REVOKE ALTER SYSTEM ON PARAMETER %s FROM %s)',
+                             coalesce(subject, 'everybody'), string_agg(parname, ', ' ORDER BY parname),
+                             coalesce(quote_ident(CAST(rolname AS text)), 'PUBLIC'))
+      FROM pg_parameter_acl CROSS JOIN aclexplode(paracl) LEFT JOIN role ON role.oid = grantee
+     WHERE privilege_type = 'ALTER SYSTEM' AND (grantee = CAST(0 AS oid) OR role.oid IS NOT NULL)
+     GROUP BY subject, rolname
     UNION ALL
     SELECT pg_catalog.format('the foreign key %I shows which devices exist (ALTER TABLE %s DROP CONSTRAINT %I)',
                              conname, CAST(CAST(conrelid AS regclass) AS text), conname)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+from sqlalchemy import text
 
 from iot_models import tenancy
 from iot_models._migrations.command_line import main
@@ -82,10 +83,33 @@ WAYS = {
     "it may use what no policy limits (REVOKE REFERENCES (tenant_id, device_id) ON device_state FROM {app})": [
         "GRANT REFERENCES (tenant_id, device_id) ON device_state TO {app}"
     ],
-    'the trigger "the spy" runs a function of this role (DROP TRIGGER "the spy" ON device_state)': [
+    "it owns the function f(), which runs with the rights of whoever writes: "
+    "trigger the spy on table device_state calls it": [
         "CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'",
         "ALTER FUNCTION f() OWNER TO {app}",
         'CREATE TRIGGER "the spy" BEFORE INSERT ON device_state FOR EACH ROW EXECUTE FUNCTION f()',
+    ],
+    "it owns the function g(jsonb), which runs with the rights of whoever writes: index i calls it": [
+        "CREATE FUNCTION g(jsonb) RETURNS text LANGUAGE sql IMMUTABLE AS 'SELECT $1::text'",
+        "CREATE INDEX i ON device_state (g(desired_state))",
+        "ALTER FUNCTION g(jsonb) OWNER TO {app}",
+    ],
+    "it may use everything, and reaches the rows of the table through it (REVOKE ALL ON everything FROM {app})": [
+        "CREATE TABLE everything (tenant_id text)",
+        "ALTER TABLE device_state INHERIT everything",
+        "GRANT SELECT ON everything TO {app}",
+    ],
+    "it may change rows of sites, and the foreign key k changes those of the table with them": [
+        "CREATE TABLE sites (site_id text PRIMARY KEY)",
+        "INSERT INTO sites VALUES ('s')",
+        "ALTER TABLE device_state ADD CONSTRAINT k FOREIGN KEY (site_id) REFERENCES sites ON DELETE CASCADE",
+        "GRANT DELETE ON sites TO {app}",
+    ],
+    "it may read values of the table in pg_statistic (REVOKE SELECT ON pg_statistic FROM {app}, PUBLIC)": [
+        "GRANT SELECT ON pg_statistic TO {app}"
+    ],
+    "it may set parameters of the whole server (REVOKE ALTER SYSTEM ON PARAMETER archive_command FROM {app})": [
+        "GRANT ALTER SYSTEM ON PARAMETER archive_command TO {app}"
     ],
     'the foreign key k shows which devices exist (ALTER TABLE "My table" DROP CONSTRAINT k)': [
         'CREATE TABLE "My table" (t text, d text, CONSTRAINT k FOREIGN KEY (t, d) REFERENCES device_state)',
@@ -161,6 +185,17 @@ def test_a_check_finds_that_the_policy_limits_nobody_any_more(owner: Connection,
 
     (found,) = tenancy.check(owner, app)
     assert found == f"the policy iot_models_tenant does not limit it: call tenancy.enable(connection, '{app}')"
+
+
+def test_a_membership_that_gives_nothing_is_no_way_around(owner: Connection, app: str) -> None:
+    if owner.scalar(text("SELECT current_setting('server_version_num')::int < 160000")):
+        pytest.skip("PostgreSQL 16 is the first with GRANT ... WITH SET FALSE")
+    run(owner, f"CREATE ROLE {app}_b; ALTER TABLE device_state OWNER TO {app}_b")
+    run(owner, f"GRANT {app}_b TO {app} WITH INHERIT FALSE, SET FALSE, ADMIN FALSE")
+
+    tenancy.enable(owner, app)
+
+    assert tenants_for(owner, app) == {TENANT}
 
 
 def test_a_member_of_an_isolated_group_is_isolated(owner: Connection, app: str) -> None:
