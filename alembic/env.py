@@ -56,7 +56,9 @@ def _engine(options: dict[str, str]) -> Engine:
     given: Engine | None = config.attributes.get("engine")  # from iot_models.migrate
     if given is not None:
         return given
-    return engine_for(options.get("url"), option="-x url=...", fallback=config.get_main_option("sqlalchemy.url"))
+    # Raw, because an error of the parser would quote a URL whose % is not doubled.
+    raw = config.file_config.get(config.config_ini_section, "sqlalchemy.url", raw=True, fallback=None)
+    return engine_for(options.get("url"), option="-x url=...", fallback=raw and raw.replace("%%", "%"))
 
 
 @contextmanager

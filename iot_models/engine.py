@@ -313,7 +313,7 @@ def normalize_url(url: str | URL) -> URL:
     except (ArgumentError, ValueError):  # ValueError: the port is not a number
         # Without the URL, and without SQLAlchemy's error, which quotes it in 2.0: no password can be found in it.
         raise ValueError(f"not a database URL: {_WRITE_IT_AS}") from None
-    if "@" in (parsed.host or "") or re.search("=|://", parsed.database or ""):
+    if "@" in (parsed.host or "") or re.search(r"[=@#;&:/\s]", parsed.database or ""):
         # Without the URL again: what looks like its host or its database is a part of a password, or holds one.
         raise ValueError(f"not a database URL: {_WRITE_IT_AS}, with @ in a user or password written as %40")
     if not all(map(storable_text, _texts(parsed))):

@@ -9,6 +9,9 @@ Wrong arguments raise Python's `TypeError` and `ValueError`; database errors are
 from __future__ import annotations
 
 import reprlib
+from datetime import date, time, timedelta
+from decimal import Decimal
+from enum import Enum
 from itertools import islice
 from types import MappingProxyType, NoneType
 from typing import TYPE_CHECKING, ClassVar, Final
@@ -16,8 +19,22 @@ from typing import TYPE_CHECKING, ClassVar, Final
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
-# An id or a time is shown in full; of a container only the first few values are shown.
-_SHORT: Final = reprlib.Repr()
+
+class _Short(reprlib.Repr):
+    """An id or a time is shown in full, of a list the first few values, and of what may hold a secret its type only.
+
+    That is a dict, which may be a document, and an object of another library, which may be an engine with its URL.
+    """
+
+    def repr_dict(self, x: object, level: int) -> str:  # noqa: ARG002 - reprlib's
+        return f"<{type(x).__name__}>"
+
+    def repr_instance(self, x: object, level: int) -> str:
+        return super().repr_instance(x, level) if isinstance(x, _PLAIN) else f"<{type(x).__name__}>"
+
+
+_PLAIN: Final = (bool, float, complex, bytes, type(None), type, Decimal, Enum, date, time, timedelta)
+_SHORT: Final = _Short()
 _SHORT.maxlevel = 1
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 

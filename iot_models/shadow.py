@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from iot_models import twin
 from iot_models.errors import listed
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 # The default: how long a device may be silent before it is stale.
 STALE_AFTER: Final = timedelta(minutes=twin.STALE_THRESHOLD_MINUTES)
@@ -123,8 +126,11 @@ class Shadow:
         else:
             why = f"version {self.desired_version} is acknowledged"
         # "is stale" is more important than "has drifted". "is synced" is not: it would hide the drift.
-        stands = "has drifted" if self.is_drifted and status is twin.SyncStatus.SYNCED else f"is {status}"
-        return f"{self.device_id} {stands}: {why}{self._difference()}, {seen}."
+        keys = self.delta.keys()
+        drifted = self.desired_version == self.reported_version and keys
+        stands = "has drifted" if drifted and status is twin.SyncStatus.SYNCED else f"is {status}"
+        # A line of a log stays one line, whatever the device is called.
+        return f"{repr(self.device_id)[1:-1]} {stands}: {why}{self._difference(keys)}, {seen}."
 
     def to_dict(self) -> dict[str, Any]:
         """Return the shadow as a dict for an HTTP API, ready for `json.dumps`. Times are ISO 8601 in UTC."""
@@ -139,8 +145,7 @@ class Shadow:
             "shadow_updated_at": _iso(self.shadow_updated_at) if self.shadow_updated_at else None,
         }
 
-    def _difference(self) -> str:
-        keys = self.delta.keys()
+    def _difference(self, keys: Collection[str]) -> str:
         if not keys:
             return " and nothing differs"
         link = "and" if self.is_pending else "but"

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import Text, and_, case, column, exists, false, func, literal_column, null, select
+from sqlalchemy import Text, and_, case, column, false, func, literal_column, null, select
 from sqlalchemy.dialects.postgresql import JSONB
 
 from iot_models._core.column_types import readable_time
@@ -25,7 +25,7 @@ from iot_models._core.column_types import readable_time
 if TYPE_CHECKING:
     from datetime import datetime, timedelta
 
-    from sqlalchemy import ColumnElement, SQLColumnExpression, TableValuedAlias
+    from sqlalchemy import ColumnElement, SQLColumnExpression
 
 _OBJECT: Final = literal_column("'object'", Text)
 # Written out: two bound values would be two expressions to GROUP BY.
@@ -49,11 +49,17 @@ def delta(device: Any) -> ColumnElement[dict[str, Any]]:
 
     NULL where a section is no JSON object.
     """
-    wanted, lacking = _lacking(device)
+    # Both documents are taken apart once. `reported -> key` for each key would take reported apart as often.
+    wanted, actual = (
+        func.jsonb_each(section).table_valued("key", column("value", JSONB), name=name)
+        for section, name in ((device.desired_state, "wanted"), (device.reported_state, "actual"))
+    )
     missing = (
         select(func.coalesce(func.pg_catalog.jsonb_object_agg(wanted.c.key, wanted.c.value), _EMPTY))
-        .where(lacking)
-        .correlate_except(wanted)
+        .select_from(wanted.outerjoin(actual, actual.c.key == wanted.c.key))
+        # An absent key has SQL's NULL, a null is JSON's: a null that reported lacks is in the delta too.
+        .where(actual.c.value.is_distinct_from(wanted.c.value))
+        .correlate_except(wanted, actual)
         .scalar_subquery()
     )
     # Equal documents are spared the subquery: most of a fleet. The conditions also tell a SELECT of the delta alone
@@ -67,8 +73,9 @@ def delta(device: Any) -> ColumnElement[dict[str, Any]]:
 
 def drifted(device: Any) -> ColumnElement[bool]:
     """The device acknowledged the newest version, and its delta is not empty. One that is not `readable` is not."""
-    wanted, lacking = _lacking(device)
-    lacks = exists(select(literal_column("1")).select_from(wanted).where(lacking).correlate_except(wanted))
+    # Of a key that both have, || takes the right one's value.
+    together = device.reported_state.op("||", return_type=JSONB())(device.desired_state)
+    lacks = together != device.reported_state
     return and_(
         device.desired_version == device.reported_version,
         device.desired_state != device.reported_state,  # equal documents are spared the look at each key
@@ -93,11 +100,3 @@ def sync_status(
 def accepted(acked: SQLColumnExpression[int], device: Any) -> ColumnElement[bool]:
     """A report that acknowledges this version is neither late nor of a version that was never asked for."""
     return acked.between(device.reported_version, device.desired_version)
-
-
-def _lacking(device: Any) -> tuple[TableValuedAlias, ColumnElement[bool]]:
-    """The keys and values of desired as a table, and the condition that reported lacks one of them."""
-    wanted = func.jsonb_each(device.desired_state).table_valued("key", column("value", JSONB), name="wanted")
-    # -> gives SQL NULL for an absent key and JSON's null for a null: a null that reported lacks is in the delta too.
-    actual = device.reported_state.op("->", return_type=JSONB())(wanted.c.key)
-    return wanted, actual.is_distinct_from(wanted.c.value)

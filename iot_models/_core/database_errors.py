@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy.exc import DBAPIError, ProgrammingError
 
@@ -33,9 +33,10 @@ _CLIENT_ENCODING: Final = (
     "Text can be written and read only if the session's client_encoding is UTF8: make the engine with "
     "iot_models.engine.create_engine, which sets it."
 )
-# The detail that PostgreSQL adds, up to the next field of the message.
-_ROW_DETAIL: Final = "Failing row contains "
-_ROW: Final = re.compile(rf"\nDETAIL: +{_ROW_DETAIL}.*?(?=\n[A-Z]+: |\Z)", re.DOTALL)
+# A constraint's error quotes the row, or the key that is there twice. The words are in the server's language. A key is
+# shown if it is made of columns only, and of none that holds a document.
+_KEY: Final = re.compile(r"[^()]*\((?!(?:.*, )?(?:desired_state|reported_state|state)\b)[\w, ]+\)=")
+_INTEGRITY: Final = "23"
 _LOST: Final = (
     "The connection is lost, and its transaction is not committed: roll back, and run all of it again. In AUTOCOMMIT "
     "mode the last statement may be written: read before you write again."
@@ -93,12 +94,18 @@ def hide_row(context: ExceptionContext) -> None:
 
     A listener for SQLAlchemy's `handle_error`.
     """
-    errors: list[BaseException | None] = [context.sqlalchemy_exception, context.original_exception]
-    errors.append(errors[-1] and errors[-1].__cause__)  # asyncpg's own
-    for error in filter(None, errors):
-        error.args = tuple(_ROW.sub("", part) if isinstance(part, str) else part for part in error.args)
-        if str(getattr(error, "detail", "")).startswith(_ROW_DETAIL):  # where asyncpg keeps it
-            error.detail = None  # type: ignore[attr-defined]
+    original: Any = context.original_exception
+    asyncpgs: Any = original.__cause__
+    found = context.sqlalchemy_exception
+    detail = getattr(getattr(original, "diag", None), "message_detail", None) or getattr(asyncpgs, "detail", None)
+    state = sqlstate(found) if isinstance(found, DBAPIError) else None
+    if not detail or not (state or "").startswith(_INTEGRITY) or _KEY.match(detail):
+        return
+    quoted = re.compile(rf"\n[^\n:]+: +{re.escape(detail)}")
+    for error in filter(None, (found, original, asyncpgs)):
+        error.args = tuple(quoted.sub("", part) if isinstance(part, str) else part for part in error.args)
+        if getattr(error, "detail", None):
+            error.detail = None
 
 
 def _hint(error: DBAPIError) -> str | None:

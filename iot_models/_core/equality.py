@@ -10,6 +10,9 @@ from typing import Any, Final
 # that the common case (two strings, two numbers) needs no function call.
 SCALARS: Final = frozenset({str, int, float, bool, type(None)})
 
+# Below it, each integer is a float of its own.
+_EXACT: Final = 2**53
+
 # The value of an absent key. None cannot be used, because null is a value. It is equal to no other value.
 ABSENT: Final = object()
 
@@ -35,12 +38,19 @@ def json_equal(left: object, right: object) -> bool:
     # From here on only two numbers can be equal. A boolean cannot: two of them were compared above, and true is not 1.
     if isinstance(left, bool) or isinstance(right, bool):
         return False
+    # Exact, where a float holds each integer; and many times as fast as what follows.
+    if (isinstance(left, float) and _is_exact(right)) or (isinstance(right, float) and _is_exact(left)):
+        return left == right
     # JSON text holds the decimal number that the float's repr shows, and PostgreSQL compares that number.
     if isinstance(left, float):
         left = Decimal(float.__repr__(left))
     if isinstance(right, float):
         right = Decimal(float.__repr__(right))
     return left == right
+
+
+def _is_exact(number: object) -> bool:
+    return isinstance(number, int) and -_EXACT < number < _EXACT
 
 
 def _objects_equal(left: dict[str, Any], right: dict[str, Any]) -> bool:

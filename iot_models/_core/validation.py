@@ -66,7 +66,12 @@ def require_session(session: object, *kinds: str) -> None:
     names = [cls.__name__ for cls in type(session).__mro__]
     if not set(kinds) & set(names):
         way = next((_SESSIONS[name] for name in names if name in _SESSIONS), f"pass SQLAlchemy's {kinds[0]}")
-        raise TypeError(f"session must be a {' or a '.join(kinds)}, got {shown(session)}: {way}")
+        raise TypeError(f"session must be a {' or a '.join(kinds)}, got {_kind(session)}: {way}")
+
+
+def _kind(value: object) -> str:
+    """The type of what is no argument at all: its value may be a URL with its password, or a document."""
+    return "None" if value is None else f"<{type(value).__name__}>"
 
 
 def require_text(name: str, value: object) -> None:
@@ -86,7 +91,7 @@ def require_several(name: str, values: object) -> None:
         TypeError: If it does not.
     """
     if not isinstance(values, Iterable):
-        raise TypeError(f"{name} must be iterable, a list for instance, got {shown(values)}")
+        raise TypeError(f"{name} must be iterable, a list for instance, got {_kind(values)}")
 
 
 def require_mapping(name: str, values: object, *, to: str) -> None:
@@ -101,7 +106,7 @@ def require_mapping(name: str, values: object, *, to: str) -> None:
         TypeError: If it is no mapping.
     """
     if not isinstance(values, Mapping):
-        raise TypeError(f"{name} must map device ids to {to}, got {shown(values)}")
+        raise TypeError(f"{name} must map device ids to {to}, got {_kind(values)}")
 
 
 def require_tenant(tenant_id: str) -> None:

@@ -75,7 +75,8 @@ _WAYS: Final = text("""
      GROUP BY subject, rolname, target.name
     UNION ALL
     SELECT pg_catalog.format('%s owns the function %s, which runs with the rights of whoever writes: %s calls it',
-                             subject, CAST(CAST(p.oid AS regprocedure) AS text), pg_describe_object(t.classid, t.objid, 0))
+                             subject, CAST(CAST(p.oid AS regprocedure) AS text),
+                             pg_describe_object(t.classid, t.objid, 0))
       FROM target
       JOIN pg_depend t ON t.refclassid = CAST(CAST('pg_class' AS regclass) AS oid) AND t.refobjid = target.oid
        AND t.classid = ANY (CAST(CAST('{pg_trigger,pg_constraint,pg_class,pg_attrdef,pg_policy}' AS regclass[])

@@ -14,11 +14,13 @@ from sqlalchemy.orm import Session
 from iot_models import ShadowService, migrate
 from iot_models._migrations.command_line import main
 from iot_models.engine import create_async_engine, create_engine
+from tests.databases.alembic_runs import CHECKOUT, run_alembic
 from tests.databases.devices import DEVICE, TENANT, add_device
 from tests.databases.engines import KINDS, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from sqlalchemy import Engine
 
@@ -35,6 +37,10 @@ WITH_SECRETS = [
     f"postgresql:///host=127.0.0.1 port=9 password={SECRET}",
     f"postgresql:///postgresql://iot:{SECRET}@127.0.0.1:9/iot",
     f"postgresql://iot:{SECRET}@127.0.0.1:nine/iot",
+    f"postgresql://corp/iot:{SECRET}@127.0.0.1:9/iot",
+    f"postgresql://127.0.0.1:9/iot#{SECRET}",
+    f"postgresql://127.0.0.1:9/iot;password:{SECRET}",
+    f"postgresql://127.0.0.1:9/iot&password:{SECRET}",
     f"mysql://iot:{SECRET}@db/iot",
     f"postgresql+nosuch://iot:{SECRET}@db/iot",
     f"postgresql+asyncpg://iot:{SECRET}@127.0.0.1:9/iot",
@@ -115,6 +121,38 @@ def test_the_help_shows_no_url_of_the_environment(
 
 
 DOCUMENT = {"wifi_password": SECRET}
+
+
+SERVICE: Any = ShadowService(Session(), TENANT)  # Any: the arguments are wrong
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda url: type(SERVICE)(url, TENANT),
+        lambda url: type(SERVICE)(create_engine(url + "?password=" + SECRET), TENANT),
+        lambda _: SERVICE.get(DOCUMENT),
+        lambda _: SERVICE.replace_desired(DEVICE, {}, expected_version=DOCUMENT),
+        lambda _: SERVICE.replace_desired_many(str(DOCUMENT)),
+        lambda _: SERVICE.replace_desired_many([DOCUMENT]),
+        lambda _: SERVICE.replace_reported_many([DOCUMENT]),
+        lambda _: SERVICE.get_many([DOCUMENT]),
+    ],
+)
+def test_a_wrong_argument_is_shown_by_its_type(call: Callable[[str], object]) -> None:
+    said = said_by(lambda: call(NOWHERE))
+    assert "got <" in said or "got '<" in said
+    assert SECRET not in said
+
+
+def test_a_url_in_an_ini_file_whose_percent_sign_is_not_doubled_is_not_shown(tmp_path: Path) -> None:
+    ini = tmp_path / "alembic.ini"
+    settings = (CHECKOUT / "alembic.ini").read_text().replace("%(here)s", str(CHECKOUT))
+    url = f"sqlalchemy.url = postgresql://iot:p%40{SECRET}@127.0.0.1:9/iot"
+    ini.write_text(settings.replace("sqlalchemy.url =", url, 1))
+    run = run_alembic("-c", str(ini), "current")
+    assert "cannot reach database iot at 127.0.0.1:9" in run.stderr
+    assert SECRET not in run.stdout + run.stderr
 
 
 @pytest.mark.repeats

@@ -31,6 +31,7 @@ def test_a_constraints_error_says_which_constraint_and_shows_no_row() -> None:
     of_asyncpg = Exception(violated)
     of_asyncpg.detail = "Failing row contains (1, {secret})."  # type: ignore[attr-defined]
     of_psycopg.__cause__ = of_asyncpg
+    of_psycopg.sqlstate = "23502"  # type: ignore[attr-defined]
     error = IntegrityError("UPDATE", {}, of_psycopg)
 
     hide_row(SimpleNamespace(sqlalchemy_exception=error, original_exception=of_psycopg))  # type: ignore[arg-type]
@@ -38,3 +39,26 @@ def test_a_constraints_error_says_which_constraint_and_shows_no_row() -> None:
     assert error.args == (f"(builtins.Exception) {violated}\nCONTEXT:  COPY",)
     assert of_psycopg.args == (f"{violated}\nCONTEXT:  COPY",)
     assert of_asyncpg.detail is None  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("detail", "stays"),
+    [
+        ("Key (tenant_id, device_id)=(acme, t-1) already exists.", True),
+        ("Schlüssel »(tenant_id, device_id)=(acme, t-1)« existiert bereits.", True),
+        ('Key (site_id)=(s) is not present in table "sites".', True),
+        ("Key ((desired_state ->> 'wifi_password'::text))=(hunter2) already exists.", False),
+        ('Key (tenant_id, desired_state)=(acme, {"a": 1}) already exists.', False),
+        ('Fehlgeschlagene Zeile enthält (acme, t-1, {"a": 1}).', False),
+    ],
+)
+def test_of_a_constraints_detail_a_key_of_plain_columns_stays_in_any_language(detail: str, *, stays: bool) -> None:
+    original = Exception(f"violated\nDÉTAIL :  {detail}")
+    original.sqlstate = "23505"  # type: ignore[attr-defined]
+    original.diag = SimpleNamespace(message_detail=detail)  # type: ignore[attr-defined]
+    error = IntegrityError("UPDATE", {}, original)
+
+    hide_row(SimpleNamespace(sqlalchemy_exception=error, original_exception=original))  # type: ignore[arg-type]
+
+    assert (detail in str(error)) is stays
+    assert (detail in str(original)) is stays
