@@ -51,9 +51,15 @@ def _holder(connection: Connection) -> str:
     """Who holds the advisory lock. Any role that may log in can take it, so it may be no deployer at all."""
     found: str | None = connection.scalar(
         text("""
-            SELECT format('pid %s, role %s, application %s', a.pid, a.usename, coalesce(a.application_name, '?'))
-              FROM pg_locks l JOIN pg_stat_activity a USING (pid)
-             WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
+            SELECT CASE WHEN p.gid IS NULL
+                   THEN format('pid %s, role %s, application %s', a.pid, a.usename, coalesce(a.application_name, '?'))
+                   ELSE format('the prepared transaction %L, which stays until ROLLBACK PREPARED', p.gid) END
+              FROM pg_locks l LEFT JOIN pg_stat_activity a USING (pid)
+              -- A prepared transaction has no process. Its other lock, on its own id, says which one it is.
+              LEFT JOIN pg_locks own ON l.pid IS NULL AND own.pid IS NULL AND own.locktype = 'transactionid'
+                    AND own.virtualtransaction = l.virtualtransaction
+              LEFT JOIN pg_prepared_xacts p ON p.transaction = own.transactionid
+             WHERE (a.pid IS NOT NULL OR p.gid IS NOT NULL) AND l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
                AND (CAST(l.classid AS bigint) << 32) + CAST(l.objid AS bigint) = CAST(:key AS bigint)
                AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
              LIMIT 1

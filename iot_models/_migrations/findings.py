@@ -143,7 +143,7 @@ def _elsewhere(revision: str | None, known: list[str]) -> str:
     if revision in known:
         return f"stands at {revision}, head is {known[-1]}: run {COMMAND} upgrade head"
     return (
-        f"stands at {revision}, which is unknown here, where head is {known[-1]}: "
+        f"stands at {ascii(revision)[1:-1]}, which is unknown here, where head is {known[-1]}: "
         "a newer iot_models migrated it, or the Alembic of another application"
     )
 

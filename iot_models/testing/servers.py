@@ -119,7 +119,7 @@ def database(server: PostgresServer, template: str | None = None) -> Iterator[st
     Args:
         server: The server to create it on.
         template: URL of a database on the same server to copy. PostgreSQL copies only a database that nobody is
-            connected to: if `database` made this one, too, then connections to it are ended first. None: the new
+            connected to: connections to a database with a name as `database` gives them are ended first. None: the new
             database is empty.
 
     Yields:

@@ -21,7 +21,7 @@ from sqlalchemy import NullPool, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError
 
 from iot_models import migrate
-from iot_models._migrations import expectations, faulty_rows, findings, operations, runner
+from iot_models._migrations import deployers, expectations, faulty_rows, findings, operations, runner
 from iot_models._migrations.command_line import main
 from iot_models._migrations.obstacles import Plan, obstacles
 from iot_models.testing import throwaway
@@ -30,6 +30,7 @@ from tests.databases.async_engines import async_engine, url_for
 from tests.databases.backends import connected
 from tests.migrations.raw_sql import (
     ADD_SHADOW,
+    ADVISORY_LOCK,
     FLEET,
     PARKED,
     RAW_075,
@@ -579,6 +580,13 @@ def test_a_prepared_transaction_that_holds_the_table_is_named_with_what_ends_it(
         engine = create_engine(server.url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
         with engine.connect() as connection:
             connection.exec_driver_sql("ROLLBACK PREPARED 'it''s'")
+        # The deployers' lock, too.
+        run_sql(server.url, f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK}); PREPARE TRANSACTION 'deployer'")
+        monkeypatch.setattr(deployers, "_MOST_SECONDS", 0.1)
+        with pytest.raises(CommandError, match="the prepared transaction 'deployer', which stays until ROLLBACK"):
+            migrate.upgrade(server.url)
+        with engine.connect() as connection:
+            connection.exec_driver_sql("ROLLBACK PREPARED 'deployer'")
         migrate.upgrade(server.url)
         assert migrate.check(server.url) == []
 
