@@ -9,13 +9,16 @@ PYTEST_DONT_REWRITE.
 
 from __future__ import annotations
 
+import os
+import re
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
     from sqlalchemy import Engine
     from sqlalchemy.orm import Session
@@ -24,6 +27,24 @@ if TYPE_CHECKING:
     from iot_models.testing.sample_fleet import SampleFleet
 
 _USED = pytest.StashKey[str]()
+
+
+_PASSWORD = re.compile(r"://[^/?#]*?:([^/?#]+)@|[?&]password=([^&]+)")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Hide the password of IOT_MODELS_TEST_DATABASE_URL in the report of a test: an assertion may compare the URL."""
+    report = yield
+    found = _PASSWORD.search(os.environ.get("IOT_MODELS_TEST_DATABASE_URL", ""))
+    if found and report.longrepr is not None:
+        written = found[1] or found[2]
+        hidden = said = str(report.longrepr)
+        for password in (written, unquote(written)):
+            hidden = hidden.replace(password, "***")
+        if hidden != said:
+            report.longrepr = hidden
+    return report
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -228,6 +228,32 @@ def test_the_report_of_a_test_that_fails_does_not_show_the_password(
     assert "hunter2@" not in text_of_run.replace(NOWHERE, "", text_of_run.count(f'PostgresServer("{NOWHERE}"'))
 
 
+def test_an_assertion_that_compares_the_url_does_not_show_the_password(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IOT_MODELS_TEST_DATABASE_URL", NOWHERE.replace(SECRET, f"p%40{SECRET}"))
+    pytester.makepyfile("""
+        import os
+        from urllib.parse import unquote
+
+        def test_a_url():
+            assert os.environ["IOT_MODELS_TEST_DATABASE_URL"] == "x"
+
+        def test_a_connection():
+            raise ValueError(unquote(os.environ["IOT_MODELS_TEST_DATABASE_URL"]))
+
+        def test_nothing():
+            assert 1 == 2
+    """)
+    result = pytester.runpytest_inprocess("-p", "no:cacheprovider")
+
+    result.assert_outcomes(failed=3)
+    said = result.stdout.str()
+    assert "iot:***@127.0.0.1:9" in said
+    assert SECRET not in said
+    assert "assert 1 == 2" in said
+
+
 @pytest.mark.repeats
 def test_a_url_of_a_fixture_is_a_text_like_any_other(shadow_database: str) -> None:
     assert isinstance(shadow_database, str)

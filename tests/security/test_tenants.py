@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import secrets
 from typing import TYPE_CHECKING
 
 import psycopg
 import pytest
+from sqlalchemy import NullPool, create_engine, text
 from sqlalchemy.orm import Session
 
+from iot_models.testing import PostgresServer, database
 from tests.databases.devices import TENANT, add_device
 from tests.databases.tenants import OTHER, isolate, login, rows
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from sqlalchemy import Engine
 
 pytestmark = pytest.mark.repeats
@@ -70,15 +75,28 @@ ATTACKS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def isolated(server: PostgresServer, migrated_url: str) -> Iterator[tuple[Engine, str]]:
+    """The owner's engine on a database with a device of each tenant, and the URL of the role that is limited."""
+    role = f"iot_models_test_{secrets.token_hex(4)}"
+    with database(server, migrated_url) as url:
+        owner = create_engine(url, poolclass=NullPool)
+        with Session(owner) as session, session.begin():
+            session.execute(text(f"CREATE ROLE {role} LOGIN"))
+            for tenant in (TENANT, OTHER):
+                add_device(session, "d", tenant_id=tenant, desired_state={"of": tenant, "kept": KEPT + tenant})
+        isolate(owner, role)
+        yield owner, login(owner, role).set(drivername="postgresql").render_as_string(hide_password=False)
+        with owner.begin() as connection:
+            connection.execute(text(f"DROP OWNED BY {role}"))
+            connection.execute(text(f"DROP ROLE {role}"))
+
+
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_a_role_gets_nothing_of_another_tenant(own_engine: Engine, server_role: str, attack: str) -> None:
-    with Session(own_engine) as session, session.begin():
-        for tenant in (TENANT, OTHER):
-            add_device(session, "d", tenant_id=tenant, desired_state={"of": tenant, "kept": KEPT + tenant})
-    isolate(own_engine, server_role)
-    before = victims(own_engine)
+def test_a_role_gets_nothing_of_another_tenant(isolated: tuple[Engine, str], attack: str) -> None:
+    owner, url = isolated
+    before = victims(owner)
     said: list[str] = []
-    url = login(own_engine, server_role).set(drivername="postgresql").render_as_string(hide_password=False)
 
     with psycopg.connect(url) as connection:
         connection.add_notice_handler(lambda notice: said.append(str(notice.message_primary)))
@@ -94,7 +112,7 @@ def test_a_role_gets_nothing_of_another_tenant(own_engine: Engine, server_role: 
             connection.rollback()
 
     assert KEPT + OTHER not in " ".join(said)
-    assert victims(own_engine) == before
+    assert victims(owner) == before
 
 
 def victims(owner: Engine) -> list[str]:
