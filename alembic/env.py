@@ -19,6 +19,7 @@ from iot_models._migrations.comparison import TABLE
 from iot_models._migrations.deployers import wait_for_other_deployers
 from iot_models._migrations.obstacles import (
     Plan,
+    look_again,
     obstacles,
     refuse,
     refuse_another_version_table,
@@ -73,6 +74,7 @@ def _connection(options: dict[str, str]) -> Iterator[Connection]:
         ) from error
     with connection:
         refuse_strangers(connection)
+        look_again(connection)
         refuse_another_version_table(connection)
         connection.execute(text(set_all(options.get("lock_timeout", LOCK_TIMEOUT))))
         connection.commit()
@@ -143,8 +145,6 @@ def _run_online() -> None:
         with _connection(options) as connection:
             if _migrates():
                 wait_for_other_deployers(connection)
-                refuse_strangers(connection)  # anybody can let a deployer wait, and make something meanwhile
-                connection.rollback()
             _run(connection, options)
     except SQLAlchemyError as error:
         lost = _disconnect(error)

@@ -82,8 +82,9 @@ _WAYS: Final = text("""
        AND t.classid = ANY (CAST(CAST('{pg_trigger,pg_constraint,pg_class,pg_attrdef,pg_policy}' AS regclass[])
                                  AS oid[]))
       JOIN pg_depend f ON f.classid = t.classid AND f.objid = t.objid
-       AND f.refclassid = CAST(CAST('pg_proc' AS regclass) AS oid)
-      JOIN pg_proc p ON p.oid = f.refobjid JOIN role ON role.oid = p.proowner
+       AND f.refclassid = ANY (CAST(CAST('{pg_proc,pg_operator}' AS regclass[]) AS oid[]))
+      LEFT JOIN pg_operator o ON o.oid = f.refobjid AND f.refclassid = CAST(CAST('pg_operator' AS regclass) AS oid)
+      JOIN pg_proc p ON p.oid = coalesce(CAST(o.oprcode AS oid), f.refobjid) JOIN role ON role.oid = p.proowner
      WHERE NOT role.oid = target.relowner GROUP BY subject, p.oid, t.classid, t.objid
     UNION ALL
     SELECT pg_catalog.format('%s may use %s, and reaches the rows of the table through it (REVOKE ALL ON %s FROM %s)',

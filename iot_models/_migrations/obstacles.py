@@ -6,10 +6,11 @@ each of them, because a table can change in between.
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from alembic.util import CommandError
-from sqlalchemy import text
+from sqlalchemy import event, text
 
 from iot_models._migrations import expectations
 from iot_models._migrations.comparison import KEY, TABLE
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
     from alembic.script import Script
     from sqlalchemy import Connection
+
+# How long a look at the catalog counts, and what libpq says of a transaction in which nothing can be asked.
+_FRESH_SECONDS: Final = 0.02
+_IN_ERROR: Final = 3
 
 # Somebody can make thousands.
 _MOST_NAMED: Final = 20
@@ -119,6 +124,34 @@ def refuse_strangers(connection: Connection) -> None:
                 )
             ]
         )
+
+
+def look_again(connection: Connection) -> None:
+    """Before each statement of this connection, ask again what `refuse_strangers` asks, unless that was just asked.
+
+    Anybody can let a migration wait, for another deployer, for a lock or for the end of a transaction, and make
+    something in the meantime. What is left are the milliseconds until the next statement.
+
+    Raises:
+        CommandError: From the statement, as `refuse_strangers`.
+    """
+    last = time.monotonic()
+    looking = False
+
+    def before(_connection: Connection, _cursor: object, _statement: str, *_rest: object) -> None:
+        nonlocal last, looking
+        driver: Any = connection.connection.driver_connection
+        failed = getattr(getattr(driver, "info", None), "transaction_status", None) == _IN_ERROR
+        if looking or failed or time.monotonic() - last < _FRESH_SECONDS:
+            return
+        looking = True
+        try:
+            refuse_strangers(connection)
+        finally:
+            looking = False
+            last = time.monotonic()
+
+    event.listen(connection, "before_cursor_execute", before)
 
 
 def refuse_another_version_table(connection: Connection) -> None:

@@ -21,7 +21,7 @@ from iot_models._core.database_errors import LOCK_NOT_AVAILABLE, sqlstate
 from iot_models._migrations.comparison import TABLE
 from iot_models._migrations.dependents import PARKED, TRIGGER
 from iot_models._migrations.expectations import find_index
-from iot_models._migrations.obstacles import VERSION_TABLE, interrupted_downgrade, refuse_strangers
+from iot_models._migrations.obstacles import VERSION_TABLE, interrupted_downgrade
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -74,7 +74,6 @@ def _lock_table(operations: Operations, lock: LockTable) -> None:
             if sqlstate(error) != LOCK_NOT_AVAILABLE:
                 raise
         else:
-            refuse_strangers(connection)  # who waited for this moment may have made something meanwhile
             return
         waited = time.monotonic() - began
         holders = _lock_holders(connection, lock.table)
@@ -207,7 +206,6 @@ def _ensure_index(operations: Operations, index: EnsureIndex) -> None:
         operations.execute("RESET lock_timeout")
         return
     connection = operations.get_bind()
-    refuse_strangers(connection)
     found = find_index(connection, index.table, index.name)
     if found is not None and found.valid:
         return
@@ -223,7 +221,8 @@ def _ensure_index(operations: Operations, index: EnsureIndex) -> None:
 
 _BUILDS: Final = """
     SELECT p.phase, p.blocks_done, p.blocks_total,
-           CASE WHEN p.current_locker_pid > 0 THEN concat(', waiting for the transaction of pid ', p.current_locker_pid)
+           CASE WHEN p.current_locker_pid > 0
+                THEN pg_catalog.concat(', waiting for the transaction of pid ', p.current_locker_pid)
                 WHEN p.phase LIKE 'waiting%' THEN (
                   SELECT ', waiting for the prepared transaction ' || string_agg(quote_literal(gid), ', ')
                     FROM pg_prepared_xacts WHERE database = current_database())

@@ -3,13 +3,11 @@
 A role that may create objects in a schema of the search path can make a table, a function or an operator before us. A
 function or an operator of the right types is a better match than the catalog's, whatever stands first in the path.
 
-Trusted are superusers, the role that migrates and the roles it is a member of, and the owners of the database and of
-the schema of `device_state`: not of a schema that is in the search path only because it has the name of the role that
-migrates (`"$user"`). The owner of the table is not trusted for that alone: whoever may create objects can make it
-first.
+Trusted are superusers, the role that migrates and the roles it is a member of, and the owner of the database. Nobody is
+trusted for owning the table or its schema: whoever may create objects can make them first.
 
-This is asked before everything else, in SQL that names the schema of each function and operator, and again once this is
-the only deployer and before each step: others may have waited for that moment.
+This is asked before everything else, in SQL that names the schema of each function and operator, and again while the
+migration runs (`obstacles.look_again`): others may have waited for that moment.
 """
 
 from __future__ import annotations
@@ -40,20 +38,15 @@ _FOUND: Final = """
     me AS (
       SELECT r.oid, r.rolsuper FROM pg_catalog.pg_roles r WHERE r.rolname {=} CURRENT_USER),
     home AS (
-      SELECT c.oid, c.relowner, n.nspowner, n.nspname {=} CURRENT_USER AS is_namesake
-        FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid {=} c.relnamespace
+      SELECT c.oid, c.relowner, c.relnamespace FROM pg_catalog.pg_class c
        WHERE c.oid {=} CAST(pg_catalog.to_regclass(CAST(:table AS text)) AS oid)),
-    certain AS (
+    trusted AS (
       SELECT r.oid FROM pg_catalog.pg_roles r CROSS JOIN me
        WHERE r.rolsuper OR r.oid {=} me.oid
           OR NOT me.rolsuper AND pg_catalog.pg_has_role(me.oid, r.oid, 'USAGE')
           OR r.rolname {=} 'pg_database_owner'
           OR EXISTS (SELECT FROM pg_catalog.pg_database d
                       WHERE d.datname {=} pg_catalog.current_database() AND d.datdba {=} r.oid)),
-    trusted AS (
-      SELECT certain.oid FROM certain
-      UNION ALL
-      SELECT home.nspowner FROM home WHERE NOT home.is_namesake),
     ours AS (
       SELECT c.oid, c.relowner, CAST(c.relkind AS text) {=} 'r' AS is_table
         FROM pg_catalog.pg_class c JOIN path ON path.oid {=} c.relnamespace
@@ -63,19 +56,22 @@ _FOUND: Final = """
       UNION ALL
       SELECT 'pg_catalog.pg_class', home.oid, home.relowner FROM home
       UNION ALL
-      SELECT 'pg_catalog.pg_namespace', n.oid, n.nspowner FROM pg_catalog.pg_namespace n JOIN path ON path.oid {=} n.oid
-       WHERE n.nspname {=} CURRENT_USER
+      SELECT 'pg_catalog.pg_namespace', n.oid, n.nspowner FROM pg_catalog.pg_namespace n
+       WHERE n.nspname {=} pg_catalog.current_schema() OR n.oid {=} (SELECT home.relnamespace FROM home)
       UNION ALL
       -- What a trigger, a CHECK, an index, a default or a policy of the table calls.
-      SELECT 'pg_catalog.pg_proc', p.oid, p.proowner
+      SELECT f.refclassid, f.refobjid, coalesce(p.proowner, o.oprowner)
         FROM home
         JOIN pg_catalog.pg_depend t ON t.refclassid {=} CAST(CAST('pg_catalog.pg_class' AS regclass) AS oid)
          AND t.refobjid {=} home.oid
          AND t.classid {=} ANY (CAST(CAST('{pg_catalog.pg_trigger,pg_catalog.pg_constraint,pg_catalog.pg_class,'
                                           'pg_catalog.pg_attrdef,pg_catalog.pg_policy}' AS regclass[]) AS oid[]))
         JOIN pg_catalog.pg_depend f ON f.classid {=} t.classid AND f.objid {=} t.objid
+        LEFT JOIN pg_catalog.pg_proc p ON p.oid {=} f.refobjid
          AND f.refclassid {=} CAST(CAST('pg_catalog.pg_proc' AS regclass) AS oid)
-        JOIN pg_catalog.pg_proc p ON p.oid {=} f.refobjid
+        LEFT JOIN pg_catalog.pg_operator o ON o.oid {=} f.refobjid
+         AND f.refclassid {=} CAST(CAST('pg_catalog.pg_operator' AS regclass) AS oid)
+       WHERE p.oid IS NOT NULL OR o.oid IS NOT NULL
       UNION ALL
       SELECT 'pg_catalog.pg_proc', p.oid, p.proowner FROM pg_catalog.pg_proc p JOIN path ON path.oid {=} p.pronamespace
        WHERE p.proname {=} CAST(CAST(:trigger AS text) AS name)

@@ -94,6 +94,13 @@ WAYS = {
         "CREATE INDEX i ON device_state (g(desired_state))",
         "ALTER FUNCTION g(jsonb) OWNER TO {app}",
     ],
+    "it owns the function same(text,text), which runs with the rights of whoever writes: "
+    "constraint c on table device_state calls it": [
+        "CREATE FUNCTION same(text, text) RETURNS bool LANGUAGE sql IMMUTABLE AS 'SELECT $1 = $2'",
+        "CREATE OPERATOR === (LEFTARG = text, RIGHTARG = text, FUNCTION = same)",
+        "ALTER TABLE device_state ADD CONSTRAINT c CHECK (status === status)",
+        "ALTER FUNCTION same(text, text) OWNER TO {app}",
+    ],
     "it may use everything, and reaches the rows of the table through it (REVOKE ALL ON everything FROM {app})": [
         "CREATE TABLE everything (tenant_id text)",
         "ALTER TABLE device_state INHERIT everything",

@@ -225,33 +225,49 @@ def test_who_made_the_table_first_is_not_trusted_for_that(database: str, attacke
     assert calls(database) == []
 
 
-def test_a_table_of_the_owner_of_its_schema_is_adopted_by_a_superuser(database: str, server_role: str) -> None:
-    run_sql(database, f"CREATE SCHEMA iot AUTHORIZATION {server_role}; GRANT ALL ON SCHEMA public TO {server_role}")
+def test_a_superuser_migrates_a_plain_owners_table_as_that_owner(database: str, server_role: str) -> None:
+    run_sql(database, f"CREATE SCHEMA iot AUTHORIZATION {server_role}")
     run_sql(as_role(database, server_role), "SET search_path = iot;" + RAW_075 + FLEET)
-    engine = create_engine(database, connect_args={"options": "-c search_path=iot"}, poolclass=NullPool)
+    url = make_url(database)
 
-    migrate.upgrade(engine)
-    with engine.begin() as connection:
-        connection.exec_driver_sql(SHADOWS, execution_options={"no_parameters": True})
-    migrate.downgrade(engine, "075")
+    with pytest.raises(CommandError, match=rf"(?s)schema iot of role {server_role}.*role=\.\.\."):
+        migrate.upgrade(url.update_query_dict({"options": "-c search_path=iot"}))
+    as_owner = url.update_query_dict({"options": f"-c search_path=iot -c role={server_role}"})
+    migrate.upgrade(as_owner)
 
-    # What a superuser parks is the owner's, who goes on with it.
-    url = make_url(as_role(database, server_role)).update_query_dict({"options": "-c search_path=iot"})
-    owner = create_engine(url, poolclass=NullPool)
-    with engine.begin() as connection:
-        connection.exec_driver_sql(f"ALTER TABLE alembic_version OWNER TO {server_role}")
-    migrate.upgrade(owner)
-    assert migrate.check(owner) == []
+    assert migrate.check(as_owner) == []
     run_sql(database, f"DROP OWNED BY {server_role} CASCADE")
 
 
+@pytest.fixture
+def owners(database: str, server_role: str) -> Iterator[str]:
+    """The URL of the plain owner of the database and of its schema `public`, in which nobody else may create."""
+    name = make_url(database).database
+    run_sql(database, f"ALTER SCHEMA public OWNER TO {server_role}; ALTER DATABASE {name} OWNER TO {server_role};"
+                      "REVOKE ALL ON SCHEMA public FROM PUBLIC")  # fmt: skip
+    yield as_role(database, server_role)
+    run_sql(database, f"ALTER SCHEMA public OWNER TO postgres; ALTER DATABASE {name} OWNER TO postgres;"
+                      f"DROP OWNED BY {server_role} CASCADE")  # fmt: skip
+
+
+def test_what_a_superuser_parks_is_the_owners_who_goes_on_with_it(database: str, owners: str) -> None:
+    run_sql(owners, RAW_075, FLEET)
+    migrate.upgrade(owners)
+    run_sql(owners, SHADOWS)
+    migrate.downgrade(database, "075")
+
+    migrate.upgrade(owners)
+
+    assert migrate.check(owners) == []
+    assert run_sql(owners, "SELECT count(*) FROM device_state WHERE desired_version = 7") == [(3,)]
+
+
 def test_the_owner_of_the_schema_replaces_what_is_parked_and_gets_no_superusers_rights(
-    database: str, server_role: str
+    database: str, owners: str, server_role: str
 ) -> None:
-    run_sql(database, f"ALTER SCHEMA public OWNER TO {server_role}; REVOKE ALL ON SCHEMA public FROM PUBLIC")
-    interrupted_downgrade(database)
-    run_sql(database, f"ALTER TABLE device_state OWNER TO {server_role}")
-    migrate.upgrade(database)
+    run_sql(owners, RAW_075, FLEET)
+    migrate.upgrade(owners)
+    run_sql(owners, SHADOWS)
     engine = create_engine(database, poolclass=NullPool)
     cut_before(engine, "DROP COLUMN IF EXISTS")
     with pytest.raises(KeyboardInterrupt):
@@ -267,7 +283,6 @@ def test_the_owner_of_the_schema_replaces_what_is_parked_and_gets_no_superusers_
     run_sql(database, "UPDATE device_state SET desired_version = desired_version + 1 WHERE device_id = 'd1'")
 
     assert calls(database) == [(server_role,)]
-    run_sql(database, f"ALTER SCHEMA public OWNER TO postgres; DROP OWNED BY {server_role} CASCADE")
 
 
 def test_who_lets_a_deployer_wait_gets_nothing_into_it_meanwhile(
@@ -284,6 +299,28 @@ def test_who_lets_a_deployer_wait_gets_nothing_into_it_meanwhile(
         connection.execute(text("SELECT pg_advisory_unlock_all()"))
         connection.commit()
         with pytest.raises(CommandError, match=r"operator =\(oid,regclass\) of role"):
+            upgrading.result()
+    assert calls(database) == []
+
+
+def test_what_is_made_while_an_index_build_waits_is_refused_before_the_next_statement(
+    database: str, attacker: str
+) -> None:
+    migrate.upgrade(database, "076")
+    with connected(attacker) as holder, ThreadPoolExecutor(1) as pool:
+        holder.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
+        holder.execute(text("SELECT 1"))
+        upgrading = pool.submit(migrate.upgrade, database)
+        building = "SELECT count(*) FROM pg_stat_progress_create_index"
+        while run_sql(database, building) == [(0,)]:
+            assert not upgrading.done()
+        run_sql(
+            attacker,
+            f"CREATE FUNCTION tell(varchar, varchar) RETURNS bool LANGUAGE plpgsql AS $$ BEGIN {TELL}; RETURN true; END $$;"
+            "CREATE OPERATOR = (LEFTARG = varchar, RIGHTARG = varchar, FUNCTION = tell)",
+        )
+        holder.rollback()
+        with pytest.raises(CommandError, match=r"operator =.* of role"):
             upgrading.result()
     assert calls(database) == []
 
@@ -379,19 +416,12 @@ def test_check_says_who_may_create_objects_in_the_search_path(
     assert "(REVOKE CREATE ON SCHEMA public FROM PUBLIC)" in capsys.readouterr().err
 
 
-def test_objects_of_the_team_and_of_extensions_are_no_strangers(database: str, server_role: str) -> None:
-    """Here the application's owner migrates, and a superuser has made a function with the name of a built-in one."""
-    run_sql(
-        database,
-        f"CREATE FUNCTION format(text, text) RETURNS text LANGUAGE sql RETURN $1; ALTER SCHEMA public OWNER TO {server_role};"
-        "REVOKE ALL ON SCHEMA public FROM PUBLIC",
-    )
-    owner = as_role(database, server_role)
-    run_sql(owner, RAW_075, FLEET, "CREATE FUNCTION lower(int) RETURNS text LANGUAGE sql RETURN 'x'")
+def test_objects_of_the_team_and_of_extensions_are_no_strangers(database: str, owners: str) -> None:
+    """Here the owner of the database migrates, and a superuser has made a function with the name of a built-in one."""
+    run_sql(database, "CREATE FUNCTION format(text, text) RETURNS text LANGUAGE sql RETURN $1")
+    run_sql(owners, RAW_075, FLEET, "CREATE FUNCTION lower(int) RETURNS text LANGUAGE sql RETURN 'x'")
 
-    migrate.upgrade(owner)
+    migrate.upgrade(owners)
     migrate.upgrade(database)
 
-    assert migrate.check(owner) == []
-    run_sql(database, "ALTER SCHEMA public OWNER TO postgres")
-    run_sql(database, f"DROP OWNED BY {server_role} CASCADE")
+    assert migrate.check(owners) == []
