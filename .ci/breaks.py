@@ -440,8 +440,15 @@ BREAKS = [
     Break(
         "whoever made the table is trusted",
         "iot_models/_migrations/strangers.py",
-        "WHERE a.grantee {=} CAST(0 AS oid) AND a.privilege_type {=} 'CREATE')",
-        "WHERE false)",
+        "SELECT 'pg_catalog.pg_class', home.oid, home.relowner FROM home",
+        "SELECT 'pg_catalog.pg_class', home.oid, home.relowner FROM home WHERE false",
+        ("tests/security/test_migrations.py",),
+    ),
+    Break(
+        "nobody looks again after a wait",
+        "iot_models/_migrations/obstacles.py",
+        'event.listen(connection, "before_cursor_execute", before)',
+        "pass",
         ("tests/security/test_migrations.py",),
     ),
     Break(
