@@ -233,7 +233,7 @@ BREAKS = [
     Break(
         "a device has drifted only where @> says so, which takes arrays for sets",
         "iot_models/_core/conditions.py",
-        'exists(select(literal_column("1")).select_from(wanted).where(lacking).correlate_except(wanted))',
+        "together != device.reported_state",
         "~device.reported_state.contains(device.desired_state)",
         (FLEET,),
     ),
@@ -426,7 +426,7 @@ BREAKS = [
     Break(
         "a constraint's error shows the row",
         "iot_models/_core/database_errors.py",
-        '_ROW.sub("", part) if isinstance(part, str) else part',
+        'quoted.sub("", part) if isinstance(part, str) else part',
         "part",
         ("tests/security/test_secrets.py",),
     ),
