@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 # How long a look at the catalog counts, and what libpq says of a transaction in which nothing can be asked.
 _FRESH_SECONDS: Final = 0.02
 _IN_ERROR: Final = 3
+# Statements that wait for locks. COMMENT is run under the lock of those before it, and a page of shadows skips locks.
+_MAY_WAIT: Final = frozenset({"ALTER", "CREATE", "DELETE", "DO", "DROP", "INSERT", "LOCK", "UPDATE"})
 
 # Somebody can make thousands.
 _MOST_NAMED: Final = 20
@@ -127,24 +129,28 @@ def refuse_strangers(connection: Connection) -> None:
 
 
 def look_again(connection: Connection) -> None:
-    """Before each statement of this connection, ask again what `refuse_strangers` asks, unless that was just asked.
+    """Ask again what `refuse_strangers` asks: after each statement that others can let wait, and after any pause.
 
     Anybody can let a migration wait, for another deployer, for a lock or for the end of a transaction, and make
-    something in the meantime. What is left are the milliseconds until the next statement.
+    something in the meantime, also within milliseconds. What is left is the time between a look and its next statement.
 
     Raises:
         CommandError: From the statement, as `refuse_strangers`.
     """
     last = time.monotonic()
-    looking = False
+    looking = waited = False
+
+    def after(_connection: Connection, _cursor: object, statement: str, *_rest: object) -> None:
+        nonlocal waited
+        waited = waited or statement.split(maxsplit=1)[0] in _MAY_WAIT
 
     def before(_connection: Connection, _cursor: object, _statement: str, *_rest: object) -> None:
-        nonlocal last, looking
+        nonlocal last, looking, waited
         driver: Any = connection.connection.driver_connection
         failed = getattr(getattr(driver, "info", None), "transaction_status", None) == _IN_ERROR
-        if looking or failed or time.monotonic() - last < _FRESH_SECONDS:
+        if looking or failed or (not waited and time.monotonic() - last < _FRESH_SECONDS):
             return
-        looking = True
+        looking, waited = True, False
         try:
             refuse_strangers(connection)
         finally:
@@ -152,6 +158,7 @@ def look_again(connection: Connection) -> None:
             last = time.monotonic()
 
     event.listen(connection, "before_cursor_execute", before)
+    event.listen(connection, "after_cursor_execute", after)
 
 
 def refuse_another_version_table(connection: Connection) -> None:
