@@ -16,7 +16,7 @@ from iot_models._migrations import expectations
 from iot_models._migrations.comparison import KEY, TABLE
 from iot_models._migrations.dependents import PARKED, TRIGGER, dependents
 from iot_models._migrations.faulty_rows import faulty_rows
-from iot_models._migrations.strangers import REFUSAL, strangers
+from iot_models._migrations.strangers import REFUSAL, VERSION_TABLE, strangers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -33,8 +33,6 @@ _MAY_WAIT: Final = frozenset({"ALTER", "CREATE", "DELETE", "DO", "DROP", "INSERT
 # Somebody can make thousands.
 _MOST_NAMED: Final = 20
 
-# Alembic's.
-VERSION_TABLE: Final = "alembic_version"
 # The revision that adds the shadows.
 SHADOWS: Final = "076"
 
@@ -200,7 +198,7 @@ def _obstacles(connection: Connection, plan: Plan) -> Iterator[Obstacle]:
     exists, parked = (_exists(connection, table) for table in (TABLE, PARKED))
     creates = not exists and plan.upgrade and plan.has_table
     yield from _taken_names(connection, plan, creates=creates, parked=parked)
-    yield from _differences(connection, plan, creates=creates, parked=parked)
+    yield from _differences(connection, plan, exists=exists, parked=parked)
     if not exists:
         return
     yield from _rights(connection, plan, parked=parked)
@@ -298,9 +296,9 @@ def _taken_names(connection: Connection, plan: Plan, *, creates: bool, parked: b
         yield Obstacle("other objects have names that this migration gives to its own", found, "rename or drop them")
 
 
-def _differences(connection: Connection, plan: Plan, *, creates: bool, parked: bool) -> Iterator[Obstacle]:
+def _differences(connection: Connection, plan: Plan, *, exists: bool, parked: bool) -> Iterator[Obstacle]:
     tables: dict[str, dict[str, Any]] = {}
-    if plan.upgrade and not creates:
+    if plan.upgrade and (exists or not plan.has_table):  # otherwise it is created
         expected: dict[str, Any] = {"required": {}, "optional": {}, "primary_key": [], "indexes": {}}
         for script in plan.scripts:
             adds = getattr(script.module, "ADDS", {}).get(TABLE, {})
@@ -310,7 +308,7 @@ def _differences(connection: Connection, plan: Plan, *, creates: bool, parked: b
             if adopted:
                 expected["primary_key"] = [*KEY]
         tables[TABLE] = expected
-    elif not plan.upgrade and not _exists(connection, TABLE):
+    elif not plan.upgrade and not exists:
         tables[TABLE] = {}
     if plan.has_shadows and parked and not plan.discard:
         module = next(script.module for script in plan.scripts if script.revision == SHADOWS)

@@ -21,7 +21,8 @@ from iot_models._core.database_errors import LOCK_NOT_AVAILABLE, sqlstate
 from iot_models._migrations.comparison import TABLE
 from iot_models._migrations.dependents import PARKED, TRIGGER
 from iot_models._migrations.expectations import find_index
-from iot_models._migrations.obstacles import VERSION_TABLE, interrupted_downgrade
+from iot_models._migrations.obstacles import interrupted_downgrade
+from iot_models._migrations.strangers import VERSION_TABLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
+VERSION_TABLE: Final = "alembic_version"
 # Tables that are ours alone. A team's triggers and policies on `device_state` are its own business.
-_TABLES: Final = ("alembic_version", PARKED)
+_TABLES: Final = (VERSION_TABLE, PARKED)
 
 REFUSAL: Final = "names that this command uses are taken by objects of other roles, and their code would run"
 

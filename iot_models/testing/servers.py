@@ -129,8 +129,8 @@ def database(server: PostgresServer, template: str | None = None) -> Iterator[st
         DBAPIError: If the database cannot be created (SQLAlchemy's error).
         NoServerError: If libpq's variables in the environment would lead to another server than the URL says.
     """
-    _require_own_address(make_url(server.url))
     url = make_url(server.url)
+    _require_own_address(url)
     admin = create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT", **without_hstore(url))
     name = f"{_PREFIX}{secrets.token_hex(8)}"
     # template0, because the owner of a given server may have put something into template1.
@@ -150,7 +150,7 @@ def database(server: PostgresServer, template: str | None = None) -> Iterator[st
                 )
             raise
     try:
-        yield DatabaseURL(make_url(server.url).set(database=name).render_as_string(hide_password=False))
+        yield DatabaseURL(url.set(database=name).render_as_string(hide_password=False))
     finally:
         with admin.connect() as connection:
             connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))

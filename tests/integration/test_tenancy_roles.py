@@ -120,6 +120,7 @@ def test_a_group_is_isolated_with_its_members(owner: Connection, app: str) -> No
     tenancy.enable(owner, f"{app}_group")
 
     assert tenants_for(owner, app) == {TENANT}
+    assert tenancy.check(owner, app) == []
 
 
 @pytest.mark.parametrize(
@@ -129,11 +130,16 @@ def test_a_group_is_isolated_with_its_members(owner: Connection, app: str) -> No
         "ALTER POLICY iot_models_tenant ON device_state WITH CHECK (true)",
         "ALTER TABLE device_state DISABLE ROW LEVEL SECURITY",
         "ALTER POLICY iot_models_tenant ON device_state TO pg_monitor",
+        "DROP POLICY iot_models_tenant ON device_state",
     ],
 )
-def test_enabling_again_mends_what_somebody_changed(owner: Connection, app: str, damage: str) -> None:
+def test_a_check_finds_what_somebody_changed_and_enabling_again_mends_it(
+    owner: Connection, app: str, damage: str
+) -> None:
     tenancy.enable(owner, app)
     run(owner, damage)
+    (found,) = tenancy.check(owner, app)
+    assert found == f"the policy iot_models_tenant does not limit it: call tenancy.enable(connection, '{app}')"
 
     tenancy.enable(owner, app)
 

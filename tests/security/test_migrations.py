@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import psycopg
 import pytest
 from alembic.util import CommandError
-from sqlalchemy import Engine, NullPool, create_engine, event, make_url, text
+from sqlalchemy import NullPool, create_engine, event, make_url, text
 
 from iot_models import engine, migrate
 from iot_models._migrations.command_line import main
@@ -51,18 +51,19 @@ def interrupted_downgrade(database: str) -> None:
     run_sql(database, RAW_075, FLEET)
     migrate.upgrade(database)
     run_sql(database, SHADOWS)
+    interrupt_a_downgrade(database)
+
+
+def interrupt_a_downgrade(database: str) -> None:
     engine = create_engine(database, poolclass=NullPool)
-    cut_before(engine, "DROP COLUMN IF EXISTS")
-    with pytest.raises(KeyboardInterrupt):
-        migrate.downgrade(engine, "075")
 
-
-def cut_before(engine: Engine, needle: str) -> None:
     def cut(_c: object, _cursor: object, statement: str, *_rest: object) -> None:
-        if needle in statement:
+        if "DROP COLUMN IF EXISTS" in statement:
             raise KeyboardInterrupt
 
     event.listen(engine, "before_cursor_execute", cut)
+    with pytest.raises(KeyboardInterrupt):
+        migrate.downgrade(engine, "075")
 
 
 ATTACK = f"""
@@ -268,10 +269,7 @@ def test_the_owner_of_the_schema_replaces_what_is_parked_and_gets_no_superusers_
     run_sql(owners, RAW_075, FLEET)
     migrate.upgrade(owners)
     run_sql(owners, SHADOWS)
-    engine = create_engine(database, poolclass=NullPool)
-    cut_before(engine, "DROP COLUMN IF EXISTS")
-    with pytest.raises(KeyboardInterrupt):
-        migrate.downgrade(engine, "075")
+    interrupt_a_downgrade(database)
 
     run_sql(
         as_role(database, server_role),
