@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from iot_models import tenancy
@@ -272,7 +272,12 @@ def test_autovacuum_is_asked_to_leave_at_once_if_the_role_may_do_so(owner: Conne
 def test_another_error_while_the_lock_is_taken_is_passed_on_as_it_is(own_engine: Engine, app: str) -> None:
     with own_engine.connect() as reader, own_engine.connect() as connection:
         reader.execute(text("SELECT FROM device_state"))
-        run(connection, "SET statement_timeout = '50ms'")
+
+        @event.listens_for(connection, "before_cursor_execute")
+        def _only_the_lock(_c: object, cursor: Any, statement: str, *_rest: object) -> None:
+            if statement.startswith("LOCK TABLE"):
+                cursor.execute("SET LOCAL statement_timeout = '50ms'")
+
         with pytest.raises(OperationalError, match="statement timeout") as caught:
             tenancy.enable(connection, app)
         assert "nothing was changed" not in str(caught.value)
