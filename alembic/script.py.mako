@@ -18,7 +18,7 @@ ADDS = {"device_state": {"columns": {}, "indexes": {}}}
 
 
 def upgrade() -> None:
-    op.expect_table("device_state", added_since=revision)
+    op.iot_models_expect_table("device_state", added_since=revision)
     ${upgrades if upgrades else "pass"}
 
 

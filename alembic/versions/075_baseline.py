@@ -11,7 +11,7 @@ from alembic.util import CommandError
 
 revision = "075"
 down_revision = None
-branch_labels = None
+branch_labels = ("iot_models",)
 depends_on = None
 
 COLUMNS = {
@@ -36,8 +36,23 @@ ADDS = {"device_state": {"columns": COLUMNS, "indexes": INDEXES}}
 PARKED = "device_state_shadow_076"
 
 
+NEEDS = """\
+the revisions of iot_models need two lines in this env.py (import iot_models.migrate); nothing was changed. Without \
+them, writers could wait without a limit, and a rollback could lose shadows:
+
+    with iot_models.migrate.guarded(connection):      # around configure() and run_migrations(), in no transaction
+        context.configure(connection=connection, ..., transaction_per_migration=True)"""
+
+
+def begin() -> None:
+    if not hasattr(op, "iot_models_begin"):
+        raise CommandError(NEEDS)
+    op.iot_models_begin(NEEDS)
+
+
 def upgrade() -> None:
-    if op.table_exists("device_state"):
+    begin()
+    if op.iot_models_table_exists("device_state"):
         _adopt()
         return
     op.execute("""
@@ -59,15 +74,18 @@ def upgrade() -> None:
 
 
 def _adopt() -> None:
-    op.expect_table("device_state", required=COLUMNS, primary_key=["tenant_id", "device_id"], added_since=revision)
+    op.iot_models_expect_table(
+        "device_state", required=COLUMNS, primary_key=["tenant_id", "device_id"], added_since=revision
+    )
     with op.get_context().autocommit_block():
         for name, definition in INDEXES.items():
-            op.ensure_index("device_state", name, definition)
+            op.iot_models_ensure_index("device_state", name, definition)
 
 
 def downgrade() -> None:
-    op.lock_table("device_state", "ACCESS EXCLUSIVE")
-    parked = op.table_exists(PARKED)
+    begin()
+    op.iot_models_lock_table("device_state", "ACCESS EXCLUSIVE")
+    parked = op.iot_models_table_exists(PARKED)
     if context.get_x_argument(as_dictionary=True).get("device_state") != "drop":
         _refuse_rows("device_state")
         if parked:

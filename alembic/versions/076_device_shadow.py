@@ -70,13 +70,28 @@ PROGRESS_EVERY = 2.0
 DIVISION_BY_ZERO = "22012"
 
 
-def upgrade() -> None:
-    op.expect_table("device_state", added_since=revision)
-    parked = op.table_exists(PARKED)
-    if parked:
-        op.expect_table(PARKED, required=PARKED_COLUMNS, primary_key=KEY)
+NEEDS = """\
+the revisions of iot_models need two lines in this env.py (import iot_models.migrate); nothing was changed. Without \
+them, writers could wait without a limit, and a rollback could lose shadows:
 
-    op.lock_table("device_state", "ACCESS EXCLUSIVE")
+    with iot_models.migrate.guarded(connection):      # around configure() and run_migrations(), in no transaction
+        context.configure(connection=connection, ..., transaction_per_migration=True)"""
+
+
+def begin() -> None:
+    if not hasattr(op, "iot_models_begin"):
+        raise CommandError(NEEDS)
+    op.iot_models_begin(NEEDS)
+
+
+def upgrade() -> None:
+    begin()
+    op.iot_models_expect_table("device_state", added_since=revision)
+    parked = op.iot_models_table_exists(PARKED)
+    if parked:
+        op.iot_models_expect_table(PARKED, required=PARKED_COLUMNS, primary_key=KEY)
+
+    op.iot_models_lock_table("device_state", "ACCESS EXCLUSIVE")
     # Constant defaults: PostgreSQL adds the columns without rewriting the table.
     op.execute("""
         ALTER TABLE device_state
@@ -92,7 +107,7 @@ def upgrade() -> None:
     with op.get_context().autocommit_block():
         if parked:
             _put_back(op.get_bind())
-        op.ensure_index("device_state", *PENDING)
+        op.iot_models_ensure_index("device_state", *PENDING)
 
     if context.is_offline_mode():
         _put_back_offline()
@@ -101,18 +116,19 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    begin()
     discard = context.get_x_argument(as_dictionary=True).get("shadow") == "discard"
     online = not context.is_offline_mode()
     if online and not discard:
-        if op.table_exists(PARKED):
-            op.expect_table(PARKED, required=PARKED_COLUMNS, primary_key=KEY)
+        if op.iot_models_table_exists(PARKED):
+            op.iot_models_expect_table(PARKED, required=PARKED_COLUMNS, primary_key=KEY)
         _mirror_new_writes()
         with op.get_context().autocommit_block():
             _move(op.get_bind(), PARK, "parked")
 
     # The rest is one transaction, Alembic's. Before it every shadow is in the columns, after it in the parked table,
     # while it runs in both.
-    op.lock_table("device_state", "ACCESS EXCLUSIVE")
+    op.iot_models_lock_table("device_state", "ACCESS EXCLUSIVE")
     if discard:
         op.execute(f"DROP TABLE IF EXISTS {PARKED}")
     elif not online:
@@ -222,7 +238,7 @@ def _mirror_new_writes() -> None:
     Its function runs with the rights of its owner, because the application's role has none on the parked table. So it
     has to be safe by itself: nobody else may execute it, and as a trigger of another table it refuses to run.
     """
-    op.lock_table("device_state", "SHARE ROW EXCLUSIVE")
+    op.iot_models_lock_table("device_state", "SHARE ROW EXCLUSIVE")
     _create_parked()
     table = (
         op.get_bind()

@@ -18,6 +18,7 @@ Revises: 076
 """
 
 from alembic import op
+from alembic.util import CommandError
 
 revision = "077"
 down_revision = "076"
@@ -39,10 +40,25 @@ FOUND = """
 """
 
 
-def upgrade() -> None:
-    op.expect_table("device_state", added_since=revision)
+NEEDS = """\
+the revisions of iot_models need two lines in this env.py (import iot_models.migrate); nothing was changed. Without \
+them, writers could wait without a limit, and a rollback could lose shadows:
 
-    op.lock_table("device_state", "SHARE UPDATE EXCLUSIVE")  # the lock of VACUUM: no writer waits for it
+    with iot_models.migrate.guarded(connection):      # around configure() and run_migrations(), in no transaction
+        context.configure(connection=connection, ..., transaction_per_migration=True)"""
+
+
+def begin() -> None:
+    if not hasattr(op, "iot_models_begin"):
+        raise CommandError(NEEDS)
+    op.iot_models_begin(NEEDS)
+
+
+def upgrade() -> None:
+    begin()
+    op.iot_models_expect_table("device_state", added_since=revision)
+
+    op.iot_models_lock_table("device_state", "SHARE UPDATE EXCLUSIVE")  # the lock of VACUUM: no writer waits for it
     op.execute(f"""
         DO $$ BEGIN
           IF NOT EXISTS ({FOUND}) THEN
@@ -52,13 +68,14 @@ def upgrade() -> None:
     """)
 
     with op.get_context().autocommit_block():
-        op.ensure_index("device_state", *PENDING_BY_DEVICE)
+        op.iot_models_ensure_index("device_state", *PENDING_BY_DEVICE)
 
 
 def downgrade() -> None:
+    begin()
     # DROP INDEX CONCURRENTLY would wait for every open transaction, with no limit, and can leave an INVALID index. With
     # this lock, one transaction drops all within milliseconds.
-    op.lock_table("device_state", "ACCESS EXCLUSIVE")
+    op.iot_models_lock_table("device_state", "ACCESS EXCLUSIVE")
     op.execute(f"DROP INDEX IF EXISTS {PENDING_BY_DEVICE[0]}")
     # Another value of the fillfactor was set by a team.
     op.execute(f"""

@@ -159,8 +159,8 @@ Exit codes: 0 done, 1 refused or failed or a difference found, 2 wrong usage, 13
 
 def _add_options(parser: argparse.ArgumentParser, dest: str) -> None:
     parser.set_defaults(**{dest: []})
-    _add_option(parser, "url", dest)
-    _add_option(parser, "lock_timeout", dest)
+    for name in ("url", "schema", "lock_timeout"):
+        _add_option(parser, name, dest)
     parser.add_argument(
         "-x", action="append", dest=dest, metavar="NAME=VALUE", help="an option as Alembic's own command takes it"
     )

@@ -47,6 +47,18 @@ def wait_for_other_deployers(connection: Connection) -> None:
     connection.commit()
 
 
+def stop_being_a_deployer(connection: Connection) -> None:
+    """Give the lock up, if this session has it, as often as it was taken. The caller commits."""
+    connection.execute(
+        text("""
+            SELECT pg_advisory_unlock(:key) FROM pg_locks
+             WHERE locktype = 'advisory' AND objsubid = 1 AND pid = pg_backend_pid()
+               AND (CAST(classid AS bigint) << 32) + CAST(objid AS bigint) = CAST(:key AS bigint)
+        """),
+        {"key": ADVISORY_LOCK},
+    )
+
+
 def _holder(connection: Connection) -> str:
     """Who holds the advisory lock. Any role that may log in can take it, so it may be no deployer at all."""
     found: str | None = connection.scalar(

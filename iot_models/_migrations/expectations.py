@@ -1,6 +1,7 @@
 """Alembic operations with which a revision checks the database before it changes anything.
 
-`op.table_exists` and `op.expect_table`. `iot_models._migrations.operations` imports this module, which registers them.
+`op.iot_models_table_exists` and `op.iot_models_expect_table`. `iot_models._migrations.operations` imports this module,
+which registers them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from alembic import context
 from alembic.operations import MigrateOperation, Operations
 from alembic.util import CommandError
 from sqlalchemy import text
+
+from iot_models._migrations.history import added, revisions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +32,7 @@ REMEDY: Final = (
 )
 
 
-@Operations.register_operation("table_exists")
+@Operations.register_operation("iot_models_table_exists")
 class TableExists(MigrateOperation):
     """Whether a table exists. Offline nothing is known, and the answer is no."""
 
@@ -37,7 +40,7 @@ class TableExists(MigrateOperation):
         self.table = table
 
     @classmethod
-    def table_exists(cls, operations: Operations, table: str) -> bool:
+    def iot_models_table_exists(cls, operations: Operations, table: str) -> bool:
         """Whether the search path has a table, a view or another relation of that name; offline False."""
         found: bool = operations.invoke(cls(table))
         return found
@@ -51,7 +54,7 @@ def _table_exists(operations: Operations, operation: TableExists) -> bool:
     return bool(found)
 
 
-@Operations.register_operation("expect_table")
+@Operations.register_operation("iot_models_expect_table")
 class ExpectTable(MigrateOperation):
     """Refuse to go on if a table is not the expected one."""
 
@@ -60,7 +63,7 @@ class ExpectTable(MigrateOperation):
         self.expected = expected
 
     @classmethod
-    def expect_table(
+    def iot_models_expect_table(
         cls,
         operations: Operations,
         table: str,
@@ -102,10 +105,11 @@ def _additions(table: str, since: str) -> tuple[dict[str, Column], dict[str, str
     """The columns and the indexes that a revision and all later ones declare for a table, the oldest first."""
     columns: dict[str, Column] = {}
     indexes: dict[str, str] = {}
-    for script in [*context.script.walk_revisions(base=since)][::-1]:
-        adds = getattr(script.module, "ADDS", {}).get(table, {})
-        columns |= adds.get("columns", {})
-        indexes |= adds.get("indexes", {})
+    scripts = revisions(context.script)
+    first = next(index for index, script in enumerate(scripts) if script.revision == since)
+    for script in scripts[first:]:
+        columns |= added(script, "columns", table)
+        indexes |= added(script, "indexes", table)
     return columns, indexes
 
 
@@ -129,7 +133,7 @@ def differences(
     primary_key: Sequence[str] = (),
     indexes: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[str]:
-    """How a table differs from the expected one, a sentence each. The arguments are those of `op.expect_table`.
+    """How a table differs from the expected one, a sentence each: `op.iot_models_expect_table` has the arguments.
 
     The columns in `optional` and the indexes may be missing.
     """

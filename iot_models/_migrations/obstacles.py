@@ -7,6 +7,7 @@ each of them, because a table can change in between.
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from alembic.util import CommandError
@@ -16,6 +17,7 @@ from iot_models._migrations import expectations
 from iot_models._migrations.comparison import KEY, TABLE
 from iot_models._migrations.dependents import PARKED, TRIGGER, dependents
 from iot_models._migrations.faulty_rows import faulty_rows
+from iot_models._migrations.history import added
 from iot_models._migrations.strangers import REFUSAL, VERSION_TABLE, strangers
 
 if TYPE_CHECKING:
@@ -126,7 +128,8 @@ def refuse_strangers(connection: Connection) -> None:
         )
 
 
-def look_again(connection: Connection) -> None:
+@contextmanager
+def looking_again(connection: Connection) -> Iterator[None]:
     """Ask again what `refuse_strangers` asks: after each statement that others can let wait, and after any pause.
 
     Anybody can let a migration wait, for another deployer, for a lock or for the end of a transaction, and make
@@ -155,8 +158,14 @@ def look_again(connection: Connection) -> None:
             looking = False
             last = time.monotonic()
 
-    event.listen(connection, "before_cursor_execute", before)
-    event.listen(connection, "after_cursor_execute", after)
+    listeners = {"before_cursor_execute": before, "after_cursor_execute": after}
+    for name, listener in listeners.items():
+        event.listen(connection, name, listener)
+    try:
+        yield
+    finally:
+        for name, listener in listeners.items():
+            event.remove(connection, name, listener)
 
 
 def refuse_another_version_table(connection: Connection) -> None:
@@ -205,7 +214,6 @@ def _obstacles(connection: Connection, plan: Plan) -> Iterator[Obstacle]:
     hidden = [*_hidden_rows(connection, plan, parked=parked)]
     yield from hidden
     if not plan.upgrade:
-        yield from _schemas(connection, plan)
         yield from _dependents(connection, plan)
         if plan.has_table and not plan.drop and not hidden:
             yield from _rows(connection, parked=parked)
@@ -283,11 +291,7 @@ def _taken_names(connection: Connection, plan: Plan, *, creates: bool, parked: b
         """),
         {"names": [TABLE] * creates + [PARKED] * parks},
     ).all()
-    indexes = {
-        name: definition
-        for script in plan.scripts
-        for name, definition in getattr(script.module, "ADDS", {}).get(TABLE, {}).get("indexes", {}).items()
-    }
+    indexes = {name: definition for script in plan.scripts for name, definition in added(script, "indexes").items()}
     found = [
         *(f"a table's name is taken by {kind}" for kind in types),
         *(expectations.index_differences(connection, TABLE, indexes) if creates else ()),
@@ -301,10 +305,9 @@ def _differences(connection: Connection, plan: Plan, *, exists: bool, parked: bo
     if plan.upgrade and (exists or not plan.has_table):  # otherwise it is created
         expected: dict[str, Any] = {"required": {}, "optional": {}, "primary_key": [], "indexes": {}}
         for script in plan.scripts:
-            adds = getattr(script.module, "ADDS", {}).get(TABLE, {})
             adopted = script.down_revision is None
-            expected["required" if adopted else "optional"] |= adds.get("columns", {})
-            expected["indexes"] |= adds.get("indexes", {})
+            expected["required" if adopted else "optional"] |= added(script, "columns")
+            expected["indexes"] |= added(script, "indexes")
             if adopted:
                 expected["primary_key"] = [*KEY]
         tables[TABLE] = expected
@@ -337,25 +340,6 @@ def _rights(connection: Connection, plan: Plan, *, parked: bool) -> Iterator[Obs
         role = connection.scalar(text("SELECT CAST(current_user AS text)"))
         yield Obstacle(
             f"role {role} may not migrate this database", missing, "migrate as a role that owns these tables"
-        )
-
-
-def _schemas(connection: Connection, plan: Plan) -> Iterator[Obstacle]:
-    """The parked table is made in the first schema of the search path, and has to be beside `device_state`."""
-    row = connection.execute(
-        text("""
-            SELECT quote_ident(n.nspname) AS schema, quote_ident(current_schema()) AS first
-              FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-             WHERE c.oid = to_regclass(:table) AND n.nspname IS DISTINCT FROM current_schema()
-        """),
-        {"table": TABLE},
-    ).one_or_none()
-    if row is not None and plan.has_shadows and not plan.discard:
-        yield Obstacle(
-            f"the shadows would be parked in schema {row.first}, the first of the search path, but {TABLE} is in "
-            f"{row.schema}",
-            (),
-            f"put {row.schema} first (in the URL: ?options=-c search_path={row.schema})",
         )
 
 
@@ -393,13 +377,11 @@ def _rows(connection: Connection, *, parked: bool) -> Iterator[Obstacle]:
 
 def _dependents(connection: Connection, plan: Plan) -> Iterator[Obstacle]:
     """Objects of a team's that depend on what a downgrade drops."""
-    adds = [getattr(script.module, "ADDS", {}).get(TABLE, {}) for script in plan.scripts]
-    kept = [added.get("columns", {}) for script, added in zip(plan.scripts, adds, strict=True) if script.down_revision]
     found = dependents(
         connection,
         TABLE,
-        columns=[name for added in kept for name in added],
-        indexes=[name for added in adds for name in added.get("indexes", {})],
+        columns=[name for script in plan.scripts if script.down_revision for name in added(script, "columns")],
+        indexes=[name for script in plan.scripts for name in added(script, "indexes")],
         whole=plan.has_table,
     )
     if found:

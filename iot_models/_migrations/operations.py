@@ -1,4 +1,4 @@
-"""Alembic operations for a table that is in use: `op.lock_table` and `op.ensure_index`.
+"""Alembic operations for a table that is in use: `op.iot_models_lock_table` and `op.iot_models_ensure_index`.
 
 `alembic/env.py` imports this module, which registers them; a revision imports nothing from the package. Each also works
 offline (`--sql`), where the database cannot be asked.
@@ -37,7 +37,7 @@ _FIRST_PAUSE: Final = 0.5  # seconds, doubled after each try: the writers that q
 _PROGRESS_EVERY: Final = 2.0  # seconds
 
 
-@Operations.register_operation("lock_table")
+@Operations.register_operation("iot_models_lock_table")
 class LockTable(MigrateOperation):
     """Lock a table for the rest of the transaction, or give up without a change."""
 
@@ -46,7 +46,7 @@ class LockTable(MigrateOperation):
         self.mode = mode
 
     @classmethod
-    def lock_table(cls, operations: Operations, table: str, mode: str) -> None:
+    def iot_models_lock_table(cls, operations: Operations, table: str, mode: str) -> None:
         """Lock `table` in `mode`: up to five tries of `lock_timeout` each, with a pause that grows.
 
         While a try waits for the lock, writers queue behind it. Hence several short waits instead of a long one.
@@ -126,10 +126,11 @@ def ensure_version_table(connection: Connection) -> None:
 def undo_interrupted_downgrade(migration: MigrationContext) -> None:
     """Take away what a downgrade below 076 that did not finish has left: its trigger, the function, the copies.
 
-    Until such a downgrade has finished, every shadow is in its columns, too: the parked table holds copies.
+    Until such a downgrade has finished, every shadow is in its columns, too: the parked table holds copies. The caller
+    commits.
 
     Raises:
-        CommandError: As `op.lock_table`; then nothing is taken away.
+        CommandError: As `op.iot_models_lock_table`; then nothing is taken away.
     """
     connection = migration.connection
     if connection is None or not interrupted_downgrade(connection):
@@ -137,7 +138,6 @@ def undo_interrupted_downgrade(migration: MigrationContext) -> None:
     Operations(migration).invoke(LockTable(TABLE, "ACCESS EXCLUSIVE"))
     connection.execute(text(f"DROP FUNCTION {TRIGGER}() CASCADE"))  # with the triggers that call it
     connection.execute(text(f"DROP TABLE IF EXISTS {PARKED}"))
-    connection.commit()
     log.warning("a downgrade to 075 was interrupted: its trigger and its copies of the shadows are taken away")
 
 
@@ -166,7 +166,7 @@ def _lock_holders(connection: Connection, table: str) -> str:
     return "; ".join(f"{row.holder}, for {row.seconds} s)" for row in rows) or "no transaction any more"
 
 
-@Operations.register_operation("ensure_index")
+@Operations.register_operation("iot_models_ensure_index")
 class EnsureIndex(MigrateOperation):
     """Build an index while writers go on."""
 
@@ -176,7 +176,7 @@ class EnsureIndex(MigrateOperation):
         self.definition = definition
 
     @classmethod
-    def ensure_index(cls, operations: Operations, table: str, name: str, definition: str) -> None:
+    def iot_models_ensure_index(cls, operations: Operations, table: str, name: str, definition: str) -> None:
         """Build an index CONCURRENTLY if it is missing. Call it inside `autocommit_block()`.
 
         An INVALID index, which an interrupted build leaves behind, is replaced. A valid one is kept.

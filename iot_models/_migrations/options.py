@@ -31,6 +31,12 @@ OPTIONS: Final = {
         "URL",
         "the database: postgresql://user:password@host:5432/database",
     ),
+    "schema": Option(
+        r"(?!pg_|information_schema$)(?s:.{1,63})",
+        "the name of a schema that is not PostgreSQL's own",
+        "SCHEMA",
+        "the schema of device_state (default: the first of the search path that has it, else the first)",
+    ),
     "lock_timeout": Option(
         r"[1-9]\d*(ms|s|min)",
         "how long one try for a lock may hold writers up: 500ms, 4s",

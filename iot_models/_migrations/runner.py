@@ -6,16 +6,16 @@ import threading
 from argparse import Namespace
 from contextlib import contextmanager
 from io import StringIO
-from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
-from alembic import command
+from alembic import command, context, op
 from alembic.config import Config
 from alembic.runtime.environment import EnvironmentContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 
-from iot_models._migrations.targets import engine_for
+from iot_models._migrations import history as ours
+from iot_models._migrations.targets import resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-# In a wheel the scripts are inside the package, in a checkout beside it.
-_INSTALLED: Final = Path(__file__).parents[1] / "alembic"
-FOLDER: Final = _INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parents[1] / "alembic"
 # Alembic's `context` and `op` are global to the process: two threads would migrate each other's database.
 _ONE_AT_A_TIME: Final = threading.Lock()
 _OPTION: Final = "--url"  # gives our command line the URL
@@ -44,7 +41,7 @@ def run(move: Callable[..., None], target: Target, revision: str, options: Optio
         CommandError: If the URL or engine cannot be used, the server cannot be reached, or a migration is refused.
         sqlalchemy.exc.DBAPIError: If PostgreSQL refuses a statement.
     """
-    with _config(options, engine=engine_for(target, option=_OPTION)) as config:
+    with _config(options, target=resolve(target, option=_OPTION)) as config:
         move(config, revision)
 
 
@@ -76,7 +73,7 @@ def ask(target: Target, options: Options, question: Callable[[str | None, Connec
         answers.append(question(", ".join(revisions) or None, connection))
         return []  # run no revision
 
-    with _config(options, engine=engine_for(target, option=_OPTION)) as config:
+    with _config(options, target=resolve(target, option=_OPTION)) as config:
         scripts = ScriptDirectory.from_config(config)
         with EnvironmentContext(config, scripts, fn=answer, dont_mutate=True):
             scripts.run_env()
@@ -132,12 +129,20 @@ def _directory() -> ScriptDirectory:
 
 
 @contextmanager
-def _config(options: Options, *, engine: Engine | None = None, output: StringIO | None = None) -> Iterator[Config]:
+def _config(
+    options: Options, *, target: Engine | Connection | None = None, output: StringIO | None = None
+) -> Iterator[Config]:
     config = Config(
         output_buffer=output,
         cmd_opts=Namespace(x=[f"{name}={value}" for name, value in options.items() if value is not None]),
-        attributes={"engine": engine},
+        attributes={"target": target},
     )
-    config.set_main_option("script_location", str(FOLDER).replace("%", "%%"))
+    config.set_main_option("script_location", str(ours.FOLDER).replace("%", "%%"))
+    # Within a team's env.py, `context` and `op` are the proxies of its own run, which ours would leave empty.
+    outer: list[Any] = [proxy for module in (context, op) if (proxy := vars(module).get("_proxy"))]
     with _ONE_AT_A_TIME:
-        yield config
+        try:
+            yield config
+        finally:
+            for proxy in outer:
+                proxy._install_proxy()  # noqa: SLF001 - what Alembic does when it begins a run

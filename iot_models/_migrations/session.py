@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 # An option of the command comes besides: lock_timeout.
-_SETTINGS: Final = {
+SETTINGS: Final = {
     # Defaults of a database or a role are meant for requests, and not for building an index.
     "statement_timeout": "0",
     "idle_in_transaction_session_timeout": "0",
@@ -31,7 +31,7 @@ def set_all(lock_timeout: str) -> str:
     A setting that this version of PostgreSQL does not have is left out. So is `deadlock_timeout`, which makes
     autovacuum leave at once, if the role may not set it.
     """
-    values = ", ".join(f"('{name}', '{value}')" for name, value in {"lock_timeout": lock_timeout, **_SETTINGS}.items())
+    values = ", ".join(f"('{name}', '{value}')" for name, value in {"lock_timeout": lock_timeout, **SETTINGS}.items())
     return (
         "SELECT count(set_config(wanted.name, wanted.value, false)) "  # noqa: S608 - our names and values
         f"FROM (VALUES {values}, ('deadlock_timeout', '{_DEADLOCK_TIMEOUT_MS}ms')) AS wanted (name, value) "

@@ -7,12 +7,11 @@ Trusted are superusers, the role that migrates and the roles it is a member of, 
 trusted for owning the table or its schema: whoever may create objects can make them first.
 
 This is asked before everything else, in SQL that names the schema of each function and operator, and again while the
-migration runs (`obstacles.look_again`): others may have waited for that moment.
+migration runs (`obstacles.looking_again`): others may have waited for that moment.
 """
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import text
@@ -25,7 +24,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
-VERSION_TABLE: Final = "alembic_version"
+# Of our own, beside the `alembic_version` of the application.
+VERSION_TABLE: Final = "alembic_version_iot_models"
 # Tables that are ours alone. A team's triggers and policies on `device_state` are its own business.
 _TABLES: Final = (VERSION_TABLE, PARKED)
 
@@ -112,15 +112,8 @@ _FOUND: Final = """
 """.replace("{=}", "OPERATOR(pg_catalog.=)")
 
 
-# A schema before pg_catalog could have a type `text` or a view `pg_settings`, which all that follows would use.
-_PATH: Final = "SELECT pg_catalog.array_to_string(pg_catalog.current_schemas(true), ',')"
-
-
 def strangers(connection: Connection) -> Sequence[str]:
     """Each object that a migration would take for the catalog's or for its own. Nothing is changed or locked."""
-    path: str = connection.scalar(text(_PATH)) or ""
-    if not re.match(r"(pg_temp_\d+,)?pg_catalog(,|$)", path):
-        return [f"the search path ({path}) has a schema before pg_catalog"]
     binds = {"table": TABLE, "tables": [*_TABLES], "trigger": TRIGGER}
     found: Sequence[str] = connection.scalars(text(_FOUND), binds).all()
     return found

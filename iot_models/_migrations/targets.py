@@ -1,26 +1,30 @@
-"""The engine on which migrations run: the caller's, or one for a URL."""
+"""On what migrations run: an engine or a connection of the caller's, or an engine for a URL."""
 
 from __future__ import annotations
 
-from typing import Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import sqlalchemy
 from alembic.util import CommandError
-from sqlalchemy import URL, Engine, NullPool
+from sqlalchemy import URL, Connection, Engine, NullPool
 
 from iot_models.engine import database_url, import_driver, without_hstore
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 # None: the URL in the environment.
-Target: TypeAlias = str | URL | Engine | None
+Target: TypeAlias = str | URL | Engine | Connection | None
 
 _APPLICATION_NAME: Final = "iot_models alembic"
 
 
-def engine_for(target: Target, *, option: str, fallback: str | None = None) -> Engine:
-    """The engine for a migration. It does not connect.
+def resolve(target: Target, *, option: str, fallback: str | None = None) -> Engine | Connection:
+    """The engine for a migration, or the caller's connection. It does not connect.
 
     Args:
-        target: A URL, by the rules of `database_url`; None for the environment's; or an engine, whose pool is used.
+        target: A URL, by the rules of `database_url`; None for the environment's; an engine, whose pool is used; or a
+            connection.
         option: The option that gives a URL, for the messages: `-x url=...`.
         fallback: The URL if neither `target` nor the environment gives one.
 
@@ -28,7 +32,7 @@ def engine_for(target: Target, *, option: str, fallback: str | None = None) -> E
         CommandError: If there is no URL, if it is not PostgreSQL's, or if its driver is async, unknown or not
             installed; or if the engine is async or for another database.
     """
-    if isinstance(target, Engine) or hasattr(target, "sync_engine"):
+    if isinstance(target, Engine | Connection) or hasattr(target, "run_sync") or hasattr(target, "sync_engine"):
         return _usable(target)
     try:
         url = database_url(target, fallback=fallback)
@@ -52,13 +56,32 @@ def engine_for(target: Target, *, option: str, fallback: str | None = None) -> E
     )
 
 
-def _usable(engine: object) -> Engine:
-    if not isinstance(engine, Engine) or engine.dialect.is_async:
+def _usable(given: object) -> Engine | Connection:
+    if isinstance(given, Connection):  # also what `run_sync` of an async connection passes
+        usable: Engine | Connection = given
+    elif isinstance(given, Engine) and not given.dialect.is_async:
+        # It has the same pool. Migrations need transactions, even if the engine was created for AUTOCOMMIT.
+        usable = given.execution_options(isolation_level="READ COMMITTED")
+    else:
         raise CommandError(
-            "migrations run synchronously, and this engine is an async one: pass a URL, "
-            "engine.url.set(drivername='postgresql+psycopg'); from asyncio, by asyncio.to_thread(migrate.upgrade, url)"
+            "migrations run synchronously: from asyncio, async with engine.connect() as connection: await "
+            "connection.run_sync(migrate.upgrade); or pass a URL, by asyncio.to_thread(migrate.upgrade, url)"
         )
-    if engine.dialect.name != "postgresql":
-        raise CommandError(f"iot_models works on PostgreSQL; this engine is for {engine.dialect.name}")
-    # It has the same pool. Migrations need transactions, even if the engine was created for AUTOCOMMIT.
-    return engine.execution_options(isolation_level="READ COMMITTED")
+    if usable.dialect.name != "postgresql":
+        raise CommandError(f"iot_models works on PostgreSQL; this engine is for {usable.dialect.name}")
+    return usable
+
+
+def schema_of(target: Engine | Connection, named: str | None) -> str | None:
+    """The schema that the caller names, else the one to which an engine translates tables that name none.
+
+    Raises:
+        CommandError: If the two differ.
+    """
+    translated: Mapping[str | None, str | None] = target.get_execution_options().get("schema_translate_map") or {}
+    schema = translated.get(None)
+    if named is not None and schema not in (None, named):
+        raise CommandError(
+            f"schema {named!a} is asked for, but schema_translate_map of this engine says {schema!a}: name one of them"
+        )
+    return schema if named is None else named

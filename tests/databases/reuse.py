@@ -41,7 +41,7 @@ _CATALOGS = text("""
           WHERE setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database())
         UNION ALL SELECT hashtextextended(CAST((starelid, staattnum) AS text), 14)
           FROM pg_statistic WHERE starelid >= 16384
-        UNION ALL SELECT hashtextextended(version_num, 15) FROM alembic_version
+        UNION ALL SELECT hashtextextended(version_num, 15) FROM alembic_version_iot_models
     ) AS entry (hash)
 """)
 _TABLES = text("""

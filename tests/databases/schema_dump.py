@@ -13,7 +13,7 @@ NOISE = ("--", "\\restrict", "\\unrestrict")
 
 
 def dump(url: str) -> str:
-    """What `pg_dump --schema-only` says of the database at `url`, but for `alembic_version`."""
+    """What `pg_dump --schema-only` says of the database at `url`, but for `alembic_version_iot_models`."""
     libpq_url = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
     output = subprocess.run(
         [
@@ -21,7 +21,7 @@ def dump(url: str) -> str:
             "--schema-only",
             "--no-owner",
             "--no-privileges",
-            "--exclude-table=alembic_version",
+            "--exclude-table=alembic_version_iot_models",
             f"--dbname={libpq_url}",
         ],
         check=True,

@@ -57,7 +57,7 @@ def test_rows_and_open_transactions_are_gone_and_the_database_is_the_same(reused
         "DROP INDEX idx_device_state_shadow_pending",
         "DROP TABLE device_state",
         f"{DEVICE}; ANALYZE device_state",
-        "UPDATE alembic_version SET version_num = '075'",
+        "UPDATE alembic_version_iot_models SET version_num = '075'",
     ],
 )
 def test_what_is_left_behind_besides_rows_makes_the_next_database_a_new_one(

@@ -81,7 +81,7 @@ def _rows(connection: Connection, table: str, columns: str = "*") -> list[str]:
 
 def revision_of(url: str) -> str:
     """The revision at which Alembic says that the database stands."""
-    (row,) = run_sql(url, "SELECT version_num FROM alembic_version")
+    (row,) = run_sql(url, "SELECT version_num FROM alembic_version_iot_models")
     return str(row[0])
 
 

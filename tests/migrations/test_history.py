@@ -14,7 +14,7 @@ from alembic.util import CommandError
 from sqlalchemy import create_engine
 
 from iot_models import migrate
-from iot_models._migrations import runner
+from iot_models._migrations import history
 from iot_models.models import Base
 from tests.databases.alembic_runs import CHECKOUT, config, downgrade, upgrade
 from tests.databases.schema_dump import dump
@@ -129,12 +129,12 @@ def columns_and_indexes(url: str) -> dict[tuple[str, str, str], object]:
     return {
         **{
             (table, "columns", name): tuple(definition)
-            for table in tables_of(url) - {"alembic_version"}
+            for table in tables_of(url) - {"alembic_version_iot_models"}
             for name, *definition in run_sql(url, COLUMNS.format(table=table))
         },
         **{
             (table, "indexes", name): definition
-            for table in tables_of(url) - {"alembic_version"}
+            for table in tables_of(url) - {"alembic_version_iot_models"}
             for name, definition in run_sql(url, INDEXES.format(table=table))
         },
     }
@@ -173,16 +173,16 @@ ADDS = {{
 
 
 def upgrade():
-    op.expect_table("device_state", added_since=revision)
-    op.lock_table("device_state", "ACCESS EXCLUSIVE")
+    op.iot_models_expect_table("device_state", added_since=revision)
+    op.iot_models_lock_table("device_state", "ACCESS EXCLUSIVE")
     op.execute("ALTER TABLE device_state ADD COLUMN IF NOT EXISTS to_come TEXT")
     with op.get_context().autocommit_block():
         for name, definition in ADDS["device_state"]["indexes"].items():
-            op.ensure_index("device_state", name, definition)
+            op.iot_models_ensure_index("device_state", name, definition)
 
 
 def downgrade():
-    op.lock_table("device_state", "ACCESS EXCLUSIVE")
+    op.iot_models_lock_table("device_state", "ACCESS EXCLUSIVE")
     op.execute("ALTER TABLE device_state DROP COLUMN IF EXISTS to_come")
 """
 
@@ -194,7 +194,7 @@ def one_revision_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     shutil.copytree(CHECKOUT / "alembic", folder)
     revision = f"{int(HEAD) + 1:03}"
     (folder / "versions" / f"{revision}_coming.py").write_text(LATER.format(revision=revision, head=HEAD))
-    monkeypatch.setattr(runner, "FOLDER", folder)
+    monkeypatch.setattr(history, "FOLDER", folder)
     return revision
 
 

@@ -20,7 +20,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from iot_models import migrate
-from iot_models._migrations import comparison, operations, runner
+from iot_models._migrations import comparison, history, operations, runner
 from iot_models._migrations.command_line import main
 from tests.databases.alembic_runs import CHECKOUT
 from tests.databases.schema_dump import dump
@@ -102,7 +102,7 @@ def test_the_command_upgrades_checks_and_downgrades_a_database(empty: str) -> No
     code, out, err = commands.migrate("downgrade", "base", DATABASE_URL=empty)
     assert (code, out) == (0, "")
     assert "Running downgrade 076 -> 075" in err
-    assert tables_of(empty) == {"alembic_version"}
+    assert tables_of(empty) == {"alembic_version_iot_models"}
 
 
 def test_ctrl_c_ends_with_one_line_and_the_next_run_continues(empty: str) -> None:
@@ -137,7 +137,10 @@ def test_history_and_sql_need_no_database() -> None:
     code, out, err = commands.migrate("history")
     assert (code, err) == (0, "")
     steps = [f"{before} -> {after}" for before, after in zip(["<base>", *REVISIONS], REVISIONS, strict=False)]
-    assert [line.split(",")[0] for line in out.splitlines()] == [f"{steps[-1]} (head)", *steps[-2::-1]]
+    assert [line.split(",")[0].replace(" (iot_models)", "") for line in out.splitlines()] == [
+        f"{steps[-1]} (head)",
+        *steps[-2::-1],
+    ]
 
     code, out, err = commands.migrate("sql", "075:head")
     assert (code, err) == (0, "")
@@ -171,7 +174,7 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str], capsys: pytest.Capture
         (["current", "--url", "postgresql+psycopg2cffi://db/iot"], r"postgresql\+psycopg2cffi: No module .*; write .*"),
         (["upgrade", "--url", "postgresql+asyncpg://db/iot"], r"migrations run synchronously, and postgresql\+asyncpg .*"),
         (["upgrade", "--url", NOWHERE], r"cannot reach database nowhere at 127\.0\.0\.1:1: .*"),
-        (["-x", "frob=1", "upgrade", "--url", NOWHERE], r"-x frob: unknown; there are url, lock_timeout, .*"),
+        (["-x", "frob=1", "upgrade", "--url", NOWHERE], r"-x frob: unknown; there are url, schema, lock_timeout, .*"),
         (["upgrade", "--lock-timeout", "4", "--url", NOWHERE], r"-x lock_timeout=\.\.\.: expected how long .*"),
         (["sql", "075"], r"'075' is no range of revisions: write FROM:TO, as in 075:076 or 076:075"),
         (["sql", "075:frob"], r"Can't locate revision identified by 'frob'"),
@@ -208,9 +211,9 @@ def test_a_downgrade_that_would_drop_rows_is_refused_until_an_option_allows_it(
     assert main(["upgrade", "--url", at_head]) == 0
     # -x before the command, as with Alembic.
     assert main(["-x", "shadow=discard", "downgrade", f"-{len(REVISIONS) - 1}", "--url", at_head]) == 0
-    assert tables_of(at_head) == {"alembic_version", "device_state"}
+    assert tables_of(at_head) == {"alembic_version_iot_models", "device_state"}
     assert main(["downgrade", "-x", f"url={at_head}", "base", "--device-state=drop"]) == 0
-    assert tables_of(at_head) == {"alembic_version"}
+    assert tables_of(at_head) == {"alembic_version_iot_models"}
 
 
 @pytest.mark.parametrize(
@@ -413,7 +416,7 @@ def test_another_error_during_a_check_is_not_reported_as_a_missing_privilege(at_
 
 
 def test_an_unknown_revision_is_reported_as_unknown_and_not_as_old(at_head: str) -> None:
-    run_sql(at_head, "UPDATE alembic_version SET version_num = 'frob'")
+    run_sql(at_head, "UPDATE alembic_version_iot_models SET version_num = 'frob'")
     (problem,) = migrate.check(at_head)
     assert f"stands at frob, which is unknown here, where head is {HEAD}: a newer iot_models migrated it" in problem
 
@@ -477,7 +480,7 @@ def test_parked_shadows_are_a_note_and_not_a_problem(at_head: str, capsys: pytes
     migrate.upgrade(at_head)
 
     # A role without the privilege to read them can run the check, too.
-    run_sql(at_head, "GRANT SELECT ON alembic_version TO pg_monitor")
+    run_sql(at_head, "GRANT SELECT ON alembic_version_iot_models TO pg_monitor")
     assert main(["check", "--url", as_session(at_head, "role=pg_monitor")]) == 0
     assert capsys.readouterr().err == ""
 
@@ -487,7 +490,7 @@ def test_check_without_temporary_tables_says_what_it_needs(setting: str, at_head
     database = make_url(at_head).database
     run_sql(
         at_head,
-        f"REVOKE TEMPORARY ON DATABASE {database} FROM public; GRANT SELECT ON alembic_version TO pg_monitor",
+        f"REVOKE TEMPORARY ON DATABASE {database} FROM public; GRANT SELECT ON alembic_version_iot_models TO pg_monitor",
     )
     with pytest.raises(CommandError, match="ask the primary, as a role that has TEMP on the database"):
         migrate.check(as_session(at_head, setting))
@@ -582,7 +585,7 @@ def test_an_async_engine_is_refused_and_the_message_says_what_to_pass(at_head: s
     engine = create_async_engine(at_head)
     targets: list[Any] = [engine, engine.sync_engine]
     for target in targets:
-        with pytest.raises(CommandError, match=r"pass a URL, engine\.url\.set\(drivername='postgresql\+psycopg'\)"):
+        with pytest.raises(CommandError, match=r"await connection\.run_sync\(migrate\.upgrade\)"):
             migrate.upgrade(target)
     assert migrate.current(engine.url.set(drivername="postgresql+psycopg")) == HEAD
 
@@ -613,5 +616,5 @@ def test_the_sql_from_code_does_what_the_upgrade_and_the_downgrade_do(empty: str
 def test_the_revisions_may_be_in_a_folder_with_a_percent_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "100%(here)s"
     shutil.copytree(CHECKOUT / "alembic", folder)
-    monkeypatch.setattr(runner, "FOLDER", folder)
+    monkeypatch.setattr(history, "FOLDER", folder)
     assert runner.revisions() == REVISIONS

@@ -75,22 +75,24 @@ def test_a_type_with_the_name_of_a_table_is_refused_before_the_table_is_made(at_
         migrate.downgrade(at_head, "075")
     assert state(at_head) == before
 
-    run_sql(at_head, "DROP TABLE alembic_version, device_state", TYPES[kind].format(name="device_state"))
+    run_sql(at_head, "DROP TABLE alembic_version_iot_models, device_state", TYPES[kind].format(name="device_state"))
     with pytest.raises(CommandError, match="a table's name is taken by type device_state"):
         migrate.upgrade(at_head)
 
 
 @pytest.mark.parametrize("kind", ["view", "sequence", "composite type", "table", "index", "enum"])
 def test_another_object_with_the_name_of_the_version_table_is_refused_by_every_command(url: str, kind: str) -> None:
-    run_sql(url, (MAKE | TYPES)[kind].format(name="alembic_version"))
+    run_sql(url, (MAKE | TYPES)[kind].format(name="alembic_version_iot_models"))
 
     for command in (migrate.upgrade, migrate.check, lambda url: migrate.downgrade(url, "base")):
-        with pytest.raises(CommandError, match="alembic_version has the name of the table in which Alembic keeps"):
+        with pytest.raises(
+            CommandError, match="alembic_version_iot_models has the name of the table in which Alembic keeps"
+        ):
             command(url)
 
-    run_sql(url, f"DROP {_word(kind)} alembic_version")
-    run_sql(url, MAKE["sequence"].format(name="alembic_version_pkc"))
-    with pytest.raises(CommandError, match="alembic_version_pkc has the name"):
+    run_sql(url, f"DROP {_word(kind)} alembic_version_iot_models")
+    run_sql(url, MAKE["sequence"].format(name="alembic_version_iot_models_pkc"))
+    with pytest.raises(CommandError, match="alembic_version_iot_models_pkc has the name"):
         migrate.upgrade(url)
 
 

@@ -141,7 +141,7 @@ def owned_under_forced_row_security(url: str, role: str) -> str:
     """The URL of the table's new owner, to which a policy shows one row."""
     run_sql(url, f"""
         ALTER TABLE device_state OWNER TO {role};
-        ALTER TABLE IF EXISTS alembic_version OWNER TO {role};
+        ALTER TABLE IF EXISTS alembic_version_iot_models OWNER TO {role};
         ALTER TABLE IF EXISTS {PARKED} OWNER TO {role};
         ALTER SCHEMA public OWNER TO {role};
         ALTER TABLE device_state ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
@@ -262,7 +262,7 @@ def test_an_interrupted_downgrade_is_undone_by_the_next_upgrade_of_such_an_owner
     run_sql(url, "DROP FUNCTION f()")
     before = state(url)
     run_sql(url, f"ALTER TABLE device_state OWNER TO {server_role}; ALTER SCHEMA public OWNER TO {server_role};"
-                 f"ALTER TABLE alembic_version OWNER TO {server_role}")  # fmt: skip
+                 f"ALTER TABLE alembic_version_iot_models OWNER TO {server_role}")  # fmt: skip
     migrate.downgrade(as_role(url, server_role), "076")
     with create_engine(url, poolclass=NullPool).connect() as reader:
         reader.execute(text("SELECT FROM device_state"))
@@ -318,7 +318,7 @@ def test_an_owner_under_forced_row_security_adopts_a_table_because_that_reads_no
 
 
 def test_a_role_without_the_rights_is_told_so_before_any_change(url: str, server_role: str) -> None:
-    run_sql(url, f"GRANT ALL ON device_state, alembic_version TO {server_role}")
+    run_sql(url, f"GRANT ALL ON device_state, alembic_version_iot_models TO {server_role}")
     before = state(url)
     with pytest.raises(CommandError) as caught:
         migrate.downgrade(as_role(url, server_role), "075")
@@ -457,8 +457,8 @@ def test_a_not_null_that_is_not_valid_is_refused_with_the_validate_that_is_missi
         ALTER TABLE device_state ADD CONSTRAINT later NOT NULL desired_state NOT VALID;
     """)  # fmt: skip
     if start == "075":
-        run_sql(empty, "CREATE TABLE alembic_version (version_num varchar(32) PRIMARY KEY);"
-                       "INSERT INTO alembic_version VALUES ('075')")  # fmt: skip
+        run_sql(empty, "CREATE TABLE alembic_version_iot_models (version_num varchar(32) PRIMARY KEY);"
+                       "INSERT INTO alembic_version_iot_models VALUES ('075')")  # fmt: skip
     before = state(empty)
 
     with pytest.raises(CommandError) as caught:
@@ -595,7 +595,7 @@ def test_a_prepared_transaction_that_holds_the_table_is_named_with_what_ends_it(
 def test_the_role_that_may_set_it_makes_autovacuum_leave_at_once(url: str, server_role: str) -> None:
     owner = as_role(url, server_role)
     assert seen_by_a_migration(url) == "20ms"
-    run_sql(url, f"ALTER TABLE device_state OWNER TO {server_role}; ALTER TABLE alembic_version OWNER TO {server_role};"
+    run_sql(url, f"ALTER TABLE device_state OWNER TO {server_role}; ALTER TABLE alembic_version_iot_models OWNER TO {server_role};"
                  f"ALTER SCHEMA public OWNER TO {server_role}")  # fmt: skip
     assert seen_by_a_migration(owner) == "1s"
     run_sql(url, f"GRANT SET ON PARAMETER deadlock_timeout TO {server_role}")
@@ -615,7 +615,7 @@ def test_check_says_what_a_grant_would_gain(url: str, server_role: str, capsys: 
     assert "deadlock_timeout" not in capsys.readouterr().err
     run_sql(
         url,
-        f"ALTER TABLE device_state OWNER TO {server_role}; GRANT SELECT ON alembic_version TO {server_role};"
+        f"ALTER TABLE device_state OWNER TO {server_role}; GRANT SELECT ON alembic_version_iot_models TO {server_role};"
         f"ALTER SCHEMA public OWNER TO {server_role}",
     )
     assert main(["check", "--url", as_role(url, server_role)]) == 0
@@ -706,7 +706,7 @@ def test_a_revision_refuses_a_table_by_itself_where_nothing_looked_ahead(at_head
     with connected(at_head) as connection:
         operation = Operations(MigrationContext.configure(connection))
         with pytest.raises(CommandError, match=r"(?s)nothing was changed.*it does not exist"):
-            operation.expect_table("nowhere", required={"a": ("text", True, None)})  # type: ignore[attr-defined]
+            operation.iot_models_expect_table("nowhere", required={"a": ("text", True, None)})  # type: ignore[attr-defined]
 
 
 def test_a_table_that_is_gone_is_said_before_a_downgrade(at_head: str) -> None:

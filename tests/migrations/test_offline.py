@@ -94,7 +94,7 @@ def test_an_invalid_index_that_a_cancelled_build_left_is_replaced(
     index = f"indexrelid = '{name}'::regclass"
     run_sql(
         url,
-        f"UPDATE pg_index SET indisvalid = false WHERE {index}; UPDATE alembic_version SET version_num = '{before}'",
+        f"UPDATE pg_index SET indisvalid = false WHERE {index}; UPDATE alembic_version_iot_models SET version_num = '{before}'",
     )
 
     assert psql(url, "upgrade", revision).returncode == 0
@@ -152,7 +152,7 @@ def test_the_printed_sql_parks_no_shadow_if_row_level_security_hides_others(
     upgrade(url)
     run_sql(url, SHADOWS, f"""
         ALTER TABLE device_state OWNER TO {server_role};
-        ALTER TABLE alembic_version OWNER TO {server_role};
+        ALTER TABLE alembic_version_iot_models OWNER TO {server_role};
         ALTER SCHEMA public OWNER TO {server_role};
         ALTER TABLE device_state ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
         CREATE POLICY one ON device_state USING (device_id = 'd1');

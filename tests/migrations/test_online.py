@@ -117,7 +117,7 @@ def test_another_error_than_the_lock_is_passed_on(url: str) -> None:
         with connected(url) as holder:
             holder.execute(text("SELECT * FROM device_state"))
             with pytest.raises(Exception, match="statement timeout"):
-                operations.lock_table("device_state", "ACCESS EXCLUSIVE")  # type: ignore[attr-defined]
+                operations.iot_models_lock_table("device_state", "ACCESS EXCLUSIVE")  # type: ignore[attr-defined]
 
 
 def test_a_lock_that_is_no_longer_held_is_reported_as_such(url: str) -> None:
@@ -135,7 +135,7 @@ def test_the_index_build_waits_for_an_open_transaction_while_other_writers_go_on
         with connected(url, isolation_level="AUTOCOMMIT") as connection:
             connection.execute(text("SET lock_timeout = '50ms'"))  # would cancel the build if it applied to it
             operations = Operations(MigrationContext.configure(connection))
-            operations.ensure_index(*PENDING)  # type: ignore[attr-defined]
+            operations.iot_models_ensure_index(*PENDING)  # type: ignore[attr-defined]
             assert connection.scalar(text("SHOW lock_timeout")) == "50ms"
 
     with ThreadPoolExecutor(1) as pool, connected(url) as writer, caplog.at_level(logging.INFO):
@@ -163,7 +163,7 @@ def test_an_invalid_index_is_built_again_and_a_valid_one_is_kept(
     identity = f"SELECT indexrelid, indisvalid FROM pg_index WHERE indexrelid = '{name}'::regclass"
     run_sql(url, f"UPDATE pg_index SET indisvalid = false WHERE indexrelid = '{name}'::regclass")
     ((invalid, _),) = run_sql(url, identity)
-    run_sql(url, f"UPDATE alembic_version SET version_num = '{before}'")
+    run_sql(url, f"UPDATE alembic_version_iot_models SET version_num = '{before}'")
 
     upgrade(url)
 
@@ -172,7 +172,7 @@ def test_an_invalid_index_is_built_again_and_a_valid_one_is_kept(
     assert built != invalid
     assert "is INVALID, left by an interrupted build" in caplog.text
 
-    run_sql(url, f"UPDATE alembic_version SET version_num = '{before}'")
+    run_sql(url, f"UPDATE alembic_version_iot_models SET version_num = '{before}'")
     upgrade(url)
     assert run_sql(url, identity) == [(built, True)]
 
@@ -217,7 +217,7 @@ def test_a_waiting_deployer_says_so_and_a_command_that_only_reads_does_not_wait(
             try:
                 wait_until(lambda: "another deployer is migrating this database: waiting for pid" in caplog.text)
                 assert not waiting.done()
-                assert "alembic_version" not in tables_of(url)
+                assert "alembic_version_iot_models" not in tables_of(url)
             finally:  # otherwise the pool would wait forever
                 other.execute(text("SELECT pg_advisory_unlock_all()"))
             waiting.result(timeout=30)
@@ -317,7 +317,7 @@ def cut_after(changes: int) -> Iterator[list[str]]:
 
 def raw_again(url: str) -> None:
     """Restore the deployment that raw SQL made."""
-    run_sql(url, "DROP TABLE device_state, alembic_version;" + RAW_075 + FLEET)
+    run_sql(url, "DROP TABLE device_state, alembic_version_iot_models;" + RAW_075 + FLEET)
 
 
 class Way(NamedTuple):
@@ -386,7 +386,7 @@ event.listen(Engine, {moment!r}, kill)
     [
         ("upgrade(sys.argv[1])", "after_cursor_execute", "ALTER TABLE device_state"),
         ("upgrade(sys.argv[1])", "before_cursor_execute", "CREATE INDEX CONCURRENTLY"),
-        ("upgrade(sys.argv[1])", "after_cursor_execute", "UPDATE alembic_version"),
+        ("upgrade(sys.argv[1])", "after_cursor_execute", "UPDATE alembic_version_iot_models"),
         ("upgrade(sys.argv[1])", "before_cursor_execute", "idx_device_state_shadow_pending_device ON"),
         (
             "downgrade(sys.argv[1], '075')",

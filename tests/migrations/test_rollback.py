@@ -74,7 +74,7 @@ def test_shadows_come_back_bit_by_bit_and_the_parked_table_is_gone(url: str, raw
     before, rows = shadows(url), rows_of(url)
 
     downgrade(url, "075")
-    assert tables_of(url) == {"alembic_version", "device_state", PARKED}
+    assert tables_of(url) == {"alembic_version_iot_models", "device_state", PARKED}
     assert len(rows_of(url, PARKED)) == 4
     assert dump(url).startswith(raw_075.split("ALTER TABLE ONLY", maxsplit=1)[0].rstrip())
     assert not set(SHADOW_COLUMNS.split(", ")) & set(columns_of(url))
@@ -204,7 +204,7 @@ def test_a_downgrade_to_base_refuses_to_drop_rows_unless_an_option_says_so(url: 
 
     run = alembic("-x", "device_state=drop", "downgrade", "base", DATABASE_URL=url)
     assert run.code == 0, run.err
-    assert tables_of(url) == {"alembic_version"}
+    assert tables_of(url) == {"alembic_version_iot_models"}
 
 
 def test_a_downgrade_to_base_refuses_to_drop_parked_shadows_too(url: str) -> None:
@@ -220,7 +220,7 @@ def test_a_downgrade_to_base_refuses_to_drop_parked_shadows_too(url: str) -> Non
 def test_a_downgrade_to_base_drops_an_empty_table(at_head: str) -> None:
     downgrade(at_head, "base")
 
-    assert tables_of(at_head) == {"alembic_version"}
+    assert tables_of(at_head) == {"alembic_version_iot_models"}
 
 
 def test_another_table_with_the_name_of_the_parked_one_stops_the_downgrade(url: str) -> None:
@@ -239,7 +239,7 @@ def test_a_downgrade_fails_if_a_policy_hides_rows_from_it(url: str, server_role:
     before = rows_of(url)
     run_sql(url, f"""
         ALTER TABLE device_state OWNER TO {server_role};
-        ALTER TABLE alembic_version OWNER TO {server_role};
+        ALTER TABLE alembic_version_iot_models OWNER TO {server_role};
         ALTER SCHEMA public OWNER TO {server_role};
         ALTER TABLE device_state ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
         CREATE POLICY one ON device_state USING (device_id = 'd1');

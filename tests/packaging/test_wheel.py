@@ -94,7 +94,7 @@ def test_an_installed_wheel_migrates_without_a_checkout_and_writes_to_no_folder(
         )
 
     url = new_database()
-    where = run("-c", "from iot_models._migrations import runner; print(runner.FOLDER)")
+    where = run("-c", "from iot_models._migrations import history; print(history.FOLDER)")
     upgraded = run("-m", "iot_models.migrate", "upgrade", "head")
     checked = run("-m", "iot_models.migrate", "check")
 

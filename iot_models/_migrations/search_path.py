@@ -1,0 +1,84 @@
+"""Where a migration looks for what it names: in the schema of `device_state` first, and in no other one that has ours.
+
+That schema is the one that the caller names, else the first of the search path that has a `device_state`, else the
+first of the search path. The others follow, since what a team has attached to the table (an event trigger, a trigger)
+may need them; but without those that have an object with a name of ours: it would be taken for the right one.
+
+The query names the schema of each function, operator and type: until it has run, a schema can stand before pg_catalog.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from sqlalchemy import text
+
+from iot_models._migrations.comparison import TABLE
+from iot_models._migrations.dependents import PARKED, TRIGGER
+from iot_models._migrations.obstacles import Obstacle, refuse
+from iot_models._migrations.strangers import VERSION_TABLE
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+# `{schema}` stands for what the caller names.
+_PATH: Final = f"""
+    WITH path AS (
+      SELECT n.oid, n.nspname, p.place
+        FROM ROWS FROM (pg_catalog.unnest(pg_catalog.current_schemas(false))) WITH ORDINALITY AS p (name, place)
+        JOIN pg_catalog.pg_namespace n ON n.nspname {{=}} p.name
+       WHERE NOT n.nspname OPERATOR(pg_catalog.~) '^pg_'),
+    taken AS (
+      SELECT c.relnamespace AS oid, c.relname {{=}} '{TABLE}' AS has_table FROM pg_catalog.pg_class c
+       WHERE c.relname {{=}} ANY ('{{{{{TABLE},{PARKED},{VERSION_TABLE}}}}}')
+      UNION ALL
+      SELECT p.pronamespace, false FROM pg_catalog.pg_proc p WHERE p.proname {{=}} '{TRIGGER}'),
+    home AS (
+      SELECT coalesce(
+        CAST({{schema}} AS pg_catalog.text),
+        (SELECT CAST(path.nspname AS pg_catalog.text) FROM path
+          WHERE EXISTS (SELECT FROM taken WHERE taken.oid {{=}} path.oid AND taken.has_table)
+          ORDER BY path.place LIMIT 1),
+        (SELECT CAST(path.nspname AS pg_catalog.text) FROM path ORDER BY path.place LIMIT 1)) AS name)
+    SELECT pg_catalog.set_config('search_path', coalesce((
+             SELECT pg_catalog.string_agg(pg_catalog.quote_ident(s.name), ', ' ORDER BY s.place) FROM (
+               SELECT home.name, 0 FROM home
+               UNION ALL
+               SELECT CAST(path.nspname AS pg_catalog.text), path.place FROM path CROSS JOIN home
+                WHERE NOT path.nspname {{=}} CAST(home.name AS pg_catalog.name)
+                  AND NOT EXISTS (SELECT FROM taken WHERE taken.oid {{=}} path.oid)) AS s (name, place)), ''), false)
+"""  # noqa: S608 - our names
+
+
+def set_path(connection: Connection, schema: str | None) -> None:
+    """Set the search path of the session, for `schema` or, if it is None, for what the search path says.
+
+    Raises:
+        CommandError: If there is no such schema, or this role may not use it.
+    """
+    connection.execute(text(_query(":schema")), {"schema": schema})
+    home, role = connection.execute(text("SELECT CAST(current_schema() AS text), CAST(current_user AS text)")).one()
+    if schema is not None and home != schema:
+        fact = f"there is no schema {schema!a} in this database, or role {role!a} may not use it"
+        refuse([Obstacle(fact, (), "create it, or grant USAGE and CREATE on it, as the owner of the database")])
+    if home is None:
+        fact = "the search path has no schema that this role may use"
+        refuse([Obstacle(fact, (), "name one (--schema, or in the URL ?options=-c search_path=...)")])
+
+
+def in_sql(schema: str | None) -> str:
+    """SQL that sets the same path where no connection can be asked; it raises an exception if there is no `schema`."""
+    if schema is None:
+        return f"DO $$ BEGIN PERFORM * FROM ({_query('NULL')}) AS path; END $$"
+    # Octal: neither the end of the block nor a parameter of Alembic's.
+    literal = schema.replace("\\", "\\\\").replace("'", "''").replace("$", "\\044").replace(":", "\\072")
+    return f"""DO $$ BEGIN
+  PERFORM * FROM ({_query(f"E'{literal}'")}) AS path;
+  IF NOT coalesce(pg_catalog.current_schema() OPERATOR(pg_catalog.=) E'{literal}', false) THEN
+    RAISE EXCEPTION 'there is no schema %, or this role may not use it', pg_catalog.quote_ident(E'{literal}');
+  END IF;
+END $$"""
+
+
+def _query(schema: str) -> str:
+    return _PATH.format(**{"=": "OPERATOR(pg_catalog.=)", "schema": schema})
