@@ -68,11 +68,13 @@ def _connection(target: Engine | Connection) -> Iterator[Connection]:
 
 
 def _run(connection: Connection, options: dict[str, str]) -> None:
-    migrates = _migrates()
-    table = version_table.find(connection, revisions(context.script))
+    scripts = revisions(context.script)
+    table = version_table.find(connection, scripts)
     connection.rollback()
     _configure(connection, table)
-    if migrates:
+    if _migrates():
+        if not context.get_context().purge:  # `alembic stamp --purge`
+            version_table.refuse_unknown(connection, table, scripts)
         stays_or_rises = look_ahead(context.get_context(), options)
         connection.rollback()
         if table != VERSION_TABLE:

@@ -84,7 +84,7 @@ def given_back(connection: Connection) -> Iterator[None]:
             "this connection is in a transaction, and a migration commits more than once: pass one on which nothing "
             "has run yet, or end its transaction first"
         )
-    level = connection.get_isolation_level()
+    level = "AUTOCOMMIT" if connection.connection.autocommit else connection.get_isolation_level()
     translated = connection.get_execution_options().get("schema_translate_map")
     before = connection.execute(
         text("SELECT name, current_setting(name) AS value FROM pg_settings WHERE name = ANY (CAST(:names AS text[]))"),

@@ -17,6 +17,7 @@ from iot_models._migrations.dependents import PARKED
 from iot_models._migrations.expectations import unfit
 from iot_models._migrations.faulty_rows import faulty_rows
 from iot_models._migrations.obstacles import SHADOWS, Plan, interrupted_downgrade, obstacles, row_security_hides
+from iot_models._migrations.version_table import unknown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -142,10 +143,7 @@ def _elsewhere(revision: str | None, known: list[str]) -> str:
         return f"was never migrated by Alembic, head is {known[-1]}: run {COMMAND} upgrade head"
     if revision in known:
         return f"stands at {revision}, head is {known[-1]}: run {COMMAND} upgrade head"
-    return (
-        f"stands at {ascii(revision)[1:-1]}, which is unknown here, where head is {known[-1]}: "
-        "a newer iot_models migrated it, or the Alembic of another application"
-    )
+    return unknown(revision, known[-1])
 
 
 def _parked_shadows(connection: Connection, *, below: bool) -> list[str]:

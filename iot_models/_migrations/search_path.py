@@ -71,11 +71,14 @@ def in_sql(schema: str | None) -> str:
     if schema is None:
         return f"DO $$ BEGIN PERFORM * FROM ({_query('NULL')}) AS path; END $$"
     # Octal: neither the end of the block nor a parameter of Alembic's.
-    literal = schema.replace("\\", "\\\\").replace("'", "''").replace("$", "\\044").replace(":", "\\072")
+    literal = schema.replace("\\", "\\\\").replace("'", "''")
+    for character in "$:%":
+        literal = literal.replace(character, f"\\{ord(character):03o}")
     return f"""DO $$ BEGIN
   PERFORM * FROM ({_query(f"E'{literal}'")}) AS path;
   IF NOT coalesce(pg_catalog.current_schema() OPERATOR(pg_catalog.=) E'{literal}', false) THEN
-    RAISE EXCEPTION 'there is no schema %, or this role may not use it', pg_catalog.quote_ident(E'{literal}');
+    RAISE EXCEPTION USING MESSAGE = pg_catalog.concat('there is no schema ', pg_catalog.quote_ident(E'{literal}'),
+      ', or this role may not use it');
   END IF;
 END $$"""
 

@@ -84,6 +84,24 @@ def find(connection: Connection, scripts: Sequence[Script]) -> str:
     return _DEFAULT if ours else VERSION_TABLE
 
 
+def refuse_unknown(connection: Connection, table: str, scripts: Sequence[Script]) -> None:
+    """Refuse to migrate a database at a revision that this package does not have.
+
+    Raises:
+        CommandError: If it is at one.
+    """
+    exists = connection.scalar(text("SELECT to_regclass(:table) IS NOT NULL"), {"table": table})
+    known = [script.revision for script in scripts]
+    found = [revision for revision in (_rows(connection, table) if exists else ()) if revision not in known]
+    if found:
+        refuse([Obstacle(f"the database {unknown(found[0], known[-1])}", (), "install that version of iot_models")])
+
+
+def unknown(revision: str, head: str) -> str:
+    """What is said of a database at a revision that this package does not have."""
+    return f"stands at {ascii(revision)[1:-1]}, which is unknown here, where head is {head}: a newer iot_models migrated it"
+
+
 def take_over(connection: Connection) -> None:
     """Rename the table that `find` found under Alembic's own name. The caller commits."""
     log.warning(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 import subprocess
@@ -14,8 +13,6 @@ from typing import TYPE_CHECKING
 import pytest
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
-from alembic.runtime.environment import EnvironmentContext
-from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import NullPool, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError
@@ -25,8 +22,7 @@ from iot_models._migrations import deployers, expectations, faulty_rows, finding
 from iot_models._migrations.command_line import main
 from iot_models._migrations.obstacles import Plan, obstacles
 from iot_models.testing import throwaway
-from tests.databases.alembic_runs import config, downgrade, upgrade
-from tests.databases.async_engines import async_engine, url_for
+from tests.databases.alembic_runs import downgrade, upgrade
 from tests.databases.backends import connected
 from tests.migrations.raw_sql import (
     ADD_SHADOW,
@@ -48,7 +44,6 @@ from tests.migrations.revisions import HEAD
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sqlalchemy import Connection
 
 TRIGGER = "device_state_shadow_076_park"
 # What a team may have made on the columns of a shadow, and how the refusal names it.
@@ -661,31 +656,6 @@ def test_check_does_not_demand_the_column_of_a_class_that_extends_ours(at_head: 
     )
     run = subprocess.run([sys.executable, "-c", program, at_head], check=False, capture_output=True, text=True)
     assert (run.stdout, run.returncode) == ("[]\n", 0), run.stderr
-
-
-def test_an_async_env_with_asyncpg_migrates_there_and_back(shadow_fleet_at_head: str) -> None:
-    """The operations on an asyncpg connection, as an async env.py gives them by run_sync."""
-    before = rows_of(shadow_fleet_at_head)
-
-    def move(connection: Connection, revision: str, direction: str) -> None:
-        made = config(shadow_fleet_at_head)
-        script = ScriptDirectory.from_config(made)
-        steps = script._downgrade_revs if direction == "down" else script._upgrade_revs  # noqa: SLF001
-        with EnvironmentContext(made, script, fn=lambda heads, _: steps(revision, heads)) as environment:
-            environment.configure(connection=connection, transaction_per_migration=True)
-            with environment.begin_transaction():
-                environment.run_migrations()
-
-    async def run() -> None:
-        async with async_engine(url_for("asyncpg", make_url(shadow_fleet_at_head)), poolclass=NullPool) as engine:
-            for revision, direction in (("075", "down"), ("head", "up")):
-                async with engine.connect() as connection:
-                    await connection.run_sync(move, revision, direction)
-                    await connection.commit()
-                assert revision_of(shadow_fleet_at_head) == (HEAD if direction == "up" else "075")
-
-    asyncio.run(run())
-    assert rows_of(shadow_fleet_at_head) == before
 
 
 def test_the_message_about_another_table_names_a_help_that_is_installed(
