@@ -99,7 +99,8 @@ def refuse_unknown(connection: Connection, table: str, scripts: Sequence[Script]
 
 def unknown(revision: str, head: str) -> str:
     """What is said of a database at a revision that this package does not have."""
-    return f"stands at {ascii(revision)[1:-1]}, which is unknown here, where head is {head}: a newer iot_models migrated it"
+    shown = ascii(revision)[1:-1]
+    return f"stands at {shown}, which is unknown here, where head is {head}: a newer iot_models migrated it"
 
 
 def take_over(connection: Connection) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from alembic.util import CommandError
@@ -223,7 +223,7 @@ def test_a_schema_that_is_named_has_all_and_another_none(
     run_sql(empty, f"CREATE SCHEMA {quoted}")
     team(tmp_path / "team", empty).alembic("upgrade", "head")
     their = tables(empty)
-    named = {"schema": schema}
+    named: dict[str, Any] = {"schema": schema}
 
     migrate.upgrade(empty, **named)
     assert tables(empty) == their | ours_in(schema)
@@ -279,7 +279,7 @@ def test_a_schema_that_is_missing_is_refused(empty: str, command: str) -> None:
 
 @pytest.mark.parametrize("schema", ["pg_catalog", "information_schema", ""])
 def test_a_schema_of_postgresql_s_own_is_refused(empty: str, schema: str) -> None:
-    with pytest.raises(CommandError, match="-x schema=...: expected the name of a schema"):
+    with pytest.raises(CommandError, match=r"-x schema=\.\.\.: expected the name of a schema"):
         migrate.upgrade(empty, schema=schema)
 
 
@@ -296,7 +296,7 @@ def test_an_engine_that_translates_schemas_migrates_the_one_that_its_tables_are_
     assert tables(empty) == ours_in("iot")
     assert migrate.check(engine) == []
 
-    with pytest.raises(CommandError, match="schema 'public' is asked for, but schema_translate_map .* says 'iot'"):
+    with pytest.raises(CommandError, match=r"schema 'public' is asked for, but schema_translate_map .* says 'iot'"):
         migrate.upgrade(engine, schema="public")
 
 
