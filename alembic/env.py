@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from alembic import context
 from alembic.util import CommandError
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
 from iot_models._migrations import version_table
@@ -19,6 +19,7 @@ from iot_models._migrations.history import revisions
 from iot_models._migrations.obstacles import refuse_another_version_table
 from iot_models._migrations.operations import ensure_version_table, undo_interrupted_downgrade
 from iot_models._migrations.options import require_known
+from iot_models._migrations.search_path import narrowed
 from iot_models._migrations.strangers import VERSION_TABLE
 from iot_models._migrations.targets import resolve, schema_of
 from iot_models.engine import shown
@@ -70,7 +71,6 @@ def _connection(target: Engine | Connection) -> Iterator[Connection]:
 def _run(connection: Connection, options: dict[str, str]) -> None:
     scripts = revisions(context.script)
     table = version_table.find(connection, scripts)
-    connection.rollback()
     _configure(connection, table)
     if _migrates():
         if not context.get_context().purge:  # `alembic stamp --purge`
@@ -90,12 +90,15 @@ def _run(connection: Connection, options: dict[str, str]) -> None:
 
 
 def _configure(connection: Connection, table: str) -> None:
+    schema = connection.scalar(text("SELECT CAST(current_schema() AS text)"))
+    connection.rollback()
     # A transaction for each revision: an interrupted upgrade keeps the revisions that are finished.
     context.configure(
         connection=connection,
         target_metadata=DEFINED.metadata,
         transaction_per_migration=True,
         version_table=table,
+        version_table_schema=schema,
         include_object=include_ours,
     )
 
@@ -116,10 +119,11 @@ def _run_online() -> None:
     try:
         with _connection(target) as connection, ready(connection, options | ({"schema": schema} if schema else {})):
             refuse_another_version_table(connection)
-            connection.rollback()
-            if _migrates():
-                wait_for_other_deployers(connection)
-            _run(connection, options)
+            with narrowed(connection):
+                connection.rollback()
+                if _migrates():
+                    wait_for_other_deployers(connection)
+                _run(connection, options)
     except SQLAlchemyError as error:
         lost = _disconnect(error)
         if lost is None:

@@ -177,7 +177,7 @@ def _create_parked() -> None:
                SELECT grantee FROM aclexplode(c.relacl)
                UNION ALL
                SELECT e.grantee FROM pg_attribute t CROSS JOIN aclexplode(t.attacl) e WHERE t.attrelid = c.oid) a
-             WHERE c.oid = to_regclass('{PARKED}')
+             WHERE c.oid = to_regclass('{PARKED}')::oid
         """,
     )
     # A table that was parked before this foreign key existed may have shadows of devices that are gone.
@@ -185,7 +185,7 @@ def _create_parked() -> None:
         DO $$ BEGIN
           IF NOT EXISTS (
             SELECT FROM pg_constraint
-             WHERE conrelid = to_regclass('{PARKED}') AND confrelid = to_regclass('device_state'))
+             WHERE conrelid = to_regclass('{PARKED}')::oid AND confrelid = to_regclass('device_state')::oid)
           THEN
             DELETE FROM {PARKED} p WHERE NOT EXISTS (
               SELECT FROM device_state d WHERE (d.tenant_id, d.device_id) = (p.tenant_id, p.device_id));
@@ -204,7 +204,7 @@ def _revoke_all(target: str, grantees: str) -> None:
         BEGIN
           FOR granted IN
             SELECT DISTINCT
-                   CASE WHEN a.grantee = 0 THEN 'PUBLIC'
+                   CASE WHEN a.grantee = CAST(0 AS oid) THEN 'PUBLIC'
                    ELSE quote_ident(CAST(pg_get_userbyid(a.grantee) AS text)) END AS role
               FROM ({grantees}) a WHERE a.grantee <> a.owner
           LOOP
@@ -222,7 +222,7 @@ def _give_to_the_owner(kind: str, name: str) -> None:
     op.execute(f"""
         DO $$
         DECLARE owner text := (SELECT CAST(pg_get_userbyid(c.relowner) AS text) FROM pg_class c
-                                WHERE c.oid = CAST(to_regclass('device_state') AS oid));
+                                WHERE c.oid = to_regclass('device_state')::oid);
         BEGIN
           IF (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) AND owner <> CAST(current_user AS text) THEN
             EXECUTE 'ALTER {kind} {name} OWNER TO ' || quote_ident(owner);
@@ -246,7 +246,7 @@ def _mirror_new_writes() -> None:
             text("""
             SELECT CAST(c.oid AS bigint) AS id, quote_ident(CAST(n.nspname AS text)) AS schema
               FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-             WHERE c.oid = to_regclass('device_state')
+             WHERE c.oid = to_regclass('device_state')::oid
         """)
         )
         .one()
@@ -274,8 +274,8 @@ def _mirror_new_writes() -> None:
         f"FUNCTION {TRIGGER}()",
         f"""
             SELECT p.proowner AS owner, a.grantee
-              FROM pg_proc p CROSS JOIN aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a
-             WHERE p.oid = to_regprocedure('{TRIGGER}()')
+              FROM pg_proc p CROSS JOIN aclexplode(coalesce(p.proacl, pg_catalog.acldefault('f', p.proowner))) a
+             WHERE p.oid = to_regprocedure('{TRIGGER}()')::oid
         """,
     )
     op.execute(f"""

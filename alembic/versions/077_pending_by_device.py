@@ -36,7 +36,7 @@ ADDS = {"device_state": {"indexes": dict([PENDING_BY_DEVICE])}}
 FILLFACTOR = 75
 FOUND = """
     SELECT FROM pg_class c, pg_options_to_table(c.reloptions) o
-     WHERE c.oid = to_regclass('device_state') AND o.option_name = 'fillfactor'
+     WHERE c.oid = to_regclass('device_state')::oid AND o.option_name = 'fillfactor'
 """
 
 

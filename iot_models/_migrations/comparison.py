@@ -40,26 +40,27 @@ _REFUSALS: Final[Mapping[str | None, str]] = {
 # A primary key is compared by its columns, everything else by its name, too. NOT NULL is compared with its column:
 # PostgreSQL 18 also lists it as a constraint, which is left out here.
 _ITEMS: Final = text("""
-    SELECT 'column ' || a.attname AS item,
-           concat(format_type(a.atttypid, a.atttypmod), CASE WHEN a.attnotnull THEN ' NOT NULL' END,
+    SELECT 'column ' || CAST(a.attname AS text) AS item,
+           pg_catalog.concat(format_type(a.atttypid, a.atttypmod), CASE WHEN a.attnotnull THEN ' NOT NULL' END,
                   ' DEFAULT ' || pg_get_expr(d.adbin, d.adrelid)) AS definition
       FROM pg_attribute a LEFT JOIN pg_attrdef d ON (d.adrelid, d.adnum) = (a.attrelid, a.attnum)
-     WHERE a.attrelid = :table AND a.attnum > 0 AND NOT a.attisdropped
+     WHERE a.attrelid = CAST(:table AS oid) AND a.attnum > 0 AND NOT a.attisdropped
     UNION ALL
-    SELECT 'the comment on column ' || attname, quote_literal(col_description(attrelid, attnum))
+    SELECT 'the comment on column ' || CAST(attname AS text),
+           pg_catalog.quote_literal(pg_catalog.col_description(attrelid, attnum))
       FROM pg_attribute
-     WHERE attrelid = :table AND attnum > 0 AND col_description(attrelid, attnum) IS NOT NULL
+     WHERE attrelid = CAST(:table AS oid) AND attnum > 0 AND pg_catalog.col_description(attrelid, attnum) IS NOT NULL
     UNION ALL
-    SELECT CASE CAST(contype AS text) WHEN 'p' THEN 'the primary key' ELSE 'constraint ' || conname END,
-           replace(pg_get_constraintdef(oid), 'PRIMARY KEY ', '')
+    SELECT CASE CAST(contype AS text) WHEN 'p' THEN 'the primary key' ELSE 'constraint ' || CAST(conname AS text) END,
+           pg_catalog.replace(pg_get_constraintdef(oid), 'PRIMARY KEY ', '')
       FROM pg_constraint
-     WHERE conrelid = :table AND CAST(contype AS text) <> 'n'
+     WHERE conrelid = CAST(:table AS oid) AND CAST(contype AS text) <> 'n'
     UNION ALL
-    SELECT 'index ' || c.relname,
-           concat(CASE WHEN NOT i.indisvalid THEN 'INVALID ' END, CASE WHEN i.indisunique THEN 'UNIQUE ' END,
+    SELECT 'index ' || CAST(c.relname AS text),
+           pg_catalog.concat(CASE WHEN NOT i.indisvalid THEN 'INVALID ' END, CASE WHEN i.indisunique THEN 'UNIQUE ' END,
                   substring(pg_get_indexdef(i.indexrelid) FROM ' USING (.*)$'))
       FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
-     WHERE i.indrelid = :table AND NOT i.indisprimary
+     WHERE i.indrelid = CAST(:table AS oid) AND NOT i.indisprimary
 """)
 
 
@@ -76,7 +77,7 @@ def differences(connection: Connection) -> list[str]:
         CommandError: If temporary tables cannot be created, because the role lacks TEMP on the database or because this
             is a standby; or if the table is locked in ACCESS EXCLUSIVE mode for longer than a second.
     """
-    found = connection.scalar(text("SELECT CAST(to_regclass(:table) AS oid)"), {"table": TABLE})
+    found = connection.scalar(text("SELECT to_regclass(CAST(:table AS text))::oid"), {"table": TABLE})
     if found is None:
         return [f"table {TABLE} is missing"]
     try:
@@ -86,7 +87,9 @@ def differences(connection: Connection) -> list[str]:
             connection.execute(text("SET LOCAL lock_timeout = '1s'"))
             actual = _items(connection, found)
             _TEMPORARY.create(connection, checkfirst=False)
-            made = connection.scalar(text("SELECT CAST(to_regclass(:table) AS oid)"), {"table": _TEMPORARY.fullname})
+            made = connection.scalar(
+                text("SELECT to_regclass(CAST(:table AS text))::oid"), {"table": _TEMPORARY.fullname}
+            )
             expected = _items(connection, made)
             savepoint.rollback()
     except DBAPIError as error:

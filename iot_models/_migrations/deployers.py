@@ -64,8 +64,9 @@ def _holder(connection: Connection) -> str:
     found: str | None = connection.scalar(
         text("""
             SELECT CASE WHEN p.gid IS NULL
-                   THEN format('pid %s, role %s, application %s', a.pid, a.usename, coalesce(a.application_name, '?'))
-                   ELSE format('the prepared transaction %L, which stays until ROLLBACK PREPARED', p.gid) END
+                   THEN pg_catalog.format('pid %s, role %s, application %s', a.pid, a.usename,
+                                          coalesce(a.application_name, '?'))
+                   ELSE pg_catalog.format('the prepared transaction %L, which stays until ROLLBACK PREPARED', p.gid) END
               FROM pg_locks l LEFT JOIN pg_stat_activity a USING (pid)
               -- A prepared transaction has no process. Its other lock, on its own id, says which one it is.
               LEFT JOIN pg_locks own ON l.pid IS NULL AND own.pid IS NULL AND own.locktype = 'transactionid'

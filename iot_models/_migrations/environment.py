@@ -100,9 +100,10 @@ def given_back(connection: Connection) -> Iterator[None]:
             stop_being_a_deployer(connection)
             connection.execute(
                 text("""
-                    SELECT count(set_config(was.name, was.value, false))
-                      FROM unnest(CAST(:names AS text[]), CAST(:values AS text[])) AS was (name, value)
-                     WHERE current_setting(was.name) <> was.value
+                    SELECT pg_catalog.count(pg_catalog.set_config(was.name, was.value, false))
+                      FROM ROWS FROM (pg_catalog.unnest(CAST(:names AS text[])),
+                                      pg_catalog.unnest(CAST(:values AS text[]))) AS was (name, value)
+                     WHERE pg_catalog.current_setting(was.name) <> was.value
                 """),
                 {"names": [row.name for row in before], "values": [row.value for row in before]},
             )
@@ -110,6 +111,7 @@ def given_back(connection: Connection) -> Iterator[None]:
             connection.execution_options(isolation_level=level, schema_translate_map=translated)
         except SQLAlchemyError:  # it was lost, or its settings cannot be had back
             connection.invalidate()
+            connection.rollback()
 
 
 @contextmanager

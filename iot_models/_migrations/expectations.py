@@ -50,7 +50,9 @@ class TableExists(MigrateOperation):
 def _table_exists(operations: Operations, operation: TableExists) -> bool:
     if operations.get_context().as_sql:
         return False
-    found = operations.get_bind().scalar(text("SELECT to_regclass(:table) IS NOT NULL"), {"table": operation.table})
+    found = operations.get_bind().scalar(
+        text("SELECT to_regclass(CAST(:table AS text)) IS NOT NULL"), {"table": operation.table}
+    )
     return bool(found)
 
 
@@ -139,7 +141,8 @@ def differences(
     """
     # CAST: a driver may return the type "char" as bytes.
     kind = connection.scalar(
-        text("SELECT CAST(relkind AS text) FROM pg_class WHERE oid = to_regclass(:table)"), {"table": table}
+        text("SELECT CAST(relkind AS text) FROM pg_class WHERE oid = to_regclass(CAST(:table AS text))::oid"),
+        {"table": table},
     )
     if kind is None:
         yield "it does not exist"
@@ -154,7 +157,7 @@ def differences(
                 SELECT a.attname AS name, format_type(a.atttypid, a.atttypmod) AS type, a.attnotnull AS not_null,
                        pg_get_expr(d.adbin, d.adrelid) AS default
                   FROM pg_attribute a LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
-                 WHERE a.attrelid = to_regclass(:table) AND a.attnum > 0 AND NOT a.attisdropped
+                 WHERE a.attrelid = to_regclass(CAST(:table AS text))::oid AND a.attnum > 0 AND NOT a.attisdropped
             """),
             {"table": table},
         )
@@ -189,17 +192,19 @@ def unfit(connection: Connection, table: str, columns: Sequence[str]) -> Iterato
     """
     yield from connection.scalars(
         text("""
-            SELECT format('column %s may hold NULL, because its NOT NULL is NOT VALID: replace the NULLs, then ALTER '
-                          'TABLE %s VALIDATE CONSTRAINT %I', a.attname, k.conrelid::regclass, k.conname)
+            SELECT pg_catalog.format('column %s may hold NULL, because its NOT NULL is NOT VALID: replace the '
+                                     'NULLs, then ALTER TABLE %s VALIDATE CONSTRAINT %I',
+                                     a.attname, k.conrelid::regclass, k.conname)
               FROM pg_constraint k JOIN pg_attribute a ON a.attrelid = k.conrelid AND a.attnum = k.conkey[1]
-             WHERE k.conrelid = to_regclass(:table) AND CAST(k.contype AS text) = 'n' AND NOT k.convalidated
+             WHERE k.conrelid = to_regclass(CAST(:table AS text))::oid
+               AND CAST(k.contype AS text) = 'n' AND NOT k.convalidated
                AND a.attname = ANY (CAST(:columns AS text[]))
             UNION ALL
-            SELECT format('column %s has the nondeterministic collation %s, for which different texts are equal: ALTER '
-                          'TABLE %s ALTER %I TYPE text COLLATE "default"',
+            SELECT pg_catalog.format('column %s has the nondeterministic collation %s, for which different texts are '
+                                     'equal: ALTER TABLE %s ALTER %I TYPE text COLLATE "default"',
                           a.attname, CAST(a.attcollation AS regcollation), a.attrelid::regclass, a.attname)
               FROM pg_attribute a JOIN pg_collation l ON l.oid = a.attcollation
-             WHERE a.attrelid = to_regclass(:table) AND NOT l.collisdeterministic
+             WHERE a.attrelid = to_regclass(CAST(:table AS text))::oid AND NOT l.collisdeterministic
                AND a.attname = ANY (CAST(:columns AS text[]))
              ORDER BY 1
         """),
@@ -211,9 +216,9 @@ def _key_difference(connection: Connection, table: str, expected: Sequence[str])
     actual = connection.scalars(
         text("""
             SELECT a.attname
-              FROM pg_index i, unnest(i.indkey) WITH ORDINALITY AS k(attnum, place)
+              FROM pg_index i, pg_catalog.unnest(i.indkey) WITH ORDINALITY AS k(attnum, place)
               JOIN pg_attribute a ON a.attnum = k.attnum
-             WHERE i.indrelid = to_regclass(:table) AND i.indisprimary AND a.attrelid = i.indrelid
+             WHERE i.indrelid = to_regclass(CAST(:table AS text))::oid AND i.indisprimary AND a.attrelid = i.indrelid
              ORDER BY k.place
         """),
         {"table": table},
@@ -235,13 +240,14 @@ def find_index(connection: Connection, table: str, name: str) -> Any:
     """
     return connection.execute(
         text("""
-            SELECT i.indisvalid AS valid, coalesce(i.indrelid = to_regclass(:table), false) AS ours,
+            SELECT i.indisvalid AS valid, coalesce(i.indrelid = to_regclass(CAST(:table AS text))::oid, false) AS ours,
                    regexp_replace(pg_get_indexdef(i.indexrelid), '^.* USING ', '') AS definition,
-                   CASE WHEN i.indrelid IS NULL THEN pg_describe_object(CAST('pg_class' AS regclass), c.oid, 0)
+                   CASE WHEN i.indrelid IS NULL
+                        THEN pg_catalog.pg_describe_object(CAST('pg_class' AS regclass), c.oid, 0)
                         ELSE 'another table''s' END AS taken_by
               FROM pg_class c LEFT JOIN pg_index i ON i.indexrelid = c.oid
-             WHERE c.relname = :name AND c.relnamespace = coalesce(
-                     (SELECT t.relnamespace FROM pg_class t WHERE t.oid = to_regclass(:table)),
+             WHERE c.relname = CAST(:name AS text) AND c.relnamespace = coalesce(
+                     (SELECT t.relnamespace FROM pg_class t WHERE t.oid = to_regclass(CAST(:table AS text))::oid),
                      (SELECT n.oid FROM pg_namespace n WHERE n.nspname = current_schema()))
         """),
         {"table": table, "name": name},

@@ -50,9 +50,10 @@ def faulty_rows(connection: Connection) -> list[str]:
     if not connection.scalar(
         text("""
             SELECT count(*) = :columns AND bool_and(has_column_privilege(attrelid, attnum, 'SELECT'))
-                   AND NOT row_security_active(to_regclass(:table))
+                   AND NOT pg_catalog.row_security_active(to_regclass(CAST(:table AS text))::oid)
               FROM pg_attribute
-             WHERE attrelid = to_regclass(:table) AND attname = ANY (CAST(:names AS text[])) AND NOT attisdropped
+             WHERE attrelid = to_regclass(CAST(:table AS text))::oid AND NOT attisdropped
+               AND attname = ANY (CAST(:names AS text[]))
         """),
         {"table": TABLE, "names": [*_USED], "columns": len(_USED)},
     ):

@@ -134,7 +134,9 @@ def _found(connection: Connection, plan: Plan) -> list[str]:
 
 
 def _owns(connection: Connection) -> bool:
-    owns = text("SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = to_regclass(:table)")
+    owns = text(
+        "SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = to_regclass(CAST(:table AS text))::oid"
+    )
     return bool(connection.scalar(owns, {"table": TABLE}))
 
 
@@ -150,7 +152,8 @@ def _parked_shadows(connection: Connection, *, below: bool) -> list[str]:
     """How many shadows are parked, and why; empty if there is no parked table, or no right to read it."""
     readable = connection.scalar(
         text(
-            "SELECT has_table_privilege(oid, 'SELECT') FROM pg_class WHERE oid = to_regclass(:table) AND relkind = 'r'"
+            "SELECT has_table_privilege(oid, 'SELECT') FROM pg_class "
+            "WHERE oid = to_regclass(CAST(:table AS text))::oid AND relkind = 'r'"
         ),
         {"table": PARKED},
     )
@@ -179,7 +182,7 @@ def _slow_locks(connection: Connection) -> list[str]:
     slow = connection.execute(
         text("""
             SELECT quote_ident(current_user) AS role, current_setting('deadlock_timeout') AS timeout
-             WHERE NOT has_parameter_privilege('deadlock_timeout', 'SET')
+             WHERE NOT pg_catalog.has_parameter_privilege('deadlock_timeout', 'SET')
         """)
     ).one_or_none()
     if slow is None or not _owns(connection):

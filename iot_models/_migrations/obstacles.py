@@ -15,13 +15,13 @@ from sqlalchemy import event, text
 
 from iot_models._migrations import expectations
 from iot_models._migrations.comparison import KEY, TABLE
-from iot_models._migrations.dependents import PARKED, TRIGGER, dependents
+from iot_models._migrations.dependents import PARKED, TRIGGER, columns_of_its_row_type, dependents
 from iot_models._migrations.faulty_rows import faulty_rows
 from iot_models._migrations.history import added
 from iot_models._migrations.strangers import REFUSAL, VERSION_TABLE, strangers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from alembic.script import Script
     from sqlalchemy import Connection
@@ -176,16 +176,17 @@ def refuse_another_version_table(connection: Connection) -> None:
     """
     taken_by = connection.scalar(
         text("""
-            SELECT pg_describe_object(CAST('pg_class' AS regclass), c.oid, 0) FROM pg_class c
-             WHERE c.oid = to_regclass(:table) AND NOT (
+            SELECT pg_catalog.pg_describe_object(CAST('pg_class' AS regclass), c.oid, 0) FROM pg_class c
+             WHERE c.oid = to_regclass(CAST(:table AS text))::oid AND NOT (
                      CAST(c.relkind AS text) = 'r' AND EXISTS (
                        SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attname = 'version_num'))
-                OR to_regclass(:table) IS NULL AND c.relname = :key
+                OR to_regclass(CAST(:table AS text)) IS NULL AND c.relname = CAST(:key AS text)
                      AND c.relnamespace = (SELECT n.oid FROM pg_namespace n WHERE n.nspname = current_schema())
             UNION ALL
-            SELECT pg_describe_object(CAST('pg_type' AS regclass), t.oid, 0)
+            SELECT pg_catalog.pg_describe_object(CAST('pg_type' AS regclass), t.oid, 0)
               FROM pg_type t JOIN pg_namespace n ON n.oid = t.typnamespace
-             WHERE to_regclass(:table) IS NULL AND n.nspname = current_schema() AND t.typname = :table
+             WHERE to_regclass(CAST(:table AS text)) IS NULL AND n.nspname = current_schema()
+               AND t.typname = CAST(:table AS text)
              LIMIT 1
         """),
         {"table": VERSION_TABLE, "key": f"{VERSION_TABLE}_pkc"},
@@ -213,7 +214,9 @@ def _obstacles(connection: Connection, plan: Plan) -> Iterator[Obstacle]:
     yield from _rights(connection, plan, parked=parked)
     hidden = [*_hidden_rows(connection, plan, parked=parked)]
     yield from hidden
-    if not plan.upgrade:
+    if plan.upgrade:
+        yield from _in_the_way_of_columns(connection, plan, parked=parked)
+    else:
         yield from _dependents(connection, plan)
         if plan.has_table and not plan.drop and not hidden:
             yield from _rows(connection, parked=parked)
@@ -237,7 +240,7 @@ def interrupted_downgrade(connection: Connection) -> str | None:
               SELECT FROM pg_trigger t
                 JOIN pg_proc p ON p.oid = t.tgfoid AND p.proname = t.tgname
                 JOIN pg_attribute a ON a.attrelid = t.tgrelid AND a.attname = 'desired_state'
-               WHERE t.tgrelid = to_regclass(:table) AND t.tgname = :trigger)
+               WHERE t.tgrelid = to_regclass(CAST(:table AS text))::oid AND t.tgname = CAST(:trigger AS text))
         """),
         {"table": TABLE, "trigger": TRIGGER},
     )
@@ -250,7 +253,7 @@ def interrupted_downgrade(connection: Connection) -> str | None:
 
 
 def _exists(connection: Connection, table: str) -> bool:
-    return bool(connection.scalar(text("SELECT to_regclass(:table) IS NOT NULL"), {"table": table}))
+    return bool(connection.scalar(text("SELECT to_regclass(CAST(:table AS text)) IS NOT NULL"), {"table": table}))
 
 
 def _settings(connection: Connection, plan: Plan) -> Iterator[Obstacle]:
@@ -284,7 +287,7 @@ def _taken_names(connection: Connection, plan: Plan, *, creates: bool, parked: b
     parks = not plan.upgrade and plan.has_shadows and not plan.discard and not parked
     types = connection.scalars(
         text("""
-            SELECT pg_describe_object(CAST('pg_type' AS regclass), t.oid, 0)
+            SELECT pg_catalog.pg_describe_object(CAST('pg_type' AS regclass), t.oid, 0)
               FROM pg_type t JOIN pg_namespace n ON n.oid = t.typnamespace
              WHERE n.nspname = current_schema() AND t.typname = ANY (CAST(:names AS text[]))
              ORDER BY 1
@@ -326,13 +329,15 @@ def _rights(connection: Connection, plan: Plan, *, parked: bool) -> Iterator[Obs
     tables = [TABLE, PARKED] if parked and (plan.has_shadows or plan.has_table) else [TABLE]
     missing = connection.scalars(
         text("""
-            SELECT format('it does not own %s, whose owner is %I', c.oid::regclass, pg_get_userbyid(c.relowner))
+            SELECT pg_catalog.format('it does not own %s, whose owner is %I', c.oid::regclass,
+                                     pg_get_userbyid(c.relowner))
               FROM pg_class c WHERE c.oid = ANY (CAST(CAST(:tables AS text[]) AS regclass[]))
-               AND NOT pg_has_role(c.relowner, 'USAGE')
+               AND NOT pg_catalog.pg_has_role(c.relowner, 'USAGE')
             UNION ALL
-            SELECT format('it may not CREATE in schema %I', n.nspname)
+            SELECT pg_catalog.format('it may not CREATE in schema %I', n.nspname)
               FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-             WHERE c.oid = to_regclass(:table) AND :creates AND NOT has_schema_privilege(n.oid, 'CREATE')
+             WHERE c.oid = to_regclass(CAST(:table AS text))::oid AND :creates
+               AND NOT pg_catalog.has_schema_privilege(n.oid, 'CREATE')
         """),
         {"tables": tables, "table": TABLE, "creates": plan.upgrade or (plan.has_shadows and not plan.discard)},
     ).all()
@@ -361,7 +366,12 @@ def _hidden_rows(connection: Connection, plan: Plan, *, parked: bool) -> Iterato
 
 def row_security_hides(connection: Connection, table: str) -> bool:
     """Whether policies decide which rows of a table this role sees. No if there is no such table."""
-    return bool(connection.scalar(text("SELECT row_security_active(to_regclass(:table))"), {"table": table}))
+    return bool(
+        connection.scalar(
+            text("SELECT pg_catalog.row_security_active(to_regclass(CAST(:table AS text))::oid)"),
+            {"table": table},
+        )
+    )
 
 
 def _rows(connection: Connection, *, parked: bool) -> Iterator[Obstacle]:
@@ -375,6 +385,26 @@ def _rows(connection: Connection, *, parked: bool) -> Iterator[Obstacle]:
             )
 
 
+def _in_the_way_of_columns(connection: Connection, plan: Plan, *, parked: bool) -> Iterator[Obstacle]:
+    """What keeps an upgrade from adding columns, or from dropping the parked table when all of it is put back."""
+    if plan.has_shadows and (columns := columns_of_its_row_type(connection, TABLE)):
+        fact = f"columns have the row type of {TABLE}, and PostgreSQL adds no column to it while they do"
+        yield Obstacle(fact, columns, "drop each of them, or give it another type")
+    if plan.has_shadows and parked:
+        found = dependents(connection, PARKED, columns=[], indexes=[], whole=True)
+        yield from _to_be_dropped(f"{PARKED}, which this upgrade drops", found)
+
+
+def _to_be_dropped(what: str, found: Mapping[str, str | None]) -> Iterator[Obstacle]:
+    if found:
+        yield Obstacle(
+            f"objects depend on {what}",
+            [f"{name} ({statement or 'drop it'})" for name, statement in found.items()],
+            "drop each of them, with what depends on it, or change it so that it does not need them; make it again "
+            "after the next upgrade",
+        )
+
+
 def _dependents(connection: Connection, plan: Plan) -> Iterator[Obstacle]:
     """Objects of a team's that depend on what a downgrade drops."""
     found = dependents(
@@ -384,11 +414,5 @@ def _dependents(connection: Connection, plan: Plan) -> Iterator[Obstacle]:
         indexes=[name for script in plan.scripts for name in added(script, "indexes")],
         whole=plan.has_table,
     )
-    if found:
-        what = "the table" if plan.has_table else "columns"
-        yield Obstacle(
-            f"objects depend on {what} of {TABLE} that this downgrade drops",
-            [f"{name} ({statement or 'drop it'})" for name, statement in found.items()],
-            "drop each of them, with what depends on it, or change it so that it does not need them; make it again "
-            "after the next upgrade",
-        )
+    what = "the table" if plan.has_table else "columns"
+    yield from _to_be_dropped(f"{what} of {TABLE} that this downgrade drops", found)

@@ -106,9 +106,9 @@ def ensure_version_table(connection: Connection) -> None:
                 FOR granted IN
                   SELECT CASE WHEN a.grantee = CAST(0 AS oid) THEN 'PUBLIC'
                          ELSE quote_ident(CAST(pg_get_userbyid(a.grantee) AS text)) END AS role,
-                         bool_or(a.privilege_type = 'SELECT') AS reads
+                         pg_catalog.bool_or(a.privilege_type = 'SELECT') AS reads
                     FROM pg_class c CROSS JOIN aclexplode(c.relacl) a
-                   WHERE c.oid = CAST(to_regclass('{VERSION_TABLE}') AS oid) AND a.grantee <> c.relowner
+                   WHERE c.oid = to_regclass('{VERSION_TABLE}')::oid AND a.grantee <> c.relowner
                    GROUP BY a.grantee
                 LOOP
                   EXECUTE 'REVOKE ALL PRIVILEGES ON {VERSION_TABLE} FROM ' || granted.role || ' CASCADE';
@@ -145,18 +145,20 @@ def _lock_holders(connection: Connection, table: str) -> str:
     rows = connection.execute(
         text("""
             SELECT DISTINCT
-                   CASE WHEN p.gid IS NULL THEN concat('pid ', a.pid, ' (', coalesce(nullif(a.application_name, ''),
+                   CASE WHEN p.gid IS NULL THEN pg_catalog.concat(
+                     'pid ', a.pid, ' (', coalesce(nullif(a.application_name, ''),
                      CAST(a.usename AS text), a.backend_type), ', ', coalesce(a.state, 'at work'))
-                   ELSE concat('the prepared transaction ', quote_literal(p.gid),
-                     ' (which stays until ROLLBACK PREPARED ', quote_literal(p.gid),
-                     ' or COMMIT PREPARED ', quote_literal(p.gid)) END AS holder,
+                   ELSE pg_catalog.concat('the prepared transaction ', pg_catalog.quote_literal(p.gid),
+                     ' (which stays until ROLLBACK PREPARED ', pg_catalog.quote_literal(p.gid),
+                     ' or COMMIT PREPARED ', pg_catalog.quote_literal(p.gid)) END AS holder,
                    round(extract(epoch FROM clock_timestamp() - coalesce(a.xact_start, p.prepared))) AS seconds
               FROM pg_locks l LEFT JOIN pg_stat_activity a USING (pid)
               -- A prepared transaction has no process. Its other lock, on its own id, says which one it is.
               LEFT JOIN pg_locks own ON l.pid IS NULL AND own.pid IS NULL AND own.locktype = 'transactionid'
                     AND own.virtualtransaction = l.virtualtransaction
               LEFT JOIN pg_prepared_xacts p ON p.transaction = own.transactionid
-             WHERE l.relation = to_regclass(:table) AND l.granted AND l.pid IS DISTINCT FROM pg_backend_pid()
+             WHERE l.relation = to_regclass(CAST(:table AS text))::oid
+               AND l.granted AND l.pid IS DISTINCT FROM pg_backend_pid()
                AND (a.pid IS NOT NULL OR p.gid IS NOT NULL)
                AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
              ORDER BY seconds DESC NULLS LAST LIMIT 3

@@ -9,9 +9,10 @@ The query names the schema of each function, operator and type: until it has run
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
-from sqlalchemy import text
+from sqlalchemy import event, text
 
 from iot_models._migrations.comparison import TABLE
 from iot_models._migrations.dependents import PARKED, TRIGGER
@@ -19,6 +20,8 @@ from iot_models._migrations.obstacles import Obstacle, refuse
 from iot_models._migrations.strangers import VERSION_TABLE
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from sqlalchemy import Connection
 
 # `{schema}` stands for what the caller names.
@@ -64,6 +67,36 @@ def set_path(connection: Connection, schema: str | None) -> None:
     if home is None:
         fact = "the search path has no schema that this role may use"
         refuse([Obstacle(fact, (), "name one (--schema, or in the URL ?options=-c search_path=...)")])
+
+
+@contextmanager
+def narrowed(connection: Connection) -> Iterator[None]:
+    """Let SQLAlchemy's and Alembic's own statements find the catalog's operators and functions only.
+
+    They compare a name with VARCHAR, for which a stranger's operator is a better match than the catalog's. They name
+    the schema of each table, and so need no search path; but what `alembic check` reads does. Our statements need one,
+    and compare exact types.
+    """
+    path = connection.scalar(text("SELECT pg_catalog.current_setting('search_path')"))
+
+    def search(statement: str, where: str) -> None:
+        looks = "pg_catalog.pg_class.relname" in statement and "pg_table_is_visible" not in statement
+        if looks or f".{VERSION_TABLE}" in statement:
+            connection.connection.cursor().execute(f"SET search_path = {where}")
+
+    def narrow(_connection: Connection, _cursor: object, statement: str, *_rest: object) -> None:
+        search(statement, "pg_catalog, pg_temp")
+
+    def widen(_connection: Connection, _cursor: object, statement: str, *_rest: object) -> None:
+        search(statement, str(path))
+
+    event.listen(connection, "before_cursor_execute", narrow)
+    event.listen(connection, "after_cursor_execute", widen)
+    try:
+        yield
+    finally:
+        event.remove(connection, "before_cursor_execute", narrow)
+        event.remove(connection, "after_cursor_execute", widen)
 
 
 def in_sql(schema: str | None) -> str:

@@ -33,7 +33,7 @@ def set_all(lock_timeout: str) -> str:
     """
     values = ", ".join(f"('{name}', '{value}')" for name, value in {"lock_timeout": lock_timeout, **SETTINGS}.items())
     return (
-        "SELECT count(set_config(wanted.name, wanted.value, false)) "  # noqa: S608 - our names and values
+        "SELECT pg_catalog.count(pg_catalog.set_config(wanted.name, wanted.value, false)) "  # noqa: S608 - our names and values
         f"FROM (VALUES {values}, ('deadlock_timeout', '{_DEADLOCK_TIMEOUT_MS}ms')) AS wanted (name, value) "
         "JOIN pg_settings s ON s.name = wanted.name "
         "WHERE CASE WHEN s.name <> 'deadlock_timeout' THEN TRUE "

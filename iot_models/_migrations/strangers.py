@@ -3,8 +3,9 @@
 A role that may create objects in a schema of the search path can make a table, a function or an operator before us. A
 function or an operator of the right types is a better match than the catalog's, whatever stands first in the path.
 
-Trusted are superusers, the role that migrates and the roles it is a member of, and the owner of the database. Nobody is
-trusted for owning the table or its schema: whoever may create objects can make them first.
+Trusted are superusers, the role that migrates, and the owner of the database; and the owner of `device_state`, if the
+role that migrates was made a member of it by one of these. Nobody is trusted for owning the table or its schema:
+whoever may create objects can make them first. Nor for a membership alone: whoever may grant one could arrange it.
 
 This is asked before everything else, in SQL that names the schema of each function and operator, and again while the
 migration runs (`obstacles.looking_again`): others may have waited for that moment.
@@ -33,7 +34,7 @@ REFUSAL: Final = "names that this command uses are taken by objects of other rol
 
 # `{=}` stands for the catalog's operator.
 _FOUND: Final = """
-    WITH path AS (
+    WITH RECURSIVE path AS (
       SELECT n.oid FROM pg_catalog.pg_namespace n
        WHERE n.nspname {=} ANY (pg_catalog.current_schemas(false)) AND NOT (n.nspname {=} 'pg_catalog')),
     me AS (
@@ -41,13 +42,44 @@ _FOUND: Final = """
     home AS (
       SELECT c.oid, c.relowner, c.relnamespace FROM pg_catalog.pg_class c
        WHERE c.oid {=} CAST(pg_catalog.to_regclass(CAST(:table AS text)) AS oid)),
-    trusted AS (
-      SELECT r.oid FROM pg_catalog.pg_roles r CROSS JOIN me
-       WHERE r.rolsuper OR r.oid {=} me.oid
-          OR NOT me.rolsuper AND pg_catalog.pg_has_role(me.oid, r.oid, 'USAGE')
-          OR r.rolname {=} 'pg_database_owner'
+    above AS (
+      SELECT r.oid FROM pg_catalog.pg_roles r
+       WHERE r.rolsuper OR r.rolname {=} 'pg_database_owner'
           OR EXISTS (SELECT FROM pg_catalog.pg_database d
                       WHERE d.datname {=} pg_catalog.current_database() AND d.datdba {=} r.oid)),
+    mine AS (
+      SELECT me.oid FROM me
+      UNION
+      SELECT m.roleid FROM mine JOIN pg_catalog.pg_auth_members m ON m.member {=} mine.oid
+       WHERE EXISTS (SELECT FROM above WHERE above.oid {=} m.grantor)),
+    trusted AS (
+      SELECT above.oid FROM above
+      UNION ALL
+      SELECT mine.oid FROM mine CROSS JOIN me
+       WHERE mine.oid {=} me.oid
+          OR NOT me.rolsuper AND EXISTS (SELECT FROM home WHERE home.relowner {=} mine.oid)),
+    -- What a trigger, a CHECK, an index, a default, a policy or a column of the table refers to.
+    used AS (
+      SELECT f.refclassid, f.refobjid
+        FROM home
+        JOIN pg_catalog.pg_depend t ON t.refclassid {=} CAST(CAST('pg_catalog.pg_class' AS regclass) AS oid)
+         AND t.refobjid {=} home.oid
+         AND t.classid {=} ANY (CAST(CAST('{pg_catalog.pg_trigger,pg_catalog.pg_constraint,pg_catalog.pg_class,'
+                                          'pg_catalog.pg_attrdef,pg_catalog.pg_policy}' AS regclass[]) AS oid[]))
+        JOIN pg_catalog.pg_depend f ON f.classid {=} t.classid AND f.objid {=} t.objid
+      UNION ALL
+      SELECT f.refclassid, f.refobjid
+        FROM home
+        JOIN pg_catalog.pg_depend f ON f.classid {=} CAST(CAST('pg_catalog.pg_class' AS regclass) AS oid)
+         AND f.objid {=} home.oid),
+    -- A domain of a domain, an array of one: whoever owns it can add a CHECK.
+    types AS (
+      SELECT used.refobjid AS oid FROM used
+       WHERE used.refclassid {=} CAST(CAST('pg_catalog.pg_type' AS regclass) AS oid)
+      UNION
+      SELECT below.oid FROM types JOIN pg_catalog.pg_type t ON t.oid {=} types.oid
+        CROSS JOIN LATERAL (VALUES (t.typbasetype), (t.typelem)) AS below (oid)
+       WHERE NOT below.oid {=} CAST(0 AS oid)),
     ours AS (
       SELECT c.oid, c.relowner, CAST(c.relkind AS text) {=} 'r' AS is_table
         FROM pg_catalog.pg_class c JOIN path ON path.oid {=} c.relnamespace
@@ -60,19 +92,15 @@ _FOUND: Final = """
       SELECT 'pg_catalog.pg_namespace', n.oid, n.nspowner FROM pg_catalog.pg_namespace n
        WHERE n.nspname {=} pg_catalog.current_schema() OR n.oid {=} (SELECT home.relnamespace FROM home)
       UNION ALL
-      -- What a trigger, a CHECK, an index, a default or a policy of the table calls.
-      SELECT f.refclassid, f.refobjid, coalesce(p.proowner, o.oprowner)
-        FROM home
-        JOIN pg_catalog.pg_depend t ON t.refclassid {=} CAST(CAST('pg_catalog.pg_class' AS regclass) AS oid)
-         AND t.refobjid {=} home.oid
-         AND t.classid {=} ANY (CAST(CAST('{pg_catalog.pg_trigger,pg_catalog.pg_constraint,pg_catalog.pg_class,'
-                                          'pg_catalog.pg_attrdef,pg_catalog.pg_policy}' AS regclass[]) AS oid[]))
-        JOIN pg_catalog.pg_depend f ON f.classid {=} t.classid AND f.objid {=} t.objid
-        LEFT JOIN pg_catalog.pg_proc p ON p.oid {=} f.refobjid
-         AND f.refclassid {=} CAST(CAST('pg_catalog.pg_proc' AS regclass) AS oid)
-        LEFT JOIN pg_catalog.pg_operator o ON o.oid {=} f.refobjid
-         AND f.refclassid {=} CAST(CAST('pg_catalog.pg_operator' AS regclass) AS oid)
+      SELECT used.refclassid, used.refobjid, coalesce(p.proowner, o.oprowner)
+        FROM used
+        LEFT JOIN pg_catalog.pg_proc p ON p.oid {=} used.refobjid
+         AND used.refclassid {=} CAST(CAST('pg_catalog.pg_proc' AS regclass) AS oid)
+        LEFT JOIN pg_catalog.pg_operator o ON o.oid {=} used.refobjid
+         AND used.refclassid {=} CAST(CAST('pg_catalog.pg_operator' AS regclass) AS oid)
        WHERE p.oid IS NOT NULL OR o.oid IS NOT NULL
+      UNION ALL
+      SELECT 'pg_catalog.pg_type', t.oid, t.typowner FROM types JOIN pg_catalog.pg_type t ON t.oid {=} types.oid
       UNION ALL
       SELECT 'pg_catalog.pg_proc', p.oid, p.proowner FROM pg_catalog.pg_proc p JOIN path ON path.oid {=} p.pronamespace
        WHERE p.proname {=} CAST(CAST(:trigger AS text) AS name)
@@ -101,7 +129,10 @@ _FOUND: Final = """
                              pg_catalog.quote_ident(CAST(pg_catalog.pg_get_userbyid(named.owner) AS text))) AS found
       FROM named
      WHERE NOT EXISTS (SELECT FROM trusted WHERE trusted.oid {=} named.owner)
+       -- What belongs to an extension, if whoever can change the extension is trusted.
        AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d
+                         JOIN pg_catalog.pg_extension e ON e.oid {=} d.refobjid
+                         JOIN trusted ON trusted.oid {=} e.extowner
                         WHERE d.classid {=} CAST(named.class AS oid) AND d.objid {=} named.oid
                           AND CAST(d.deptype AS text) {=} 'e')
     UNION ALL

@@ -35,22 +35,23 @@ _RENAME: Final = (
 # A plain table that only trusted roles can have made, and of which no trigger, policy or rule runs.
 _MAY_BE_OURS: Final = text("""
     SELECT EXISTS (
-      SELECT FROM pg_class c JOIN pg_class t ON t.oid = CAST(to_regclass(:table) AS oid)
+      SELECT FROM pg_class c JOIN pg_class t ON t.oid = to_regclass(CAST(:table AS text))::oid
        AND t.relnamespace = c.relnamespace
-       JOIN pg_constraint k ON k.conrelid = c.oid AND k.conname = :default || '_pkc'
-       WHERE c.oid = CAST(to_regclass(:default) AS oid) AND CAST(c.relkind AS text) = 'r'
-         AND (pg_has_role(c.relowner, 'USAGE') AND NOT (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)
+       JOIN pg_constraint k ON k.conrelid = c.oid AND k.conname = CAST(:default AS text) || '_pkc'
+       WHERE c.oid = to_regclass(CAST(:default AS text))::oid AND CAST(c.relkind AS text) = 'r'
+         AND (pg_catalog.pg_has_role(c.relowner, 'USAGE')
+                AND NOT (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)
               OR c.relowner = t.relowner OR c.relowner = (SELECT r.oid FROM pg_roles r WHERE r.rolname = current_user))
          AND NOT (c.relhastriggers OR c.relrowsecurity OR c.relhasrules OR c.relhassubclass)
-         AND has_table_privilege(c.oid, 'SELECT')
+         AND pg_catalog.has_table_privilege(c.oid, 'SELECT')
          AND EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attname = 'version_num'))
 """)
 _HAS: Final = text("""
     SELECT CAST(attname AS text) FROM pg_attribute
-     WHERE attrelid = CAST(to_regclass(:table) AS oid) AND attnum > 0 AND NOT attisdropped
+     WHERE attrelid = to_regclass(CAST(:table AS text))::oid AND attnum > 0 AND NOT attisdropped
     UNION ALL
     SELECT CAST(c.relname AS text) FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
-     WHERE i.indrelid = CAST(to_regclass(:table) AS oid)
+     WHERE i.indrelid = to_regclass(CAST(:table AS text))::oid
 """)
 
 
@@ -60,7 +61,7 @@ def find(connection: Connection, scripts: Sequence[Script]) -> str:
     Raises:
         CommandError: If it has more than one row; or if it is the application's, which runs our revisions with its own.
     """
-    exists = text("SELECT to_regclass(:table) IS NOT NULL")
+    exists = text("SELECT to_regclass(CAST(:table AS text)) IS NOT NULL")
     if connection.scalar(exists, {"table": VERSION_TABLE}):
         rows = _rows(connection, VERSION_TABLE)
         if len(rows) > 1:
@@ -90,7 +91,7 @@ def refuse_unknown(connection: Connection, table: str, scripts: Sequence[Script]
     Raises:
         CommandError: If it is at one.
     """
-    exists = connection.scalar(text("SELECT to_regclass(:table) IS NOT NULL"), {"table": table})
+    exists = connection.scalar(text("SELECT to_regclass(CAST(:table AS text)) IS NOT NULL"), {"table": table})
     known = [script.revision for script in scripts]
     found = [revision for revision in (_rows(connection, table) if exists else ()) if revision not in known]
     if found:

@@ -6,8 +6,10 @@ import re
 import subprocess
 from typing import Any
 
-from sqlalchemy import Connection, NullPool, create_engine, make_url, text
+import pytest
+from sqlalchemy import Connection, Engine, NullPool, create_engine, event, make_url, text
 
+from iot_models import migrate
 from tests.databases.alembic_runs import CHECKOUT
 from tests.databases.client_tools import client_tool
 from tests.databases.schema_dump import dump
@@ -99,3 +101,18 @@ def state(url: str) -> tuple[str, dict[str, list[str]]]:
     with create_engine(url, poolclass=NullPool).connect() as connection:
         rows = {table: _rows(connection, table) for table in sorted(_tables(connection))}
     return dump(url), rows
+
+
+def interrupt_a_downgrade(engine: Engine) -> None:
+    """Cut a downgrade below 076 off when the shadows are parked and the columns are still there."""
+
+    def cut(_c: object, _cursor: object, statement: str, *_rest: object) -> None:
+        if "DROP COLUMN IF EXISTS" in statement:
+            raise KeyboardInterrupt
+
+    event.listen(engine, "before_cursor_execute", cut)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            migrate.downgrade(engine, "075")
+    finally:
+        event.remove(engine, "before_cursor_execute", cut)

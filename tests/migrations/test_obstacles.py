@@ -207,6 +207,36 @@ def test_a_downgrade_to_base_names_what_depends_on_the_table(at_head: str) -> No
     assert state(at_head) == before
 
 
+ROW_TYPES = {
+    "itself": "CREATE TABLE other (device device_state)",
+    "an array": "CREATE TABLE other (device device_state[])",
+    "a domain": "CREATE DOMAIN device AS device_state; CREATE TABLE other (device device)",
+    "in another row": "CREATE TYPE device AS (state device_state); CREATE TABLE other (device device[])",
+}
+
+
+@pytest.mark.parametrize("kind", ROW_TYPES)
+def test_an_upgrade_names_the_columns_that_have_the_table_s_row_type(raw_fleet: str, kind: str) -> None:
+    run_sql(raw_fleet, ROW_TYPES[kind])
+    before = state(raw_fleet)
+    with pytest.raises(
+        CommandError, match=r"(?s)row type of device_state.*nothing was changed.*column device of other"
+    ):
+        migrate.upgrade(raw_fleet)
+    assert state(raw_fleet) == before
+    run_sql(raw_fleet, "DROP TABLE other")
+    migrate.upgrade(raw_fleet)
+
+
+def test_an_upgrade_names_what_depends_on_the_parked_shadows(shadow_fleet_at_head: str) -> None:
+    migrate.downgrade(shadow_fleet_at_head, "075")
+    run_sql(shadow_fleet_at_head, f"CREATE VIEW parked AS SELECT 1 AS one FROM {PARKED}")
+    before = state(shadow_fleet_at_head)
+    with pytest.raises(CommandError, match=rf"(?s)depend on {PARKED}.*nothing was changed.*\(DROP VIEW parked\)"):
+        migrate.upgrade(shadow_fleet_at_head)
+    assert state(shadow_fleet_at_head) == before
+
+
 def test_an_upgrade_and_the_downgrade_of_077_are_not_stopped_by_what_depends_on_columns(url: str) -> None:
     run_sql(url, "CREATE VIEW v AS SELECT * FROM device_state")
     downgrade(url, "076")

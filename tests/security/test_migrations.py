@@ -10,12 +10,22 @@ from typing import TYPE_CHECKING
 import psycopg
 import pytest
 from alembic.util import CommandError
-from sqlalchemy import NullPool, create_engine, event, make_url, text
+from sqlalchemy import NullPool, create_engine, make_url, text
 
 from iot_models import engine, migrate
 from iot_models._migrations.command_line import main
 from tests.databases.backends import connected
-from tests.migrations.raw_sql import ADVISORY_LOCK, FLEET, RAW_075, SHADOWS, as_role, psql, rows_of, run_sql
+from tests.migrations.raw_sql import (
+    ADVISORY_LOCK,
+    FLEET,
+    RAW_075,
+    SHADOWS,
+    as_role,
+    interrupt_a_downgrade,
+    psql,
+    rows_of,
+    run_sql,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -51,19 +61,7 @@ def interrupted_downgrade(database: str) -> None:
     run_sql(database, RAW_075, FLEET)
     migrate.upgrade(database)
     run_sql(database, SHADOWS)
-    interrupt_a_downgrade(database)
-
-
-def interrupt_a_downgrade(database: str) -> None:
-    engine = create_engine(database, poolclass=NullPool)
-
-    def cut(_c: object, _cursor: object, statement: str, *_rest: object) -> None:
-        if "DROP COLUMN IF EXISTS" in statement:
-            raise KeyboardInterrupt
-
-    event.listen(engine, "before_cursor_execute", cut)
-    with pytest.raises(KeyboardInterrupt):
-        migrate.downgrade(engine, "075")
+    interrupt_a_downgrade(create_engine(database, poolclass=NullPool))
 
 
 ATTACK = f"""
@@ -269,7 +267,7 @@ def test_the_owner_of_the_schema_replaces_what_is_parked_and_gets_no_superusers_
     run_sql(owners, RAW_075, FLEET)
     migrate.upgrade(owners)
     run_sql(owners, SHADOWS)
-    interrupt_a_downgrade(database)
+    interrupt_a_downgrade(create_engine(database, poolclass=NullPool))
 
     run_sql(
         as_role(database, server_role),

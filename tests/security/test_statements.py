@@ -5,14 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+from alembic.util import CommandError
 from sqlalchemy import NullPool, make_url, select, text
 from sqlalchemy.orm import Session
 
-from iot_models import DeviceState, Report, ShadowService, tenancy
+from iot_models import DeviceState, Report, ShadowService, migrate, tenancy
+from iot_models._migrations import deployers, operations
+from iot_models._migrations.strangers import VERSION_TABLE
 from iot_models.engine import create_engine
 from iot_models.testing import database
 from tests.databases.devices import TENANT, add_device
 from tests.databases.engines import KINDS, Kind
+from tests.migrations.raw_sql import FLEET, RAW_075, SHADOWS, interrupt_a_downgrade, run_sql
+from tests.security.hostile import hostile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,44 +26,28 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.repeats
 
-
-# Every operator of the catalog's names over these types that the catalog does not have itself, and every function of
-# the catalog's names that takes one or two of them. Each raises an error that says what it is.
-HOSTILE = text("""
-    DO $$
-    DECLARE
-      types CONSTANT text[] := '{text, varchar, name, jsonb, int4, int8, timestamptz, interval, oid, regclass, text[]}';
-      names CONSTANT text[] := '{=, <>, <, >, <=, >=, ||, ->, ->>, @>, +, -, *, /}';
-      functions CONSTANT text[] := '{now, coalesce, greatest, least, unnest, cardinality, count, current_setting, extract,
-        jsonb_each, jsonb_typeof, jsonb_object_agg, set_config, bool_and, bool_or, quote_ident, format, concat}';
-      a text; b text; n text;
-    BEGIN
-      CREATE SCHEMA attack;
-      FOREACH a IN ARRAY types LOOP
-        FOREACH b IN ARRAY types LOOP
-          EXECUTE format($f$CREATE FUNCTION attack.called(%1$s, %2$s) RETURNS bool LANGUAGE plpgsql AS
-            'BEGIN RAISE EXCEPTION ''called over %1$s and %2$s''; END'$f$, a, b);
-          FOREACH n IN ARRAY names LOOP
-            IF to_regoperator(format('pg_catalog.%s(%s,%s)', n, a, b)) IS NULL THEN
-              EXECUTE format('CREATE OPERATOR public.%s (LEFTARG = %s, RIGHTARG = %s, FUNCTION = attack.called)', n, a, b);
-            END IF;
-          END LOOP;
-          FOREACH n IN ARRAY functions LOOP
-            IF to_regprocedure(format('pg_catalog.%I(%s,%s)', n, a, b)) IS NULL THEN
-              EXECUTE format($f$CREATE FUNCTION public.%3$I(%1$s, %2$s) RETURNS text LANGUAGE plpgsql AS
-                'BEGIN RAISE EXCEPTION ''called %3$s over %1$s and %2$s''; END'$f$, a, b, n);
-            END IF;
-          END LOOP;
-        END LOOP;
-        FOREACH n IN ARRAY functions LOOP
-          IF to_regprocedure(format('pg_catalog.%I(%s)', n, a)) IS NULL THEN
-            EXECUTE format($f$CREATE FUNCTION public.%2$I(%1$s) RETURNS text LANGUAGE plpgsql AS
-              'BEGIN RAISE EXCEPTION ''called %2$s over %1$s''; END'$f$, a, n);
-          END IF;
-        END LOOP;
-      END LOOP;
-    END $$
-""")
+TYPES = ["text", "varchar", "name", "jsonb", "int4", "int8", "timestamptz", "interval", "oid", "regclass", "text[]"]
+OPERATORS = ["=", "<>", "<", ">", "<=", ">=", "||", "->", "->>", "@>", "+", "-", "*", "/"]
+FUNCTIONS = [
+    "now",
+    "coalesce",
+    "greatest",
+    "least",
+    "unnest",
+    "cardinality",
+    "count",
+    "current_setting",
+    "extract",
+    "jsonb_each",
+    "jsonb_typeof",
+    "jsonb_object_agg",
+    "set_config",
+    "bool_and",
+    "bool_or",
+    "quote_ident",
+    "format",
+    "concat",
+]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +58,7 @@ def attacked(server: PostgresServer, migrated_url: str) -> Iterator[str]:
             for device in "abc":
                 add_device(session, device)
         with engine.begin() as connection:
-            connection.execute(HOSTILE)
+            connection.execute(text(hostile(TYPES, OPERATORS, FUNCTIONS)))
         yield url
 
 
@@ -128,6 +117,93 @@ CALLS: dict[str, Callable[[Session], object]] = {
 @pytest.mark.parametrize("driver", KINDS)
 def test_no_call_of_the_service_calls_a_strangers_code(attacked: str, driver: str, call: str) -> None:
     Kind(driver, make_url(attacked)).ask(lambda connection: CALLS[call](Session(connection)))
+
+
+# What migrations ask and do, at each step of a history. Alembic's own statements are among them. (Those of printed SQL
+# cannot be helped: it asks for strangers at its beginning.)
+CATALOG_TYPES = [
+    "text",
+    "varchar",
+    "name",
+    '"char"',
+    "bool",
+    "int2",
+    "int4",
+    "int8",
+    "oid",
+    "regclass",
+    "regproc",
+    "timestamptz",
+    "interval",
+    "jsonb",
+    "text[]",
+    "name[]",
+    "oid[]",
+    "int2vector",
+    "oidvector",
+]
+CATALOG_OPERATORS = ["=", "<>", "<", ">", "||", "~", "~~", "+"]
+CATALOG_FUNCTIONS = [
+    "concat",
+    "format",
+    "quote_ident",
+    "quote_literal",
+    "to_regclass",
+    "to_regprocedure",
+    "string_agg",
+    "count",
+    "bool_or",
+    "unnest",
+    "round",
+    "aclexplode",
+    "acldefault",
+    "regexp_replace",
+    "replace",
+    "pg_describe_object",
+    "pg_get_userbyid",
+    "format_type",
+    "pg_get_expr",
+    "pg_has_role",
+    "has_table_privilege",
+    "row_security_active",
+    "current_setting",
+    "set_config",
+    "jsonb_typeof",
+]
+
+
+def test_no_migration_calls_a_strangers_code(new_database: Callable[..., str]) -> None:
+    url = new_database()
+    run_sql(url, RAW_075, FLEET, hostile(CATALOG_TYPES, CATALOG_OPERATORS, CATALOG_FUNCTIONS))
+    before_the_name = f"ALTER TABLE {VERSION_TABLE} RENAME TO alembic_version; ALTER TABLE alembic_version RENAME "
+    engine = create_engine(url, poolclass=NullPool)  # run_sql's would call one
+
+    def sql(statement: str) -> None:
+        with engine.begin() as connection:
+            connection.exec_driver_sql(statement)
+
+    migrate.upgrade(url)
+    sql(SHADOWS)
+    assert migrate.check(url) == []
+    interrupt_a_downgrade(engine)
+    assert migrate.check(url) != []
+    migrate.upgrade(url)
+    migrate.downgrade(url, "075")
+    assert migrate.check(url) != []
+    sql(f"{before_the_name} CONSTRAINT {VERSION_TABLE}_pkc TO alembic_version_pkc")
+    assert migrate.current(url) == "075"
+    migrate.upgrade(url)
+    with engine.connect() as holder:
+        holder.execute(text("SELECT FROM device_state"))
+        with pytest.raises(CommandError, match="It is held by: pid"):
+            migrate.downgrade(url, "075", lock_timeout="1ms")
+    with engine.connect() as connection:
+        deployers._holder(connection)  # noqa: SLF001 - what it asks
+        operations._builds(engine.pool)  # noqa: SLF001 - the same
+        connection.rollback()
+        migrate.upgrade(connection)
+    migrate.downgrade(url, "base", device_state="drop")
+    migrate.upgrade(url)
 
 
 def test_tenancy_calls_no_strangers_code(attacked: str, server_role: str) -> None:
