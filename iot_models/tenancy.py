@@ -185,7 +185,8 @@ def bind_tenant(session: Session | scoped_session[Any], tenant_id: str) -> None:
 
     Raises:
         RuntimeError: If the transaction was bound to another tenant before, even if that was rolled back to a savepoint
-            since; or if the session is in AUTOCOMMIT mode, in which no statement would see the tenant.
+            since. Only if the session that bound it has left the transaction, another session may bind another tenant.
+            Also if the session is in AUTOCOMMIT mode, in which no statement would see the tenant.
         TypeError: If `tenant_id` is not a string.
         ValueError: If `tenant_id` is empty or cannot be stored as text.
 

@@ -115,6 +115,12 @@ WAYS = {
     "it may read values of the table in pg_statistic (REVOKE SELECT ON pg_statistic FROM {app}, PUBLIC)": [
         "GRANT SELECT ON pg_statistic TO {app}"
     ],
+    "it may read values of the table in pg_statistic (REVOKE SELECT ON pg_statistic FROM {app}, PUBLIC); "
+    "it may read values of the table in pg_statistic_ext_data (REVOKE SELECT ON pg_statistic_ext_data FROM {app}, PUBLIC)"
+    "": [
+        "GRANT SELECT (starelid, staattnum, stavalues1) ON pg_statistic TO {app}",
+        "GRANT SELECT (stxoid, stxdmcv) ON pg_statistic_ext_data TO PUBLIC",
+    ],
     "it may set parameters of the whole server (REVOKE ALTER SYSTEM ON PARAMETER archive_command FROM {app})": [
         "GRANT ALTER SYSTEM ON PARAMETER archive_command TO {app}"
     ],
@@ -192,6 +198,26 @@ def test_a_membership_that_gives_nothing_is_no_way_around(owner: Connection, app
     assert tenants_for(owner, app) == {TENANT}
 
 
+@pytest.mark.parametrize("second", ["INHERIT", "SET", "ADMIN"])
+@pytest.mark.parametrize("first", ["INHERIT", "SET", "ADMIN"])
+def test_memberships_are_followed_whatever_they_give(owner: Connection, app: str, first: str, second: str) -> None:
+    if owner.scalar(text("SELECT current_setting('server_version_num')::int < 160000")):
+        pytest.skip("PostgreSQL 16 is the first with GRANT ... WITH SET FALSE")
+
+    def membership(given: str) -> str:
+        return ", ".join(f"{option} {option == given}" for option in ("INHERIT", "SET", "ADMIN"))
+
+    run(owner, f"CREATE ROLE {app}_a; CREATE ROLE {app}_b; ALTER TABLE device_state OWNER TO {app}_b")
+    run(owner, f"GRANT {app}_a TO {app} WITH {membership(first)}; GRANT {app}_b TO {app}_a WITH {membership(second)}")
+    run(owner, f"GRANT pg_read_server_files TO {app}_b WITH {membership('INHERIT')}")
+
+    with pytest.raises(ValueError) as caught:
+        tenancy.enable(owner, app)
+
+    assert f"{app}_b owns the table" in str(caught.value)
+    assert "it is a member of pg_read_server_files" in str(caught.value)
+
+
 def test_anybody_may_check(owner: Connection, app: str) -> None:
     tenancy.enable(owner, app)
     run(owner, f"GRANT REFERENCES ON device_state TO {app}")
@@ -199,6 +225,16 @@ def test_anybody_may_check(owner: Connection, app: str) -> None:
 
     (found,) = tenancy.check(owner, app)
     assert "REVOKE REFERENCES" in found
+
+
+def test_a_check_ends_soon_also_where_postgresql_compiles_statements(owner: Connection, app: str) -> None:
+    if not owner.scalar(text("SELECT pg_jit_available()")):
+        pytest.skip("this server cannot compile statements")
+    tenancy.enable(owner, app)
+    run(owner, "SET LOCAL jit = on; SET LOCAL jit_above_cost = 0; SET LOCAL jit_optimize_above_cost = 0")
+    run(owner, "SET LOCAL statement_timeout = '2s'")
+
+    assert tenancy.check(owner, app) == []
 
 
 @pytest.mark.parametrize("role", ["the application's", "nobody's"])
