@@ -20,7 +20,7 @@ from sqlalchemy.exc import OperationalError
 
 from iot_models._core import loaded_objects, validation
 from iot_models._core.database_errors import LOCK_NOT_AVAILABLE, sqlstate
-from iot_models._core.ways_around import creators, ways_around
+from iot_models._core.ways_around import creators, table_name, ways_around
 from iot_models.models import DeviceState
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ _TABLE: Final = DeviceState.__tablename__
 # Written as PostgreSQL writes it back, because the two are compared. Never '': a setting that was set in a transaction
 # is '' after it, for as long as the connection lives.
 _RULE: Final = f"((tenant_id = current_setting('{SETTING}'::text, true)) AND (tenant_id <> ''::text))"
-_BINDS: Final = {"table": _TABLE, "policy": POLICY, "rule": _RULE}
 _BOUND: Final = "iot_models.tenancy.bound"
 
 _POLICY_NOW: Final = text("""
@@ -111,7 +110,7 @@ def enable(connection: Connection, role: str) -> None:
         return
     _lock(connection)
     _write_policy(connection, {*_policy_now(connection).roles, role})
-    _run(connection, f"ALTER TABLE {_TABLE} ENABLE ROW LEVEL SECURITY")
+    _run(connection, f"ALTER TABLE {table_name(connection)} ENABLE ROW LEVEL SECURITY")
     _warn(connection)
 
 
@@ -162,11 +161,11 @@ def disable(connection: Connection, role: str) -> None:
     if (
         connection.scalar(
             text("SELECT count(*) FROM pg_policy WHERE polrelid = CAST(to_regclass(CAST(:table AS text)) AS oid)"),
-            _BINDS,
+            _binds(connection),
         )
         == 0
     ):
-        _run(connection, f"ALTER TABLE {_TABLE} DISABLE ROW LEVEL SECURITY")
+        _run(connection, f"ALTER TABLE {table_name(connection)} DISABLE ROW LEVEL SECURITY")
     _warn(connection)
 
 
@@ -243,7 +242,7 @@ class _Policy(NamedTuple):
 def _policy_now(connection: Connection) -> _Policy:
     # The rule is compared as PostgreSQL writes it.
     connection.execute(text("SELECT set_config('quote_all_identifiers', 'off', true)"))
-    row = connection.execute(_POLICY_NOW, _BINDS).one_or_none()
+    row = connection.execute(_POLICY_NOW, _binds(connection)).one_or_none()
     return _Policy(row.roles, row.in_force) if row is not None else _Policy((), in_force=False)
 
 
@@ -251,11 +250,16 @@ def _ways_around(connection: Connection, role: str) -> Sequence[str]:
     return ways_around(connection, role, policy=POLICY, setting=SETTING)
 
 
+def _binds(connection: Connection) -> dict[str, str]:
+    return {"table": table_name(connection), "policy": POLICY, "rule": _RULE}
+
+
 def _write_policy(connection: Connection, roles: Collection[str]) -> None:
-    _run(connection, f"DROP POLICY IF EXISTS {POLICY} ON {_TABLE}")
+    table = table_name(connection)
+    _run(connection, f"DROP POLICY IF EXISTS {POLICY} ON {table}")
     if roles:
         names = ", ".join('"' + role.replace('"', '""') + '"' for role in sorted(roles))
-        _run(connection, f"CREATE POLICY {POLICY} ON {_TABLE} FOR ALL TO {names} USING ({_RULE}) WITH CHECK ({_RULE})")
+        _run(connection, f"CREATE POLICY {POLICY} ON {table} FOR ALL TO {names} USING ({_RULE}) WITH CHECK ({_RULE})")
 
 
 def _require_transaction(connection: Connection) -> None:
@@ -287,7 +291,7 @@ def _lock(connection: Connection) -> None:
         """)
     )
     try:
-        _run(connection, f"LOCK TABLE {_TABLE} IN ACCESS EXCLUSIVE MODE")
+        _run(connection, f"LOCK TABLE {table_name(connection)} IN ACCESS EXCLUSIVE MODE")
     except OperationalError as error:
         if sqlstate(error) == LOCK_NOT_AVAILABLE:
             error.add_detail(
@@ -298,7 +302,7 @@ def _lock(connection: Connection) -> None:
 
 
 def _warn(connection: Connection) -> None:
-    if roles := connection.scalars(_SHUT_OUT, _BINDS).all():
+    if roles := connection.scalars(_SHUT_OUT, _binds(connection)).all():
         log.warning(
             "row level security on %s now hides every row from %s: enable isolation for them too, or, if they are to "
             "see all tenants, CREATE POLICY ... ON %s TO ... USING (true)",

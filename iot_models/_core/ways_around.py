@@ -238,6 +238,14 @@ _CREATORS: Final = text("""
 """)
 
 
+def table_name(connection: Connection) -> str:
+    """The table as SQL names it: in the schema that `schema_translate_map` says, else as the search path finds it."""
+    schema = connection.schema_for_object(TABLE)
+    if schema is None:
+        return TABLE.name
+    return f"{connection.dialect.identifier_preparer.quote_schema(schema)}.{TABLE.name}"
+
+
 def ways_around(connection: Connection, role: str, *, policy: str, setting: str) -> Sequence[str]:
     """How `role` would see or change rows of other tenants, a sentence each, most with the statement that ends it.
 
@@ -247,7 +255,7 @@ def ways_around(connection: Connection, role: str, *, policy: str, setting: str)
         policy: The policy that limits it; other permissive policies are a way.
         setting: What the policy compares with; a value that every session has from the start is a way.
     """
-    binds = {"table": TABLE.name, "role": role, "policy": policy, "setting": setting}
+    binds = {"table": table_name(connection), "role": role, "policy": policy, "setting": setting}
     # PostgreSQL expects many rows of each recursion. For such a plan it would compile, for seconds, what takes 10 ms.
     connection.execute(text("SELECT set_config('jit', 'off', true)"))
     found: Sequence[str] = connection.scalars(_WAYS, binds).all()
@@ -260,5 +268,5 @@ def creators(connection: Connection) -> Sequence[str]:
     Not the owners of the schema and of the table, and no superuser. No statement of this package calls what they
     create; a statement that somebody types as the table's owner may.
     """
-    found: Sequence[str] = connection.scalars(_CREATORS, {"table": TABLE.name}).all()
+    found: Sequence[str] = connection.scalars(_CREATORS, {"table": table_name(connection)}).all()
     return found

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import func, insert
+from sqlalchemy import Column, MetaData, func, insert
 
-from iot_models.models import DeviceState
+from iot_models.models import DEFINED, TABLE, DeviceState
 from iot_models.twin import STALE_THRESHOLD_MINUTES
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from sqlalchemy.orm import Session
 
 
@@ -42,20 +45,31 @@ class SampleFleet:
     new: str = "new"
 
 
-def add_sample_fleet(session: Session) -> SampleFleet:
+def add_sample_fleet(session: Session, columns: Mapping[str, Any] = MappingProxyType({})) -> SampleFleet:
     """Insert the fleet in the session's transaction, without a commit.
 
     Async code calls it with `await session.run_sync(add_sample_fleet)`.
 
+    Args:
+        session: The session.
+        columns: Values for columns that you added to the table, by their names, the same in each row: for those that
+            are NOT NULL and have no default.
+
     Raises:
-        IntegrityError: If the fleet is in this database already (SQLAlchemy's error).
+        IntegrityError: If the fleet is in this database already, or a column needs a value (SQLAlchemy's error).
+        ValueError: If `columns` names one of our columns.
 
     Example:
         >>> fleet = add_sample_fleet(session)
         >>> ShadowService(session, fleet.tenant_id).count_pending()
         1
     """
+    if ours := columns.keys() & {column.name for column in DEFINED.columns}:
+        raise ValueError(f"{', '.join(sorted(ours))}: these columns have the values of the sample fleet")
     fleet = SampleFleet()
+    table = TABLE.to_metadata(MetaData())
+    for name in columns.keys() - {*table.columns.keys()}:
+        table.append_column(Column(name))
     wanted = {"mode": "auto", "target_c": 21.5}
     long_ago = func.now() - 2 * timedelta(minutes=STALE_THRESHOLD_MINUTES)
     written: dict[str, Any] = {
@@ -76,11 +90,11 @@ def add_sample_fleet(session: Session) -> SampleFleet:
         fleet.new: {},
     }
     elsewhere = written | {"desired_state": {"target_c": 5}, "desired_version": 9, "reported_version": 8}
-    for device_id, columns in devices.items():
+    for device_id, written_to in devices.items():
         for tenant_id, site_id, values in (
-            (fleet.tenant_id, "berlin", columns),
+            (fleet.tenant_id, "berlin", written_to),
             (fleet.other_tenant_id, "springfield", elsewhere),
         ):
             row = {"tenant_id": tenant_id, "site_id": site_id, "device_id": device_id, **values}
-            session.execute(insert(DeviceState).values(row))
+            session.execute(insert(table).values(row | dict(columns)), bind_arguments={"mapper": DeviceState})
     return fleet
