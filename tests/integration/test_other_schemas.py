@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import Engine, NullPool, select, text
@@ -19,7 +19,7 @@ from tests.migrations.raw_sql import as_role, run_sql
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "schema_translate_map": {"execution_options": {"schema_translate_map": {None: 'I "ot:'}}},
     "the search path": {"connect_args": {"options": '-c search_path="I\\ \\"\\"ot:"'}},
 }
@@ -93,9 +93,9 @@ def test_tenants_are_kept_apart_there(elsewhere: Engine, server_role: str) -> No
     run_sql(url, f"DROP OWNED BY {server_role}")
 
 
-def _options(engine: Engine) -> dict[str, object]:
+def _options(engine: Engine) -> dict[str, Any]:
     translates = engine.get_execution_options().get("schema_translate_map")
-    return OPTIONS["schema_translate_map" if translates else "the search path"]  # type: ignore[return-value]
+    return OPTIONS["schema_translate_map" if translates else "the search path"]
 
 
 def test_a_team_s_not_null_columns_are_filled_in_the_sample_fleet(new_database: Callable[..., str]) -> None:

@@ -1,0 +1,1 @@
+"""Machines, their orders, and what each machine is to do."""
