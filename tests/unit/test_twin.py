@@ -80,6 +80,7 @@ def seed_compute_delta(desired: dict[str, Any], reported: dict[str, Any]) -> dic
         ({"a": 1, "b": 2}, {"b": 2.0, "a": 1}),
         ([], []),
         ([1, {"a": None}], [1.0, {"a": None}]),
+        ({"a": [1, 10**23], "b": 5}, {"a": [1.0, 1e23], "b": 5.0}),
         (Decimal("0.1"), 0.1),
     ],
 )
