@@ -13,7 +13,7 @@ import os
 import re
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import pytest
 
@@ -29,21 +29,32 @@ if TYPE_CHECKING:
 _USED = pytest.StashKey[str]()
 
 
-_PASSWORD = re.compile(r"://[^/?#]*?:([^/?#]+)@|[?&]password=([^&]+)")
+_PASSWORD = re.compile(r"://[^:/]*:([^@]+)@|[?&](?:ssl)?password=([^&]+)")
+
+
+def _passwords() -> list[str]:
+    """Those in IOT_MODELS_TEST_DATABASE_URL, as they are written there, as they are, and as SQLAlchemy writes them."""
+    found = ["".join(groups) for groups in _PASSWORD.findall(os.environ.get("IOT_MODELS_TEST_DATABASE_URL", ""))]
+    plain = [unquote(password) for password in found]
+    encoded = [quote(password, safe=safe) for password in plain for safe in ("", " +", "/")]
+    return sorted({*found, *plain, *encoded}, key=len, reverse=True)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Hide the password of IOT_MODELS_TEST_DATABASE_URL in the report of a test: an assertion may compare the URL."""
+    """Hide the passwords of IOT_MODELS_TEST_DATABASE_URL in the report of a test, and in what the test printed."""
     report = yield
-    found = _PASSWORD.search(os.environ.get("IOT_MODELS_TEST_DATABASE_URL", ""))
-    if found and report.longrepr is not None:
-        written = found[1] or found[2]
-        hidden = said = str(report.longrepr)
-        for password in (written, unquote(written)):
-            hidden = hidden.replace(password, "***")
-        if hidden != said:
-            report.longrepr = hidden
+    if not (passwords := _passwords()):
+        return report
+
+    def hidden(said: str) -> str:
+        for password in passwords:
+            said = said.replace(password, "***")
+        return said
+
+    report.sections = [(name, hidden(content)) for name, content in report.sections]
+    if report.longrepr is not None and (shown := hidden(said := str(report.longrepr))) != said:
+        report.longrepr = shown
     return report
 
 

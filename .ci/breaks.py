@@ -431,6 +431,27 @@ BREAKS = [
         ("tests/security/test_secrets.py",),
     ),
     Break(
+        "a migration's error shows the row",
+        "iot_models/_migrations/targets.py",
+        '    event.listen(engine, "handle_error", hide_row)\n',
+        "",
+        ("tests/security/test_secrets.py",),
+    ),
+    Break(
+        "a stranger's name moves the cursor",
+        "iot_models/_migrations/obstacles.py",
+        "one if one.isprintable() else",
+        "one if True else",
+        ("tests/security/test_migrations.py",),
+    ),
+    Break(
+        "a guard makes its folder under a name that everybody reads before",
+        "iot_models/testing/throwaway.py",
+        '[sys.executable, "-I", __file__, str(folder.parent)]',
+        '[sys.executable, "-I", __file__, str(folder.parent), str(folder)]',
+        ("tests/integration/test_throwaway_server.py",),
+    ),
+    Break(
         "a URL is shown with all that it holds",
         "alembic/env.py",
         "cannot reach {shown(engine.url)}",

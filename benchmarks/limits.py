@@ -28,6 +28,9 @@ DEAR: dict[str, Callable[[int], dict[str, Any]]] = {
     "shortest numbers": lambda n: {"a": [0] * n},
     "shortest keys": lambda n: {f"{number:x}": 0 for number in range(n)},
     "floats": lambda n: {"a": [0.1] * n},
+    "floats with an exponent": lambda n: {"a": [1e-05] * n},
+    "whole numbers in one document, floats in the other": lambda n: {"a": [1.0] * n},
+    "the same as members, in nine levels": lambda n: _nested(9, {f"{number:x}": 1.0 for number in range(n)}),
     "empty arrays": lambda n: {"a": [[]] * n},
     "pairs": lambda n: {"a": [[1, 2] for _ in range(n)]},
     "arrays in arrays": lambda n: {"a": [[[[[[[[[]]]]]]]] for _ in range(n)]},
@@ -35,6 +38,12 @@ DEAR: dict[str, Callable[[int], dict[str, Any]]] = {
     "numbers with 324 places": lambda n: {"a": [5e-324] * n},
     "what JSON escapes": lambda n: {"a": "\x01" * n},
 }
+# Of these, reported has each float as a whole number.
+WHOLE = ("whole numbers in one document, floats in the other", "the same as members, in nine levels")
+
+
+def _nested(levels: int, document: dict[str, Any]) -> dict[str, Any]:
+    return document if levels == 1 else {"a": _nested(levels - 1, document)}
 
 
 def measure(url: str, rounds: int, progress: Progress) -> list[Figure]:
@@ -83,9 +92,10 @@ def _works(
     session: Session, kind: str, document: dict[str, Any], refused: dict[str, Any]
 ) -> dict[str, Callable[[], object]]:
     service = ShadowService(session, f"{TENANT} {kind}")
-    reported = json.loads(json.dumps(document))
+    # A copy, as it comes from the database.
+    reported = json.loads(json.dumps(document), parse_float=(lambda text: int(float(text))) if kind in WHOLE else None)
     service.replace_desired_many(dict.fromkeys(DEVICES, document))
-    service.replace_reported_many([Report(device, document) for device in DEVICES])
+    service.replace_reported_many([Report(device, reported) for device in DEVICES])
 
     def page() -> None:
         for shadow in service.pending(limit=100):

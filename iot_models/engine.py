@@ -35,6 +35,12 @@ _STATEMENT_TIMEOUT: Final = timedelta(seconds=30)
 _LOCK_TIMEOUT: Final = timedelta(seconds=10)
 _IDLE_IN_TRANSACTION_TIMEOUT: Final = timedelta(seconds=60)
 
+# Options of libpq that the `repr` of an engine would show. That of a URL hides the password only.
+_SECRETS: Final = frozenset({"oauth_client_secret", "scram_client_key", "scram_server_key", "sslpassword"})
+# One of the hosts in a URL: a name or an address, perhaps with a port; or a socket's folder or abstract name.
+_HOST: Final = re.compile(r"(\w[\w.-]*(:\d*)?|\[?[\da-fA-F:.]+(%\w+)?\]?|[/@][^@]*)?")
+_PORTS: Final = re.compile(r"[\d,]*", re.ASCII)
+
 # Compact UTF-8: the form in which documents are measured. NaN is not JSON: it is refused here, with ValueError, and not
 # by the server.
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
@@ -103,7 +109,7 @@ def create_engine(
         raise ValueError(f"{target.drivername} is an async driver: use create_async_engine, or postgresql+psycopg")
     import_driver(target)
     timeouts = _timeouts(statement_timeout, lock_timeout, idle_in_transaction_session_timeout, pgbouncer=pgbouncer)
-    connect_args, settings = _for_libpq(target, application_name, timeouts, options, pgbouncer=pgbouncer)
+    target, connect_args, settings = _for_libpq(target, application_name, timeouts, options, pgbouncer=pgbouncer)
     engine = sqlalchemy.create_engine(target, **_with_defaults(target, options, connect_args))
     _prepare_connections(engine, settings)
     return engine
@@ -145,7 +151,7 @@ def create_async_engine(
     if target.get_driver_name() == "asyncpg":
         target, connect_args, settings = _for_asyncpg(target, application_name, timeouts, options, pgbouncer=pgbouncer)
     else:
-        connect_args, settings = _for_libpq(target, application_name, timeouts, options, pgbouncer=pgbouncer)
+        target, connect_args, settings = _for_libpq(target, application_name, timeouts, options, pgbouncer=pgbouncer)
     engine = asyncio.create_async_engine(target, **_with_defaults(target, options, connect_args))
     _prepare_connections(engine.sync_engine, settings)
     return engine
@@ -214,8 +220,8 @@ def _with_defaults(url: URL, options: Mapping[str, Any], connect_args: Mapping[s
 
 def _for_libpq(
     url: URL, application_name: str, timeouts: Mapping[str, str], options: Mapping[str, Any], *, pgbouncer: bool
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """The `connect_args`, and the settings for `_prepare_connections`.
+) -> tuple[URL, dict[str, Any], dict[str, str]]:
+    """The URL without secret options, the `connect_args`, and the settings for `_prepare_connections`.
 
     Raises:
         ValueError: If the caller sets what `create_engine` does not accept.
@@ -227,8 +233,14 @@ def _for_libpq(
     encodings = url.normalized_query.get("client_encoding", ())
     for encoding in filter(None, [*encodings, given.get("client_encoding"), options.get("client_encoding")]):
         require_readable({"client_encoding": encoding})
-    # libpq takes it only if nothing else sets application_name, PGAPPNAME included.
-    connect_args = {"fallback_application_name": application_name, **given, "client_encoding": CLIENT_ENCODING}
+    secret = {name: values[-1] for name, values in url.normalized_query.items() if name in _SECRETS}
+    # libpq takes the name only if nothing else sets application_name, PGAPPNAME included.
+    connect_args = {
+        "fallback_application_name": application_name,
+        **secret,
+        **given,
+        "client_encoding": CLIENT_ENCODING,
+    }
     if pgbouncer:
         never = {} if url.get_driver_name() == "psycopg2" else {"prepare_threshold": None}  # psycopg2 never prepares
         # Also if there are no options: libpq would read PGOPTIONS.
@@ -239,7 +251,7 @@ def _for_libpq(
         merged = " ".join([*ours, *(theirs or filter(None, [os.environ.get("PGOPTIONS")]))])
         if merged:
             connect_args["options"] = merged
-    return connect_args, pinned(settings)
+    return url.difference_update_query(secret), connect_args, pinned(settings)
 
 
 def _for_asyncpg(
@@ -316,6 +328,11 @@ def normalize_url(url: str | URL) -> URL:
     if "@" in (parsed.host or "") or re.search(r"[=@#;&:/\s]", parsed.database or ""):
         # Without the URL again: what looks like its host or its database is a part of a password, or holds one.
         raise ValueError(f"not a database URL: {_WRITE_IT_AS}, with @ in a user or password written as %40")
+    host, port = (",".join(parsed.normalized_query.get(name, ())) for name in ("host", "port"))
+    if not _plain_host(host) or not _PORTS.fullmatch(port):
+        raise ValueError(f"not a database URL, because of its option host or port: {_WRITE_IT_AS}")
+    if "password" in parsed.query:  # psycopg and asyncpg take it before the other
+        parsed = parsed.set(password=parsed.normalized_query["password"][-1]).difference_update_query(["password"])
     if not all(map(storable_text, _texts(parsed))):
         raise ValueError(f"not a database URL, because it contains NUL or a lone surrogate: {_WRITE_IT_AS}")
     if parsed.drivername in {"postgres", "postgresql"}:
@@ -341,9 +358,14 @@ def shown(url: URL) -> str:
         >>> shown(make_url("postgresql://iot:secret@db/iotcloud?sslpassword=secret"))
         'database iotcloud at db:5432'
     """
-    host = url.host or ",".join(url.normalized_query.get("host", ()))
-    port = url.port or ",".join(url.normalized_query.get("port", ()))
-    return f"database {url.database or '(default)'} at {host or '(default host)'}{f':{port}' if port else ''}"
+    query = url.normalized_query
+    host, port = url.host or ",".join(query.get("host", ())), str(url.port or ",".join(query.get("port", ())))
+    where = (host or "(default host)") if _plain_host(host) else "(no plain host)"
+    return f"database {url.database or '(default)'} at {where}{f':{port}' if port and _PORTS.fullmatch(port) else ''}"
+
+
+def _plain_host(host: str) -> bool:
+    return all(map(_HOST.fullmatch, host.split(",")))
 
 
 def _texts(url: URL) -> Iterator[str]:

@@ -110,9 +110,11 @@ def compute_delta(desired: Mapping[str, object], reported: Mapping[str, object])
             alike.append(key)
         elif not json_equal(wanted, actual):
             delta[key] = _copy(wanted)
-    if alike and not surely_equal([desired[key] for key in alike], [reported[key] for key in alike]):
-        apart = {key for key in alike if not json_equal(desired[key], reported[key])}
-        if apart:  # build it again, so that the keys keep the order of desired
+    if alike:
+        pairs = [desired[key] for key in alike], [reported[key] for key in alike]
+        if not surely_equal(*pairs) and not json_equal(*pairs):
+            apart = {key for key in alike if not json_equal(desired[key], reported[key])}
+            # Build it again, so that the keys keep the order of desired.
             delta = {key: _copy(wanted) for key, wanted in desired.items() if key in apart or key in delta}
     return delta
 
@@ -228,9 +230,12 @@ def sync_status(
     return SyncStatus.SYNCED if desired_version == reported_version else SyncStatus.PENDING
 
 
-def _nested_delta(desired: Mapping[str, object], reported: Mapping[str, object]) -> Document:
-    if desired == reported and surely_equal(desired, reported):
-        return {}
+def _nested_delta(desired: Mapping[str, object], reported: Mapping[str, object], *, at_once: bool = True) -> Document:
+    """The nested delta. `at_once`: first compare the whole in C, which is not done again at each level inside."""
+    if at_once and desired == reported:
+        if surely_equal(desired, reported):
+            return {}
+        at_once = False
     delta: Document = {}
     for key, wanted in desired.items():
         actual = reported.get(key, ABSENT)
@@ -239,7 +244,7 @@ def _nested_delta(desired: Mapping[str, object], reported: Mapping[str, object])
             if wanted != actual:
                 delta[key] = wanted
         elif isinstance(wanted, dict) and isinstance(actual, dict):
-            if inner := _nested_delta(wanted, actual):
+            if inner := _nested_delta(wanted, actual, at_once=at_once):
                 delta[key] = inner
         elif not json_equal(wanted, actual):
             delta[key] = _copy(wanted)

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import sys
+from bisect import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
@@ -46,6 +47,12 @@ _ALWAYS_ENOUGH: Final = 1_024
 # From here to there Python writes a float without an exponent.
 _LOW: Final = 1e-4
 _HIGH: Final = 1e16
+# How much a smaller one grows when PostgreSQL writes it out depends on its power of ten, and on whether it has one
+# digit (1e-05) or several (1.5e-05). Tables know it many times as fast as the text. They have the powers of which a
+# document can hold thousands.
+_TENS: Final = range(-32, -4)
+_POWERS: Final = [float(f"1e{tens}") for tens in _TENS]
+_ONE_DIGIT: Final = frozenset(float(f"{digit}e{tens}") for tens in _TENS for digit in range(1, 10))
 
 
 class _StoredNumber(Decimal):
@@ -188,7 +195,7 @@ def _check(  # noqa: C901, PLR0912 - one branch per JSON type
     left: int,
     weight: _Weight,
 ) -> int:
-    """Check the content of a container, for which `left` bytes are left; return how many are left after it.
+    """Check a container, for which `left` bytes are left; return how many are left after it.
 
     No value is counted larger than it is, so the result is an upper bound. `weight` is added to.
     """
@@ -197,7 +204,8 @@ def _check(  # noqa: C901, PLR0912 - one branch per JSON type
         raise InvalidDocument(_pointer(place), "nested too deep: flatten it, or raise DocumentLimits.max_depth")
     keyed = isinstance(container, dict)
     members: Iterable[tuple[Any, object]] = container.items() if isinstance(container, dict) else enumerate(container)
-    left -= len(container)  # a value takes at least one byte, and a text at least one byte per character
+    # At least one byte for a value and one for a comma or bracket; for a key, two quotes, a colon and its characters.
+    left -= 1 + len(container) * (5 if keyed else 2)
     for key, value in members:
         if keyed:
             # Nearly all text is ASCII without NUL and needs no further test. This loop is most of the time of a check.
@@ -207,16 +215,18 @@ def _check(  # noqa: C901, PLR0912 - one branch per JSON type
         if isinstance(value, str):
             if not ((value.isascii() and "\0" not in value) or storable_text(value)):
                 raise InvalidDocument(_pointer((place, key)), _TEXT_REASON)
-            left -= len(value)
+            left -= len(value) + 1
         elif value is None or value is True or value is False:
-            pass
+            left -= 3
         elif isinstance(value, int):
             if value.bit_length() > _FEW_BITS:
                 if abs(value) >= 10 ** (most := _most_digits()):
                     raise InvalidDocument(_pointer((place, key)), f"an integer of more than {most:,} digits")
                 left -= value.bit_length() * 3 // 10  # a digit is 3.3 bits
         elif isinstance(value, float):
-            if not (_LOW <= value < _HIGH or -_HIGH < value <= -_LOW or value == 0):
+            if _LOW <= value < _HIGH or -_HIGH < value <= -_LOW or value == 0:
+                left -= 2  # 0.5
+            else:
                 left -= _check_float(value, place, key, weight)
         elif isinstance(value, (dict, list)):
             # A document can be nothing but empty containers: they must cost no more than other values.
@@ -237,13 +247,21 @@ def _check(  # noqa: C901, PLR0912 - one branch per JSON type
 
 
 def _check_float(value: float, place: Place, key: str | int, weight: _Weight) -> int:
-    """Check a number; return by how many bytes it grows in PostgreSQL, which are added to `weight`."""
-    if not math.isfinite(value):
+    """Check a number that Python writes with an exponent, or not at all; return how many bytes it takes beyond one.
+
+    That is a lower bound. `weight` is added to: by how much PostgreSQL writes more than Python.
+    """
+    size = abs(value)
+    if _POWERS[0] <= size < _LOW:
+        tens = _TENS[bisect(_POWERS, size) - 1]
+        grows = -tens - 3 - (size not in _ONE_DIGIT)
+    elif math.isfinite(value):
+        text = float.__repr__(value)
+        grows = len(f"{Decimal(text):f}") - len(text)
+    else:
         raise InvalidDocument(_pointer((place, key)), f"{value} is not a JSON number: send null, or omit it")
-    text = float.__repr__(value)
-    grows = len(f"{Decimal(text):f}") - len(text) if "e" in text else 0
     weight.written_out += grows
-    return grows
+    return grows + 4  # 1e-05 or more
 
 
 def _most_digits() -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
-
-from iot_models.errors import shown
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+_KINDS: Final = {type(None): "null", bool: "a boolean", str: "a string", list: "an array"}
 
 
 def read_json(text: str, parse_float: Callable[[str], Any] | None = None) -> Any:
@@ -25,4 +25,5 @@ def why_no_document(value: object) -> str | None:
         return None
     if isinstance(value, str) and value.startswith(("{", "[")):
         return "Python cannot hold a number in it (more than 4,300 digits), or it is nested too deep"
-    return f"is no JSON object but {'null' if value is None else shown(value)}"
+    # Its type only: what was meant to be a document may hold a secret of the device.
+    return f"is no JSON object but {_KINDS.get(type(value), 'a number')}"

@@ -6,7 +6,7 @@ import argparse
 import logging
 import re
 import sys
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from alembic import command
 from alembic.util import CommandError
@@ -14,6 +14,7 @@ from sqlalchemy.exc import DBAPIError
 
 from iot_models._migrations import runner
 from iot_models._migrations.findings import COMMAND, examine
+from iot_models._migrations.obstacles import escaped
 from iot_models._migrations.options import OPTIONS
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 1
     except DBAPIError as error:
-        sys.stderr.write(f"error: PostgreSQL says: {str(error.orig).strip()}\n")
+        said = "\n".join(map(escaped, str(error.orig).strip().split("\n")))
+        sys.stderr.write(f"error: PostgreSQL says: {said}\n")
         return 1
     sys.stdout.write(lines)
     return int(code)
@@ -88,16 +90,34 @@ def _run_sql(given: argparse.Namespace, _: str | None, options: Options) -> tupl
     return 0, runner.sql(given.range, options)
 
 
+# What argparse may say of a wrong command line. In any other words it repeats what was given.
+_MAY_BE_SAID: Final = re.compile(
+    r"(argument [^\s:]+: )?"
+    r"(expected one argument$|ignored explicit argument|invalid choice(?=: (?s:.*)( \(choose from .*))"
+    r"|unrecognized arguments|not a (revision|role): .*|the following arguments are required: .*)"
+)
+
+
 class _Parser(argparse.ArgumentParser):
-    """It does not quote what it does not understand: that may be a URL with its password."""
+    """It does not repeat what it is given: that may be a URL with its password."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        super().error(re.sub(r"(unrecognized arguments|invalid choice): (?s:.*?)(?= \(choose from|$)", r"\1", message))
+        may_be_said = _MAY_BE_SAID.match(message)
+        super().error("".join(filter(None, may_be_said.group(0, 3))) if may_be_said else "this is not understood")
 
 
 def _revisions(given: str) -> str:
     if not re.fullmatch(r"[\w@+-]+(:[\w@+-]+)?", given):
         raise argparse.ArgumentTypeError("not a revision: write 076, head, +1 or -1, or a range FROM:TO")
+    return given
+
+
+def _role(given: str) -> str:
+    if "://" in given:
+        raise argparse.ArgumentTypeError("not a role: write its name")
     return given
 
 
@@ -147,6 +167,7 @@ Exit codes: 0 done, 1 refused or failed or a difference found, 2 wrong usage, 13
         action="append",
         default=[],
         metavar="ROLE",
+        type=_role,
         help="and whether row level security limits this role to one tenant, as tenancy.enable left it",
     )
     offline = add("sql", "print the SQL from one revision to another, and ask no database", _run_sql)

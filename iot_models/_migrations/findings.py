@@ -16,7 +16,14 @@ from iot_models._migrations.comparison import COLUMNS, TABLE, differences
 from iot_models._migrations.dependents import PARKED
 from iot_models._migrations.expectations import unfit
 from iot_models._migrations.faulty_rows import faulty_rows
-from iot_models._migrations.obstacles import SHADOWS, Plan, interrupted_downgrade, obstacles, row_security_hides
+from iot_models._migrations.obstacles import (
+    SHADOWS,
+    Plan,
+    escaped,
+    interrupted_downgrade,
+    obstacles,
+    row_security_hides,
+)
 from iot_models._migrations.version_table import unknown
 
 if TYPE_CHECKING:
@@ -67,24 +74,23 @@ def examine(target: Target, options: Options, *, roles: Iterable[str] = ()) -> F
         database = f"database {connection.scalar(text('SELECT current_database()'))}"
         at_head = revision == head
         interrupted = interrupted_downgrade(connection)
-        return Findings(
-            problems=[
-                *([] if at_head else [f"{database} {_elsewhere(revision, known)}"]),
-                *([f"{database}: {interrupted}"] if interrupted else []),
-                # At any other revision than head the schema has to differ.
-                *(_differences(connection) if at_head else _stops_upgrade(connection, revision, scripts)),
-                *faulty_rows(connection),
-                *(line for role in roles for line in _tenancy(connection, role)),
-            ],
-            verdict=f"{database} stands at head ({head}) and equals the models",
-            notes=[
-                *_parked_shadows(connection, below=revision in {None, *known[: known.index(SHADOWS)]}),
-                *_stops_downgrade(connection, revision, scripts),
-                *_encoding(connection),
-                *_slow_locks(connection),
-                *creators(connection),
-            ],
-        )
+        problems = [
+            *([] if at_head else [f"{database} {_elsewhere(revision, known)}"]),
+            *([f"{database}: {interrupted}"] if interrupted else []),
+            # At any other revision than head the schema has to differ.
+            *(_differences(connection) if at_head else _stops_upgrade(connection, revision, scripts)),
+            *faulty_rows(connection),
+            *(line for role in roles for line in _tenancy(connection, role)),
+        ]
+        notes = [
+            *_parked_shadows(connection, below=revision in {None, *known[: known.index(SHADOWS)]}),
+            *_stops_downgrade(connection, revision, scripts),
+            *_encoding(connection),
+            *_slow_locks(connection),
+            *creators(connection),
+        ]
+        verdict = f"{database} stands at head ({head}) and equals the models"
+        return Findings([*map(escaped, problems)], escaped(verdict), [*map(escaped, notes)])
 
     return runner.ask(target, options, answer)
 

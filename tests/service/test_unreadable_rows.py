@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 NO_DOCUMENTS = {
     "null": "is no JSON object but null",
-    "[]": r"is no JSON object but \[\]",
-    "1": "is no JSON object but 1",
-    '"text"': "is no JSON object but 'text'",
+    "[]": "is no JSON object but an array",
+    "1": "is no JSON object but a number",
+    '"text"': "is no JSON object but a string",
     '{"n": ' + "9" * 5000 + "}": "Python cannot hold a number in it",
 }
 SECTIONS = ("desired_state", "reported_state")

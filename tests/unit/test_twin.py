@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iot_models import twin
-from iot_models._core.equality import json_equal
+from iot_models._core.equality import json_equal, surely_equal
 from iot_models.twin import (
     STALE_THRESHOLD_MINUTES,
     Change,
@@ -80,6 +80,7 @@ def seed_compute_delta(desired: dict[str, Any], reported: dict[str, Any]) -> dic
         ({"a": 1, "b": 2}, {"b": 2.0, "a": 1}),
         ([], []),
         ([1, {"a": None}], [1.0, {"a": None}]),
+        ({"a": [1, 10**23], "b": 5}, {"a": [1.0, 1e23], "b": 5.0}),
         (Decimal("0.1"), 0.1),
     ],
 )
@@ -261,6 +262,22 @@ def test_the_nested_delta_holds_only_what_differs(
     desired: dict[str, Any], reported: dict[str, Any], delta: dict[str, Any]
 ) -> None:
     assert compute_nested_delta(desired, reported) == delta
+
+
+def test_documents_that_only_python_calls_equal_are_compared_as_a_whole_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[object] = []
+
+    def counted(left: object, right: object) -> bool:
+        compared.append(left)
+        return surely_equal(left, right)
+
+    monkeypatch.setattr(twin, "surely_equal", counted)
+    desired, reported = ({"a": {"a": {"a": {"one": one, "on": True}}}} for one in (1, 1.0))
+    assert compute_nested_delta(desired, reported) == {}
+    assert len(compared) == 1
+    reported["a"]["a"]["a"]["on"] = 1
+    assert compute_nested_delta(desired, reported) == {"a": {"a": {"a": {"on": True}}}}
+    assert len(compared) == 2
 
 
 @given(documents_of(scalars_without_null), documents)
