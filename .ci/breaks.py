@@ -52,6 +52,8 @@ UNREADABLE = "tests/service/test_unreadable_rows.py"
 OBSTACLES = "tests/migrations/test_obstacles.py"
 ROLLBACK = "tests/migrations/test_rollback.py"
 TWIN = "tests/unit/test_twin.py"
+BESIDE = "tests/migrations/test_beside_another_history.py"
+IN_AN_ENV = "tests/migrations/test_in_a_teams_env.py"
 
 BREAKS = [
     # Versions
@@ -389,7 +391,7 @@ BREAKS = [
     # What would stop a migration
     Break(
         "what would stop a migration is found half-way",
-        "alembic/env.py",
+        "iot_models/_migrations/environment.py",
         "        refuse(found)\n",
         "        pass\n",
         (OBSTACLES,),
@@ -454,8 +456,8 @@ BREAKS = [
     Break(
         "a URL is shown with all that it holds",
         "alembic/env.py",
-        "cannot reach {shown(engine.url)}",
-        "cannot reach {engine.url.render_as_string(hide_password=False)}",
+        "cannot reach {shown(target.url)}",
+        "cannot reach {target.url.render_as_string(hide_password=False)}",
         ("tests/security/test_secrets.py", "tests/migrations/test_command.py"),
     ),
     Break(
@@ -468,8 +470,8 @@ BREAKS = [
     Break(
         "nobody looks again after a wait",
         "iot_models/_migrations/obstacles.py",
-        'event.listen(connection, "before_cursor_execute", before)',
-        "pass",
+        'listeners = {"before_cursor_execute": before, ',
+        "listeners = {",
         ("tests/security/test_migrations.py",),
     ),
     Break(
@@ -513,6 +515,63 @@ BREAKS = [
         "FROM pg_class c LEFT JOIN pg_index i",
         "FROM pg_class c JOIN pg_index i",
         ("tests/migrations/test_names.py",),
+    ),
+    # In somebody else's house
+    Break(
+        "the version table of the application is taken for ours",
+        "iot_models/_migrations/version_table.py",
+        "    return _adds(scripts[:end]) <= there and not _adds(scripts[end:]) & there\n",
+        "    return True\n",
+        (BESIDE,),
+    ),
+    Break(
+        "the rest of the search path is searched for our objects",
+        "iot_models/_migrations/search_path.py",
+        "                  AND NOT EXISTS (SELECT FROM taken WHERE taken.oid {{=}} path.oid)) AS s",
+        "                  ) AS s",
+        (BESIDE,),
+    ),
+    Break(
+        "our revisions run in an env.py that keeps none of their promises",
+        "iot_models/_migrations/environment.py",
+        "        raise CommandError(begin.needs)\n",
+        "        pass\n",
+        (IN_AN_ENV,),
+    ),
+    Break(
+        "a team's env.py looks at nothing before our first revision",
+        "iot_models/_migrations/environment.py",
+        "    if look_ahead(migration, options):\n",
+        "    if False:\n",
+        (IN_AN_ENV,),
+    ),
+    Break(
+        "a connection of the caller's keeps our settings",
+        "iot_models/_migrations/environment.py",
+        "WHERE pg_catalog.current_setting(was.name) <> was.value",
+        "WHERE false",
+        (IN_AN_ENV,),
+    ),
+    Break(
+        "autogenerate proposes to drop what is ours",
+        "iot_models/_migrations/autogenerate.py",
+        "        return name not in _ALONE and (not _is_ours(object) or compare_to is not None)\n",
+        "        return name not in _ALONE\n",
+        (IN_AN_ENV,),
+    ),
+    Break(
+        "Alembic's own statements find the operators of strangers",
+        "iot_models/_migrations/search_path.py",
+        '            connection.connection.cursor().execute(f"SET search_path = {where}")\n',
+        "            pass\n",
+        ("tests/security/test_statements.py",),
+    ),
+    Break(
+        "isolation is enabled in the schema of the search path, and not in the engine's",
+        "iot_models/_core/ways_around.py",
+        "    schema = connection.schema_for_object(TABLE)\n",
+        "    schema = None\n",
+        ("tests/integration/test_other_schemas.py",),
     ),
 ]
 

@@ -23,18 +23,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.repeats
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(CHECKOUT)],
-        check=True,
-        capture_output=True,
-    )
-    (path,) = folder.glob("*.whl")
-    return path
-
-
 def test_the_wheel_holds_the_package_with_the_migrations_inside_it_the_pytest_plugin_and_nothing_else(
     wheel: Path,
 ) -> None:
@@ -58,17 +46,6 @@ def test_the_wheel_asks_for_three_libraries_and_no_more(wheel: Path) -> None:
 
     required = [line.split(": ")[1] for line in lines if line.startswith("Requires-Dist:") and "extra ==" not in line]
     assert [requirement.split(">=")[0] for requirement in required] == ["alembic", "psycopg", "sqlalchemy"]
-
-
-@pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheel's files, as pip lays them out; what the wheel depends on is this environment's."""
-    folder = tmp_path_factory.mktemp("installed")
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile", "--target", folder, wheel],
-        check=True,
-    )  # fmt: skip
-    return folder
 
 
 def test_an_installed_wheel_migrates_without_a_checkout_and_writes_to_no_folder(

@@ -34,7 +34,7 @@ class Machine(Base):
     device_id: Mapped[str]
 
     plant: Mapped[Plant] = relationship()
-    # The class, and the attributes below, not their names: a name is looked up in the metadata and registry of this Base.
+    # The class, and its attributes below, and not their names, which would be looked up in this Base.
     device: Mapped[DeviceState] = relationship(DeviceState)
     orders: Mapped[list["MachineOrder"]] = relationship(back_populates="machine", order_by="MachineOrder.id")
 
