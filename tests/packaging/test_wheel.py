@@ -48,6 +48,15 @@ def test_the_wheel_asks_for_three_libraries_and_no_more(wheel: Path) -> None:
     assert [requirement.split(">=")[0] for requirement in required] == ["alembic", "psycopg", "sqlalchemy"]
 
 
+def test_the_readme_of_the_package_has_no_link_that_leads_nowhere(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        shown = archive.read(name).decode().partition("\n\n")[2]
+
+    assert [link for link in re.findall(r"\]\(([^)]*)\)", shown) if not link.startswith(("http", "#"))] == []
+    assert "`docs/your-application.md` (in the source distribution)" in shown
+
+
 def test_an_installed_wheel_migrates_without_a_checkout_and_writes_to_no_folder(
     installed: Path, tmp_path: Path, new_database: Callable[..., str]
 ) -> None:
