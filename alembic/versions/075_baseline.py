@@ -36,9 +36,8 @@ ADDS = {"device_state": {"columns": COLUMNS, "indexes": INDEXES}}
 PARKED = "device_state_shadow_076"
 
 
-NEEDS = """\
-the revisions of iot_models need two lines in this env.py (import iot_models.migrate); nothing was changed. Without \
-them, writers could wait without a limit, and a rollback could lose shadows:
+NEEDS = """the revisions of iot_models need two lines in this env.py (import iot_models.migrate); nothing was changed.
+Without them, writers could wait without a limit, and a rollback could lose shadows:
 
     with iot_models.migrate.guarded(connection):      # around configure() and run_migrations(), in no transaction
         context.configure(connection=connection, ..., transaction_per_migration=True)"""

@@ -13,6 +13,7 @@ from iot_models._migrations.runner import revisions
 from tests.migrations import commands
 from tests.migrations.raw_sql import (
     FLEET,
+    PARKED,
     RAW_075,
     RAW_076,
     SHADOWS,
@@ -253,10 +254,15 @@ def test_two_schemas_of_one_database_have_a_history_each(empty: str) -> None:
 
     both = create_engine(empty, connect_args={"options": "-c search_path=iot,public"}, poolclass=NullPool)
     assert migrate.current(both) == HEAD
-    run_sql(empty, "SET search_path = iot", FLEET, SHADOWS)
-    migrate.downgrade(both, "075")  # parks in iot
+    migrate.downgrade(both, "075")
     migrate.upgrade(both, schema="public")
     assert (migrate.current(empty, schema="iot"), migrate.current(empty)) == ("075", HEAD)
+
+    run_sql(empty, FLEET, SHADOWS)
+    migrate.downgrade(empty, "075")
+    parked = rows_of(empty, PARKED)
+    migrate.upgrade(both)  # iot, which has no shadows to put back
+    assert rows_of(empty, PARKED) == parked
 
 
 def test_the_table_is_found_in_whichever_schema_of_the_search_path_it_is(empty: str) -> None:
