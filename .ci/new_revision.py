@@ -27,11 +27,17 @@ branch_labels = None
 depends_on = None
 
 
+def begin() -> None:
+    op.iot_models_begin("")
+
+
 def upgrade() -> None:
+    begin()
     op.add_column("device_state", sa.Column("note", sa.Text()))
 
 
 def downgrade() -> None:
+    begin()
     op.drop_column("device_state", "note")
 '''
 COLUMN = "    note: Mapped[str | None]\n\n    __table_args__ = ("

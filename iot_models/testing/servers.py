@@ -44,6 +44,11 @@ _EXAMINE: Final = text("""
 _PREFIX: Final = "iot_models_test_"
 _OURS: Final = re.compile(rf"{_PREFIX}[0-9a-f]{{16}}")
 # PostgreSQL does not copy a database that has connections, and a pool that was not disposed of keeps its connections.
+_SETTINGS: Final = text("""
+    SELECT split_part(config, '=', 1), substr(config, strpos(config, '=') + 1)
+      FROM pg_db_role_setting r JOIN pg_database d ON d.oid = r.setdatabase CROSS JOIN unnest(r.setconfig) AS config
+     WHERE d.datname = CAST(:database AS text) AND r.setrole = 0
+""")
 _DISCONNECT: Final = text("""
     SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = :database AND usename = current_user
 """)
@@ -119,8 +124,8 @@ def database(server: PostgresServer, template: str | None = None) -> Iterator[st
     Args:
         server: The server to create it on.
         template: URL of a database on the same server to copy. PostgreSQL copies only a database that nobody is
-            connected to: connections to a database with a name as `database` gives them are ended first. None: the new
-            database is empty.
+            connected to: connections to a database with a name as `database` gives them are ended first. The copy also
+            has its settings (`ALTER DATABASE ... SET search_path`). None: the new database is empty.
 
     Yields:
         The URL of the database.
@@ -149,6 +154,9 @@ def database(server: PostgresServer, template: str | None = None) -> Iterator[st
                     "iot_models.testing ends the sessions of its own databases only: close those of this one yourself."
                 )
             raise
+        for setting, value in connection.execute(_SETTINGS, {"database": original}):
+            connection.execute(text("SELECT set_config(:name, :value, false)"), {"name": setting, "value": value})
+            connection.exec_driver_sql(f"ALTER DATABASE {name} SET {setting} FROM CURRENT", execution_options=unchanged)
     try:
         yield DatabaseURL(url.set(database=name).render_as_string(hide_password=False))
     finally:

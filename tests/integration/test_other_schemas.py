@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import Engine, NullPool, select, text
+from sqlalchemy import Engine, NullPool, make_url, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 from sqlalchemy.orm.exc import StaleDataError
@@ -13,11 +13,13 @@ from sqlalchemy.orm.exc import StaleDataError
 from iot_models import DeviceState, Report, ReportStatus, ShadowService, migrate, tenancy
 from iot_models.engine import create_engine
 from iot_models.models import Base
-from iot_models.testing import add_sample_fleet
+from iot_models.testing import add_sample_fleet, database
 from tests.migrations.raw_sql import as_role, run_sql
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from iot_models.testing import PostgresServer
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "schema_translate_map": {"execution_options": {"schema_translate_map": {None: 'I "ot:'}}},
@@ -111,3 +113,17 @@ def test_a_team_s_not_null_columns_are_filled_in_the_sample_fleet(new_database: 
         assert ShadowService(session, fleet.tenant_id).count_pending() == 1
         with pytest.raises(ValueError, match=r"desired_state.* of the sample fleet"):
             add_sample_fleet(session, {"desired_state": {}})
+
+
+def test_the_databases_of_tests_are_copies_with_the_search_path_of_their_template(server: PostgresServer) -> None:
+    with database(server) as template:
+        name = make_url(template).database
+        run_sql(template, 'CREATE SCHEMA "a b"', f'ALTER DATABASE {name} SET search_path = "a b", public')
+        run_sql(template, f"ALTER DATABASE {name} SET application_name = 'it''s, \"a\" name'")
+        migrate.upgrade(template)
+        with database(server, template) as url, Session(create_engine(url, poolclass=NullPool)) as session:
+            fleet = add_sample_fleet(session)
+            assert ShadowService(session, fleet.tenant_id).count_pending() == 1
+            assert session.scalar(text('SELECT count(*) FROM "a b".device_state')) == 10
+            row = run_sql(url, "SELECT current_setting('search_path'), current_setting('application_name')")
+            assert row == [('"a b", public', 'it\'s, "a" name')]

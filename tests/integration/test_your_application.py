@@ -49,6 +49,7 @@ def test_a_team_s_class_refers_to_a_device(database: Engine, base: str) -> None:
         session.add(machine(id=1, device=device))
         session.commit()
 
+        found: Any = None
         pending = select(machine).join(machine.device).where(DeviceState.is_pending)
         for load in (joinedload(machine.device), selectinload(machine.device)):
             session.expunge_all()

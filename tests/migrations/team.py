@@ -80,6 +80,7 @@ class Team:
         config = Config(cmd_opts=Namespace(x=[*x]), attributes={"url": self.url, **self.attributes})
         config.set_main_option("script_location", str(self.folder))
         config.set_main_option("path_separator", "os")
+        config.set_main_option("version_path_separator", "os")  # its name before Alembic 1.16
         locations = [self.folder / "versions", *([CHECKOUT / "alembic" / "versions"] if self.beside_ours else [])]
         config.set_main_option("version_locations", os.pathsep.join(map(str, locations)))
         getattr(command, name)(config, *arguments, **options)

@@ -234,6 +234,16 @@ def test_what_would_stop_a_new_revision_is_refused_by_the_first_one_that_runs(
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.name)
+def test_a_revision_makes_sure_of_its_promises_before_it_does_anything(file: Path) -> None:
+    first = {
+        node.name: ast.unparse(node.body[0])
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name in {"upgrade", "downgrade"}
+    }
+    assert first == {"upgrade": "begin()", "downgrade": "begin()"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda path: path.name)
 def test_a_revision_imports_nothing_from_the_package(file: Path) -> None:
     imported = {
         name
