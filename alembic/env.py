@@ -77,9 +77,10 @@ def _run(connection: Connection, options: dict[str, str]) -> None:
             version_table.refuse_unknown(connection, table, scripts)
         stays_or_rises = look_ahead(context.get_context(), options)
         connection.rollback()
-        if table != VERSION_TABLE:
+        taken_over = table != VERSION_TABLE
+        if taken_over:
             version_table.take_over(connection)
-        ensure_version_table(connection)
+        ensure_version_table(connection, taken_over=taken_over)
         connection.commit()
         _configure(connection, VERSION_TABLE)
         if stays_or_rises:

@@ -177,6 +177,18 @@ _CODE: Final = """
               AND refclassid = ANY (CAST(CAST('{pg_type,pg_opclass,pg_opfamily}' AS regclass[]) AS oid[]))
               AND classid = ANY (CAST(CAST('{pg_constraint,pg_amop,pg_amproc}' AS regclass[]) AS oid[]))
            UNION ALL
+           -- The tables of a policy or a rule, and the functions of a view.
+           SELECT refclassid, refobjid FROM pg_depend
+            WHERE classid = used.classid AND objid = used.objid AND CAST(deptype AS text) = 'n'
+              AND classid = ANY (CAST(CAST('{pg_rewrite,pg_policy}' AS regclass[]) AS oid[]))
+              AND refclassid = CAST(CAST('pg_class' AS regclass) AS oid)
+              AND NOT EXISTS (SELECT FROM family WHERE family.oid = refobjid)
+           UNION ALL
+           SELECT classid, objid FROM pg_depend
+            WHERE refclassid = used.classid AND refobjid = used.objid AND CAST(deptype AS text) = 'i'
+              AND refclassid = CAST(CAST('pg_class' AS regclass) AS oid)
+              AND classid = CAST(CAST('pg_rewrite' AS regclass) AS oid)
+           UNION ALL
            -- The columns of a composite type.
            SELECT CAST(CAST('pg_class' AS regclass) AS oid), typrelid FROM pg_type
             WHERE used.classid = CAST(CAST('pg_type' AS regclass) AS oid) AND oid = used.objid
@@ -186,6 +198,14 @@ _CODE: Final = """
                               pg_describe_object(user_class, user_id, 0)) AS way
        FROM target CROSS JOIN used JOIN pg_proc p ON p.oid = objid JOIN role ON role.oid = p.proowner
       WHERE classid = CAST(CAST('pg_proc' AS regclass) AS oid) AND NOT role.oid = target.relowner
+     UNION ALL
+     SELECT pg_catalog.format('%s may change %s, or make triggers on it, which run with rights of others: %s uses it',
+                              subject, CAST(CAST(c.oid AS regclass) AS text),
+                              pg_describe_object(user_class, user_id, 0))
+       FROM target CROSS JOIN used JOIN pg_class c ON c.oid = objid
+            JOIN role ON role.oid = c.relowner OR has_table_privilege(role.oid, c.oid, 'TRIGGER')
+      WHERE classid = CAST(CAST('pg_class' AS regclass) AS oid) AND CAST(c.relkind AS text) IN ('r', 'p', 'v', 'm', 'f')
+        AND NOT role.oid = target.relowner AND NOT EXISTS (SELECT FROM kin WHERE kin.oid = c.oid)
      UNION ALL
      SELECT pg_catalog.format('%s owns the type %s, and may %s: %s uses it',
                               subject, pg_catalog.format_type(t.oid, NULL),

@@ -116,7 +116,7 @@ def _revisions(given: str) -> str:
 
 
 def _role(given: str) -> str:
-    if "://" in given:
+    if "://" in given or "password" in given:
         raise argparse.ArgumentTypeError("not a role: write its name")
     return given
 

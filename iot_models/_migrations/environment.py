@@ -34,7 +34,7 @@ from iot_models._migrations.obstacles import (
 # Importing it registers what the revisions use, too.
 from iot_models._migrations.operations import LockTable, undo_interrupted_downgrade
 from iot_models._migrations.options import LOCK_TIMEOUT, require_known
-from iot_models._migrations.search_path import in_sql, set_path
+from iot_models._migrations.search_path import in_sql, refuse_unusual_path, set_path
 from iot_models._migrations.session import SETTINGS, set_all
 from iot_models._migrations.strangers import refusal_in_sql
 
@@ -53,14 +53,16 @@ _FOR_REVISIONS: Final = ("lock_timeout", "shadow", "device_state")
 
 
 @contextmanager
-def ready(connection: Connection, options: Mapping[str, str]) -> Iterator[None]:
+def ready(connection: Connection, options: Mapping[str, str], *besides: str) -> Iterator[None]:
     """Make a session fit for our revisions: nobody's code runs but ours, and no setting is in their way.
+
+    `besides` are names of tables that are used besides ours.
 
     Raises:
         CommandError: If the schema is missing, or strangers have names that the revisions use.
     """
     set_path(connection, options.get("schema"))
-    refuse_strangers(connection)
+    refuse_strangers(connection, *besides)
     with looking_again(connection):
         connection.execute(text(set_all(options.get("lock_timeout", LOCK_TIMEOUT))))
         connection.commit()
@@ -84,6 +86,7 @@ def given_back(connection: Connection) -> Iterator[None]:
             "this connection is in a transaction, and a migration commits more than once: pass one on which nothing "
             "has run yet, or end its transaction first"
         )
+    refuse_unusual_path(connection)
     level = "AUTOCOMMIT" if connection.connection.autocommit else connection.get_isolation_level()
     translated = connection.get_execution_options().get("schema_translate_map")
     before = connection.execute(
@@ -139,7 +142,7 @@ def guarded(connection: Connection) -> Iterator[None]:
     with given_back(connection):
         schemas = text("SELECT CAST(current_schemas(false) AS text[])")
         before = connection.scalar(schemas)
-        with ready(connection, options):
+        with ready(connection, options, "alembic_version"):
             after = connection.scalar(schemas)
             if after != before:
                 fact = f"the search path is {_path(before)}, and these revisions work in {_path(after)}"

@@ -111,13 +111,17 @@ def _capital(sentence: str) -> str:
     return sentence[:1].upper() + sentence[1:]
 
 
-def refuse_strangers(connection: Connection) -> None:
+def refuse_strangers(connection: Connection, *besides: str) -> None:
     """Refuse to work in a database where code of a stranger's would run as this role. To be called first.
+
+    Args:
+        connection: Its search path is set.
+        besides: Names of tables that are used besides ours.
 
     Raises:
         CommandError: With every object that stands in the way.
     """
-    if found := strangers(connection):
+    if found := strangers(connection, *besides):
         refuse(
             [
                 Obstacle(
@@ -391,12 +395,22 @@ def _rows(connection: Connection, *, parked: bool) -> Iterator[Obstacle]:
             )
 
 
+_RULES: Final = text("""
+    SELECT pg_catalog.format('DROP RULE %I ON %s', r.rulename, r.ev_class::regclass) FROM pg_rewrite r
+     WHERE r.ev_class = to_regclass(CAST(:table AS text))::oid AND CAST(r.ev_type AS text) = '2' ORDER BY 1
+""")
+
+
 def _in_the_way_of_columns(connection: Connection, plan: Plan, *, parked: bool) -> Iterator[Obstacle]:
     """What keeps an upgrade from adding columns, or from dropping the parked table when all of it is put back."""
     if plan.has_shadows and (columns := columns_of_its_row_type(connection, TABLE)):
         fact = f"columns have the row type of {TABLE}, and PostgreSQL adds no column to it while they do"
         yield Obstacle(fact, columns, "drop each of them, or give it another type")
     if plan.has_shadows and parked:
+        rules = connection.scalars(_RULES, {"table": TABLE}).all()
+        if rules:
+            fact = f"rules on UPDATE of {TABLE} keep parked shadows from being put back"
+            yield Obstacle(fact, rules, "drop them, and make them again afterwards")
         found = dependents(connection, PARKED, columns=[], indexes=[], whole=True)
         yield from _to_be_dropped(f"{PARKED}, which this upgrade drops", found)
 

@@ -22,7 +22,7 @@ from iot_models._migrations.comparison import TABLE
 from iot_models._migrations.dependents import PARKED, TRIGGER
 from iot_models._migrations.expectations import find_index
 from iot_models._migrations.obstacles import interrupted_downgrade
-from iot_models._migrations.strangers import VERSION_TABLE
+from iot_models._migrations.strangers import VERSION_TABLE, refusal_in_sql
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -90,10 +90,11 @@ def _lock_table(operations: Operations, lock: LockTable) -> None:
     )
 
 
-def ensure_version_table(connection: Connection) -> None:
+def ensure_version_table(connection: Connection, *, taken_over: bool) -> None:
     """Make the table in which Alembic keeps the revision, as Alembic would, but for its owner to write alone.
 
-    Default privileges may let others write new tables, or make triggers on them, which run as whoever migrates.
+    Default privileges may let others write new tables, or make triggers on them, which run as whoever migrates. So with
+    a table that was just taken over.
     """
     connection.execute(
         text(f"""
@@ -103,20 +104,22 @@ def ensure_version_table(connection: Connection) -> None:
               IF to_regclass('{VERSION_TABLE}') IS NULL THEN
                 CREATE TABLE {VERSION_TABLE} (
                   version_num VARCHAR(32) NOT NULL, CONSTRAINT {VERSION_TABLE}_pkc PRIMARY KEY (version_num));
-                FOR granted IN
-                  SELECT CASE WHEN a.grantee = CAST(0 AS oid) THEN 'PUBLIC'
-                         ELSE quote_ident(CAST(pg_get_userbyid(a.grantee) AS text)) END AS role,
-                         pg_catalog.bool_or(a.privilege_type = 'SELECT') AS reads
-                    FROM pg_class c CROSS JOIN aclexplode(c.relacl) a
-                   WHERE c.oid = to_regclass('{VERSION_TABLE}')::oid AND a.grantee <> c.relowner
-                   GROUP BY a.grantee
-                LOOP
-                  EXECUTE 'REVOKE ALL PRIVILEGES ON {VERSION_TABLE} FROM ' || granted.role || ' CASCADE';
-                  IF granted.reads THEN
-                    EXECUTE 'GRANT SELECT ON {VERSION_TABLE} TO ' || granted.role;
-                  END IF;
-                END LOOP;
+              ELSIF NOT {taken_over} THEN
+                RETURN;
               END IF;
+              FOR granted IN
+                SELECT CASE WHEN a.grantee = CAST(0 AS oid) THEN 'PUBLIC'
+                       ELSE quote_ident(CAST(pg_get_userbyid(a.grantee) AS text)) END AS role,
+                       pg_catalog.bool_or(a.privilege_type = 'SELECT') AS reads
+                  FROM pg_class c CROSS JOIN aclexplode(c.relacl) a
+                 WHERE c.oid = to_regclass('{VERSION_TABLE}')::oid AND a.grantee <> c.relowner
+                 GROUP BY a.grantee
+              LOOP
+                EXECUTE 'REVOKE ALL PRIVILEGES ON {VERSION_TABLE} FROM ' || granted.role || ' CASCADE';
+                IF granted.reads THEN
+                  EXECUTE 'GRANT SELECT ON {VERSION_TABLE} TO ' || granted.role;
+                END IF;
+              END LOOP;
             END $$
         """)  # noqa: S608 - our name
     )
@@ -207,6 +210,7 @@ def _ensure_index(operations: Operations, index: EnsureIndex) -> None:
         operations.execute("SET lock_timeout = 0")
         operations.execute(create)
         operations.execute("RESET lock_timeout")
+        operations.execute(refusal_in_sql())  # anybody may have made the build wait
         return
     connection = operations.get_bind()
     found = find_index(connection, index.table, index.name)

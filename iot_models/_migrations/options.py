@@ -32,7 +32,7 @@ OPTIONS: Final = {
         "the database: postgresql://user:password@host:5432/database",
     ),
     "schema": Option(
-        r"(?!pg_|information_schema$)(?s:.{1,63})",
+        r"(?!pg_|information_schema$|(?s:.*)(://|password))(?s:.{1,63})",  # no URL, which an error would show
         "the name of a schema that is not PostgreSQL's own",
         "SCHEMA",
         "the schema of device_state (default: the first of the search path that has it, else the first)",

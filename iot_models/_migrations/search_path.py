@@ -9,6 +9,7 @@ The query names the schema of each function, operator and type: until it has run
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -53,12 +54,25 @@ _PATH: Final = f"""
 """  # noqa: S608 - our names
 
 
+# Who may create objects in the first schema of the path, but those that `strangers` trusts.
+_CREATORS: Final = text("""
+    SELECT pg_catalog.format('REVOKE CREATE ON SCHEMA %I FROM %s', CAST(n.nspname AS text),
+                             coalesce(quote_ident(CAST(r.rolname AS text)), 'PUBLIC'))
+      FROM pg_namespace n CROSS JOIN aclexplode(n.nspacl) a LEFT JOIN pg_roles r ON r.oid = a.grantee
+     WHERE n.nspname = current_schema() AND a.privilege_type = 'CREATE'
+       AND NOT coalesce(r.rolsuper OR r.rolname = current_user OR r.rolname = 'pg_database_owner', false)
+       AND NOT EXISTS (SELECT FROM pg_database d WHERE d.datname = current_database() AND d.datdba = a.grantee)
+     ORDER BY 1
+""")
+
+
 def set_path(connection: Connection, schema: str | None) -> None:
     """Set the search path of the session, for `schema` or, if it is None, for what the search path says.
 
     Raises:
         CommandError: If there is no such schema, or this role may not use it.
     """
+    first = refuse_unusual_path(connection)
     connection.execute(text(_query(":schema")), {"schema": schema})
     home, role = connection.execute(text("SELECT CAST(current_schema() AS text), CAST(current_user AS text)")).one()
     if schema is not None and home != schema:
@@ -67,6 +81,33 @@ def set_path(connection: Connection, schema: str | None) -> None:
     if home is None:
         fact = "the search path has no schema that this role may use"
         refuse([Obstacle(fact, (), "name one (--schema, or in the URL ?options=-c search_path=...)")])
+    if first not in {None, home} and (creators := connection.scalars(_CREATORS).all()):
+        fact = (
+            f"schema {home!a} is not the first of the search path, and others may create objects in it: triggers of "
+            "yours would find theirs"
+        )
+        refuse([Obstacle(fact, creators, "do that, or put the schema first in the search path of this role")])
+
+
+def refuse_unusual_path(connection: Connection) -> str | None:
+    """Refuse a search path with a schema before pg_catalog, whose types and functions all that follows would use.
+
+    Returns:
+        The first schema of the path.
+
+    Raises:
+        CommandError: If there is one.
+    """
+    path, first = connection.execute(
+        text(
+            "SELECT pg_catalog.array_to_string(pg_catalog.current_schemas(true), ','), "
+            "CAST(pg_catalog.current_schema() AS pg_catalog.text)"
+        )
+    ).one()
+    if not re.match(r"(pg_temp_\d+,)?pg_catalog(,|$)", path):
+        fact = f"the search path ({path}) has a schema before pg_catalog"
+        refuse([Obstacle(fact, (), "take pg_catalog out of it: it comes first by itself")])
+    return first if first is None else str(first)
 
 
 @contextmanager

@@ -3,9 +3,9 @@
 A role that may create objects in a schema of the search path can make a table, a function or an operator before us. A
 function or an operator of the right types is a better match than the catalog's, whatever stands first in the path.
 
-Trusted are superusers, the role that migrates, and the owner of the database; and the owner of `device_state`, if the
-role that migrates was made a member of it by one of these. Nobody is trusted for owning the table or its schema:
-whoever may create objects can make them first. Nor for a membership alone: whoever may grant one could arrange it.
+Trusted are superusers, the role that migrates, and the owner of the database, with all that what they made uses. Nobody
+is trusted for owning the table or its schema, since whoever may create objects can make them first; nor for a
+membership, since whoever may grant one can arrange it, and all its members have what it has.
 
 This is asked before everything else, in SQL that names the schema of each function and operator, and again while the
 migration runs (`obstacles.looking_again`): others may have waited for that moment.
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import text
 
-from iot_models._migrations.comparison import TABLE
+from iot_models._migrations.comparison import COLUMNS, TABLE
 from iot_models._migrations.dependents import PARKED, TRIGGER
 
 if TYPE_CHECKING:
@@ -37,27 +37,14 @@ _FOUND: Final = """
     WITH RECURSIVE path AS (
       SELECT n.oid FROM pg_catalog.pg_namespace n
        WHERE n.nspname {=} ANY (pg_catalog.current_schemas(false)) AND NOT (n.nspname {=} 'pg_catalog')),
-    me AS (
-      SELECT r.oid, r.rolsuper FROM pg_catalog.pg_roles r WHERE r.rolname {=} CURRENT_USER),
     home AS (
       SELECT c.oid, c.relowner, c.relnamespace FROM pg_catalog.pg_class c
        WHERE c.oid {=} CAST(pg_catalog.to_regclass(CAST(:table AS text)) AS oid)),
-    above AS (
+    trusted AS (
       SELECT r.oid FROM pg_catalog.pg_roles r
-       WHERE r.rolsuper OR r.rolname {=} 'pg_database_owner'
+       WHERE r.rolsuper OR r.rolname {=} CURRENT_USER OR r.rolname {=} 'pg_database_owner'
           OR EXISTS (SELECT FROM pg_catalog.pg_database d
                       WHERE d.datname {=} pg_catalog.current_database() AND d.datdba {=} r.oid)),
-    mine AS (
-      SELECT me.oid FROM me
-      UNION
-      SELECT m.roleid FROM mine JOIN pg_catalog.pg_auth_members m ON m.member {=} mine.oid
-       WHERE EXISTS (SELECT FROM above WHERE above.oid {=} m.grantor)),
-    trusted AS (
-      SELECT above.oid FROM above
-      UNION ALL
-      SELECT mine.oid FROM mine CROSS JOIN me
-       WHERE mine.oid {=} me.oid
-          OR NOT me.rolsuper AND EXISTS (SELECT FROM home WHERE home.relowner {=} mine.oid)),
     -- What a trigger, a CHECK, an index, a default, a policy or a column of the table refers to.
     used AS (
       SELECT f.refclassid, f.refobjid
@@ -104,6 +91,8 @@ _FOUND: Final = """
       UNION ALL
       SELECT 'pg_catalog.pg_proc', p.oid, p.proowner FROM pg_catalog.pg_proc p JOIN path ON path.oid {=} p.pronamespace
        WHERE p.proname {=} CAST(CAST(:trigger AS text) AS name)
+          -- Where the column is missing, PostgreSQL takes `device_state.desired_state` for a call.
+          OR p.proname {=} ANY (CAST(CAST(:columns AS text[]) AS name[])) AND p.pronargs {=} CAST(1 AS smallint)
           OR EXISTS (SELECT FROM pg_catalog.pg_proc b
                       WHERE b.pronamespace {=} CAST(CAST('pg_catalog' AS regnamespace) AS oid)
                         AND b.proname {=} p.proname)
@@ -143,9 +132,12 @@ _FOUND: Final = """
 """.replace("{=}", "OPERATOR(pg_catalog.=)")
 
 
-def strangers(connection: Connection) -> Sequence[str]:
-    """Each object that a migration would take for the catalog's or for its own. Nothing is changed or locked."""
-    binds = {"table": TABLE, "tables": [*_TABLES], "trigger": TRIGGER}
+def strangers(connection: Connection, *besides: str) -> Sequence[str]:
+    """Each object that a migration would take for the catalog's or for its own. Nothing is changed or locked.
+
+    `besides` are names of tables that it uses besides ours.
+    """
+    binds = {"table": TABLE, "tables": [*_TABLES, *besides], "trigger": TRIGGER, "columns": [*COLUMNS]}
     found: Sequence[str] = connection.scalars(text(_FOUND), binds).all()
     return found
 
@@ -153,8 +145,13 @@ def strangers(connection: Connection) -> Sequence[str]:
 def refusal_in_sql() -> str:
     """SQL that asks the same where no connection can be asked: it raises an exception that names what it found."""
     question = _FOUND
-    tables = "'{" + ",".join(_TABLES) + "}'"
-    for name, value in (("tables", tables), ("table", f"'{TABLE}'"), ("trigger", f"'{TRIGGER}'")):
+    tables, columns = ("'{" + ",".join(names) + "}'" for names in (_TABLES, COLUMNS))
+    for name, value in (
+        ("tables", tables),
+        ("table", f"'{TABLE}'"),
+        ("trigger", f"'{TRIGGER}'"),
+        ("columns", columns),
+    ):
         question = question.replace(f":{name}", value)
     return f"""DO $$
 DECLARE

@@ -307,6 +307,33 @@ def test_whose_domain_the_table_uses_can_add_a_check_that_sees_every_row_and_is_
     ]
 
 
+RELATIONS = {
+    "policy p on table device_state": [
+        "CREATE POLICY p ON device_state AS RESTRICTIVE USING (EXISTS (SELECT FROM other))"
+    ],
+    "rule r on table device_state": ["CREATE RULE r AS ON UPDATE TO device_state DO ALSO INSERT INTO other VALUES (1)"],
+}
+
+
+@pytest.mark.parametrize("given", ["ALTER TABLE other OWNER TO {app}", "GRANT TRIGGER ON other TO {app}"])
+@pytest.mark.parametrize("user", RELATIONS)
+def test_who_may_change_a_table_that_a_policy_or_a_rule_uses_is_refused(
+    owner: Connection, app: str, user: str, given: str
+) -> None:
+    statements = ["CREATE TABLE other (a int)", *RELATIONS[user], given]
+    assert found(owner, app, statements) == [
+        f"it may change other, or make triggers on it, which run with rights of others: {user} uses it"
+    ]
+
+
+def test_who_owns_a_view_that_a_policy_reads_is_refused(owner: Connection, app: str) -> None:
+    statements = ["CREATE VIEW other AS SELECT 1", RELATIONS["policy p on table device_state"][0],
+                  "ALTER VIEW other OWNER TO {app}"]  # fmt: skip
+    assert found(owner, app, statements) == [
+        "it may change other, or make triggers on it, which run with rights of others: policy p on table device_state uses it"
+    ]
+
+
 def test_whose_enum_the_table_uses_can_rename_its_values_and_is_refused(owner: Connection, app: str) -> None:
     assert found(
         owner,

@@ -228,6 +228,17 @@ def test_an_upgrade_names_the_columns_that_have_the_table_s_row_type(raw_fleet: 
     migrate.upgrade(raw_fleet)
 
 
+def test_an_upgrade_names_the_rules_that_would_keep_shadows_from_being_put_back(shadow_fleet_at_head: str) -> None:
+    before = rows_of(shadow_fleet_at_head)
+    migrate.downgrade(shadow_fleet_at_head, "075")
+    run_sql(shadow_fleet_at_head, "CREATE RULE tell AS ON UPDATE TO device_state DO ALSO NOTIFY device")
+    with pytest.raises(CommandError, match=r"(?s)put back; nothing was changed.*DROP RULE tell ON device_state"):
+        migrate.upgrade(shadow_fleet_at_head)
+    run_sql(shadow_fleet_at_head, "DROP RULE tell ON device_state")
+    migrate.upgrade(shadow_fleet_at_head)
+    assert rows_of(shadow_fleet_at_head) == before
+
+
 def test_an_upgrade_names_what_depends_on_the_parked_shadows(shadow_fleet_at_head: str) -> None:
     migrate.downgrade(shadow_fleet_at_head, "075")
     run_sql(shadow_fleet_at_head, f"CREATE VIEW parked AS SELECT 1 AS one FROM {PARKED}")

@@ -26,9 +26,11 @@ from tests.migrations.raw_sql import (
     rows_of,
     run_sql,
 )
+from tests.migrations.team import GUARDED, team
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 
 PARKED = "device_state_shadow_076"
@@ -376,16 +378,77 @@ def test_the_first_connection_of_our_engines_asks_for_no_type_in_a_strangers_way
     assert calls(database) != []
 
 
-def test_a_schema_before_pg_catalog_takes_nothing_of_the_catalog_s_place(database: str, attacker: str) -> None:
+def test_a_schema_before_pg_catalog_is_refused_before_anything_else_is_asked(database: str, attacker: str) -> None:
     run_sql(
         attacker,
         f"CREATE FUNCTION tell() RETURNS text LANGUAGE plpgsql AS $$ BEGIN {TELL}; RETURN 'x'; END $$;"
         "CREATE VIEW pg_settings AS SELECT tell() AS name, tell() AS setting;"
+        "CREATE VIEW pg_locks AS SELECT tell() AS locktype;"
         "CREATE VIEW pg_namespace AS SELECT CAST(0 AS oid) AS oid, CAST(tell() AS name) AS nspname;",
     )
     engine = create_engine(database, connect_args={"options": "-c search_path=public,pg_catalog"}, poolclass=NullPool)
-    migrate.upgrade(engine)
+    with engine.connect() as connection:
+        for target in (engine, connection):
+            with pytest.raises(CommandError, match="has a schema before pg_catalog"):
+                migrate.upgrade(target)
+            connection.rollback()
     assert calls(database) == []
+
+
+def test_a_group_that_owns_the_table_is_not_trusted_because_the_deployer_is_in_it(
+    database: str, server_role: str
+) -> None:
+    """Another of its members could have made the table, with its triggers."""
+    group = f"{server_role}_group"
+    run_sql(database, f"CREATE ROLE {group}; GRANT {group} TO {server_role}; GRANT ALL ON SCHEMA public TO {group};",
+            RAW_075, f"ALTER TABLE device_state OWNER TO {group}")  # fmt: skip
+    try:
+        deployer = as_role(database, server_role)
+        with pytest.raises(CommandError, match=f"table device_state of role {group}"):
+            migrate.upgrade(deployer)
+        migrate.upgrade(create_engine(deployer, connect_args={"options": f"-c role={group}"}, poolclass=NullPool))
+    finally:
+        run_sql(database, f"DROP OWNED BY {group} CASCADE; DROP ROLE {group}")
+
+
+def test_a_function_that_could_be_taken_for_a_column_is_refused(database: str, attacker: str) -> None:
+    migrate.upgrade(database, "075")
+    run_sql(attacker, "CREATE FUNCTION desired_state(device_state) RETURNS jsonb LANGUAGE sql RETURN '{}'::jsonb")
+    with pytest.raises(CommandError, match=r"function desired_state\(device_state\) of role"):
+        migrate.upgrade(database)
+
+
+def test_the_applications_version_table_is_asked_about_where_its_env_py_runs_our_revisions(
+    database: str, attacker: str, tmp_path: Path
+) -> None:
+    run_sql(attacker, "CREATE TABLE alembic_version (version_num varchar(32) PRIMARY KEY)")
+    with pytest.raises(CommandError, match="table alembic_version of role"):
+        team(tmp_path / "team", database, online=GUARDED, beside_ours=True).alembic("upgrade", "heads")
+
+
+def test_a_version_table_that_is_taken_over_is_its_owners_to_write_alone(database: str, attacker: str) -> None:
+    migrate.upgrade(database)
+    run_sql(database, "ALTER TABLE alembic_version_iot_models RENAME TO alembic_version",
+            "ALTER TABLE alembic_version RENAME CONSTRAINT alembic_version_iot_models_pkc TO alembic_version_pkc",
+            f"GRANT ALL ON alembic_version TO {make_url(attacker).username}")  # fmt: skip
+    migrate.upgrade(database)
+    assert run_sql(attacker, "SELECT version_num FROM alembic_version_iot_models")
+    with pytest.raises(psycopg.Error, match="permission denied"):
+        run_sql(attacker, "DELETE FROM alembic_version_iot_models")
+
+
+def test_a_path_is_not_reordered_where_others_could_hide_what_comes_behind(database: str) -> None:
+    migrate.upgrade(database)
+    run_sql(database, FLEET, SHADOWS, "CREATE SCHEMA mine")
+    engine = create_engine(database, connect_args={"options": "-c search_path=mine,public"}, poolclass=NullPool)
+    with pytest.raises(
+        CommandError, match=r"(?s)'public' is not the first .*REVOKE CREATE ON SCHEMA public FROM PUBLIC"
+    ):
+        migrate.downgrade(engine, "075")
+
+    run_sql(database, "REVOKE CREATE ON SCHEMA public FROM PUBLIC")
+    migrate.downgrade(engine, "075")
+    assert run_sql(database, "SELECT count(*) FROM public.device_state_shadow_076") == [(4,)]
 
 
 def test_printed_sql_asks_before_it_begins(database: str, attacker: str) -> None:
@@ -397,16 +460,6 @@ def test_printed_sql_asks_before_it_begins(database: str, attacker: str) -> None
     assert printed.returncode == 3
     assert f"table {PARKED} of role {make_url(attacker).username}" in printed.stderr
     assert run_sql(database, "SELECT version_num FROM alembic_version_iot_models") == [("075",)]
-
-
-def test_shadows_are_parked_beside_their_table(database: str) -> None:
-    migrate.upgrade(database)
-    run_sql(database, FLEET, SHADOWS, "CREATE SCHEMA mine")
-    engine = create_engine(database, connect_args={"options": "-c search_path=mine,public"}, poolclass=NullPool)
-
-    migrate.downgrade(engine, "075")
-
-    assert run_sql(database, "SELECT count(*) FROM public.device_state_shadow_076") == [(4,)]
 
 
 def test_check_says_who_may_create_objects_in_the_search_path(
