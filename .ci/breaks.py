@@ -414,7 +414,7 @@ BREAKS = [
     Break(
         "nobody looks for a stranger's objects",
         "iot_models/_migrations/obstacles.py",
-        "    if found := strangers(connection):",
+        "    if found := strangers(connection, *besides):",
         "    if found := []:",
         ("tests/security/test_migrations.py",),
     ),

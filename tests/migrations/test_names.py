@@ -167,7 +167,7 @@ def test_a_stranger_who_is_dropped_half_way_is_no_stranger_to_the_next_command(
     url, role = new_database(), _quoted('line\n"break"')
     run_sql(url, f"CREATE ROLE {role}; GRANT CREATE ON SCHEMA public TO {role}")
     run_sql(url, f"SET ROLE {role}; CREATE TABLE {PARKED} (a int)")
-    with pytest.raises(CommandError, match=f'table {PARKED} of role "line\n""break"""'):
+    with pytest.raises(CommandError, match=rf'table {PARKED} of role "line\\n""break"""'):
         migrate.upgrade(url)
 
     run_sql(url, f"DROP OWNED BY {role}; DROP ROLE {role}")
