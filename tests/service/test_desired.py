@@ -168,7 +168,7 @@ def test_the_size_is_measured_after_the_merge_and_a_patch_that_shrinks_is_accept
 
 def test_a_patch_larger_than_a_document_may_be_is_accepted_where_the_result_is_not(session: Session) -> None:
     add_device(session, desired_state={f"k{n}": n for n in range(20)})
-    service = ShadowService(session, TENANT, limits=DocumentLimits(max_bytes=60))
+    service = ShadowService(session, TENANT, limits=DocumentLimits(max_bytes=170))
 
     assert service.patch_desired(DEVICE, {f"k{n}": None for n in range(20)}).desired == {}
 
