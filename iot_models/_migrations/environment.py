@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from alembic import context
 from alembic.operations import MigrateOperation, Operations
@@ -178,9 +178,7 @@ def look_ahead(migration: MigrationContext, options: Mapping[str, str]) -> bool:
     Raises:
         CommandError: With everything that was found.
     """
-    connection = migration.connection
-    if connection is None:  # offline only
-        return False
+    connection = cast("Connection", migration.connection)  # None offline only
     migration.opts[_LOOKED] = True
     heads = () if migration.purge else migration.get_current_heads()
     steps = [*migration.opts["fn"](heads, migration)]

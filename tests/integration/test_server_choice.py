@@ -375,7 +375,9 @@ def test_a_dump_has_the_tables_and_nothing_that_differs_from_run_to_run(new_data
     assert one != other
     assert dump(one) == dump(other)
     assert "CREATE TABLE public.device (\n    id integer DEFAULT 7\n);\n" in dump(one)
-    assert "CREATE TABLE public.alembic_version (" in dump(one)  # an application's; ours, with its revision, is left out
+    assert "CREATE TABLE public.alembic_version (" in dump(
+        one
+    )  # an application's; ours, with its revision, is left out
     assert "--" not in dump(one)
     assert "restrict" not in dump(one)
 
