@@ -462,6 +462,18 @@ def test_printed_sql_asks_before_it_begins(database: str, attacker: str) -> None
     assert run_sql(database, "SELECT version_num FROM alembic_version_iot_models") == [("075",)]
 
 
+def test_printed_sql_asks_again_after_each_index_which_anybody_could_hold_up(database: str, attacker: str) -> None:
+    migrate.upgrade(database, "075")
+    before, built, rest = migrate.sql("075:head").partition("RESET lock_timeout;")
+    planted = f"SET ROLE {make_url(attacker).username}; CREATE TABLE {PARKED} (a int); RESET ROLE;"
+
+    done = psql(database, before + built + planted + rest)
+
+    assert built
+    assert done.returncode == 3
+    assert f"table {PARKED} of role {make_url(attacker).username}" in done.stderr
+
+
 def test_check_says_who_may_create_objects_in_the_search_path(
     database: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
