@@ -71,18 +71,21 @@ def _connection(target: Engine | Connection) -> Iterator[Connection]:
 def _run(connection: Connection, options: dict[str, str]) -> None:
     scripts = revisions(context.script)
     table = version_table.find(connection, scripts)
-    _configure(connection, table)
+    schema = connection.scalar(text("SELECT CAST(current_schema() AS text)"))
+    connection.rollback()
+    _configure(connection, schema, table)
     if _migrates():
-        if not context.get_context().purge:  # `alembic stamp --purge`
-            version_table.refuse_unknown(connection, table, scripts)
-        stays_or_rises = look_ahead(context.get_context(), options)
+        migration = context.get_context()
+        if not migration.purge:  # `alembic stamp --purge`
+            version_table.refuse_unknown(migration.get_current_heads(), scripts)
+        stays_or_rises = look_ahead(migration, options)
         connection.rollback()
         taken_over = table != VERSION_TABLE
         if taken_over:
             version_table.take_over(connection)
         ensure_version_table(connection, taken_over=taken_over)
         connection.commit()
-        _configure(connection, VERSION_TABLE)
+        _configure(connection, schema, VERSION_TABLE)
         if stays_or_rises:
             undo_interrupted_downgrade(context.get_context())
             connection.commit()
@@ -90,9 +93,7 @@ def _run(connection: Connection, options: dict[str, str]) -> None:
         context.run_migrations()
 
 
-def _configure(connection: Connection, table: str) -> None:
-    schema = connection.scalar(text("SELECT CAST(current_schema() AS text)"))
-    connection.rollback()
+def _configure(connection: Connection, schema: str | None, table: str) -> None:
     # A transaction for each revision: an interrupted upgrade keeps the revisions that are finished.
     context.configure(
         connection=connection,

@@ -86,7 +86,10 @@ def given_back(connection: Connection) -> Iterator[None]:
             "this connection is in a transaction, and a migration commits more than once: pass one on which nothing "
             "has run yet, or end its transaction first"
         )
-    refuse_unusual_path(connection)
+    try:
+        refuse_unusual_path(connection)
+    finally:
+        connection.rollback()
     level = "AUTOCOMMIT" if connection.connection.autocommit else connection.get_isolation_level()
     translated = connection.get_execution_options().get("schema_translate_map")
     before = connection.execute(

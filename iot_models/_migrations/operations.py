@@ -94,7 +94,7 @@ def ensure_version_table(connection: Connection, *, taken_over: bool) -> None:
     """Make the table in which Alembic keeps the revision, as Alembic would, but for its owner to write alone.
 
     Default privileges may let others write new tables, or make triggers on them, which run as whoever migrates. So with
-    a table that was just taken over.
+    a table that was just taken over. The caller commits.
     """
     connection.execute(
         text(f"""
@@ -123,7 +123,6 @@ def ensure_version_table(connection: Connection, *, taken_over: bool) -> None:
             END $$
         """)  # noqa: S608 - our name
     )
-    connection.commit()
 
 
 def undo_interrupted_downgrade(migration: MigrationContext) -> None:

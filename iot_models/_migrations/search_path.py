@@ -18,7 +18,7 @@ from sqlalchemy import event, text
 from iot_models._migrations.comparison import TABLE
 from iot_models._migrations.dependents import PARKED, TRIGGER
 from iot_models._migrations.obstacles import Obstacle, refuse
-from iot_models._migrations.strangers import VERSION_TABLE
+from iot_models._migrations.strangers import TRUSTED, VERSION_TABLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,15 +55,14 @@ _PATH: Final = f"""
 
 
 # Who may create objects in the first schema of the path, but those that `strangers` trusts.
-_CREATORS: Final = text("""
+_CREATORS: Final = text(f"""
     SELECT pg_catalog.format('REVOKE CREATE ON SCHEMA %I FROM %s', CAST(n.nspname AS text),
                              coalesce(quote_ident(CAST(r.rolname AS text)), 'PUBLIC'))
       FROM pg_namespace n CROSS JOIN aclexplode(n.nspacl) a LEFT JOIN pg_roles r ON r.oid = a.grantee
      WHERE n.nspname = current_schema() AND a.privilege_type = 'CREATE'
-       AND NOT coalesce(r.rolsuper OR r.rolname = current_user OR r.rolname = 'pg_database_owner', false)
-       AND NOT EXISTS (SELECT FROM pg_database d WHERE d.datname = current_database() AND d.datdba = a.grantee)
+       AND NOT coalesce({TRUSTED}, false)
      ORDER BY 1
-""")
+""")  # noqa: S608 - our own text
 
 
 def set_path(connection: Connection, schema: str | None) -> None:

@@ -30,9 +30,16 @@ VERSION_TABLE: Final = "alembic_version_iot_models"
 # Tables that are ours alone. A team's triggers and policies on `device_state` are its own business.
 _TABLES: Final = (VERSION_TABLE, PARKED)
 
+# The rule, as a condition on a row `r` of pg_roles. `{=}` stands for the catalog's operator.
+_TRUSTED: Final = """
+       r.rolsuper OR r.rolname {=} CURRENT_USER OR r.rolname {=} 'pg_database_owner'
+          OR EXISTS (SELECT FROM pg_catalog.pg_database d
+                      WHERE d.datname {=} pg_catalog.current_database() AND d.datdba {=} r.oid)"""
+_EQUAL: Final = "OPERATOR(pg_catalog.=)"
+TRUSTED: Final = _TRUSTED.replace("{=}", _EQUAL)
+
 REFUSAL: Final = "names that this command uses are taken by objects of other roles, and their code would run"
 
-# `{=}` stands for the catalog's operator.
 _FOUND: Final = """
     WITH RECURSIVE path AS (
       SELECT n.oid FROM pg_catalog.pg_namespace n
@@ -41,10 +48,7 @@ _FOUND: Final = """
       SELECT c.oid, c.relowner, c.relnamespace FROM pg_catalog.pg_class c
        WHERE c.oid {=} CAST(pg_catalog.to_regclass(CAST(:table AS text)) AS oid)),
     trusted AS (
-      SELECT r.oid FROM pg_catalog.pg_roles r
-       WHERE r.rolsuper OR r.rolname {=} CURRENT_USER OR r.rolname {=} 'pg_database_owner'
-          OR EXISTS (SELECT FROM pg_catalog.pg_database d
-                      WHERE d.datname {=} pg_catalog.current_database() AND d.datdba {=} r.oid)),
+      SELECT r.oid FROM pg_catalog.pg_roles r WHERE {trusted}),
     -- What a trigger, a CHECK, an index, a default, a policy or a column of the table refers to.
     used AS (
       SELECT f.refclassid, f.refobjid
@@ -129,7 +133,7 @@ _FOUND: Final = """
                              ', which a table of ours does not have')
       FROM carried
      ORDER BY 1
-""".replace("{=}", "OPERATOR(pg_catalog.=)")
+""".replace("{trusted}", _TRUSTED).replace("{=}", _EQUAL)
 
 
 def strangers(connection: Connection, *besides: str) -> Sequence[str]:

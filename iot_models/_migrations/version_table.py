@@ -86,16 +86,14 @@ def find(connection: Connection, scripts: Sequence[Script]) -> str:
     return _DEFAULT if ours else VERSION_TABLE
 
 
-def refuse_unknown(connection: Connection, table: str, scripts: Sequence[Script]) -> None:
+def refuse_unknown(heads: Sequence[str], scripts: Sequence[Script]) -> None:
     """Refuse to migrate a database at a revision that this package does not have.
 
     Raises:
         CommandError: If it is at one.
     """
-    exists = connection.scalar(text("SELECT to_regclass(CAST(:table AS text)) IS NOT NULL"), {"table": table})
     known = [script.revision for script in scripts]
-    found = [revision for revision in (_rows(connection, table) if exists else ()) if revision not in known]
-    if found:
+    if found := [revision for revision in heads if revision not in known]:
         refuse([Obstacle(f"the database {unknown(found[0], known[-1])}", (), "install that version of iot_models")])
 
 

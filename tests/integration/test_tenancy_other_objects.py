@@ -7,27 +7,18 @@ from typing import TYPE_CHECKING
 import pytest
 
 from iot_models import tenancy
-from tests.databases.tenants import rolled_back, run
+from tests.databases.tenants import run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from sqlalchemy import Connection, Engine
+    from sqlalchemy import Connection
 
 
 @pytest.fixture
-def app(server_role: str) -> str:
-    """The application's role."""
-    return server_role
-
-
-@pytest.fixture
-def owner(engine: Engine, app: str) -> Iterator[Connection]:
+def owner(owner: Connection, app: str) -> Connection:
     """The owner, in a transaction in which the role is limited."""
-    with rolled_back(engine, app) as connection:
-        tenancy.enable(connection, app)
-        assert tenancy.check(connection, app) == []
-        yield connection
+    tenancy.enable(owner, app)
+    assert tenancy.check(owner, app) == []
+    return owner
 
 
 def found(owner: Connection, app: str, statements: list[str]) -> list[str]:

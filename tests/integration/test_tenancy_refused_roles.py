@@ -10,25 +10,10 @@ from sqlalchemy import text
 from iot_models import tenancy
 from iot_models._migrations.command_line import main
 from tests.databases.devices import TENANT
-from tests.databases.tenants import OFF, rolled_back, run, security, tenants_for
+from tests.databases.tenants import OFF, run, security, tenants_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from sqlalchemy import Connection, Engine
-
-
-@pytest.fixture
-def app(server_role: str) -> str:
-    """The application's role."""
-    return server_role
-
-
-@pytest.fixture
-def owner(engine: Engine, app: str) -> Iterator[Connection]:
-    with rolled_back(engine, app) as connection:
-        yield connection
-
 
 WAYS = {
     "it is a superuser": ["ALTER ROLE {app} SUPERUSER"],

@@ -13,25 +13,10 @@ from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from iot_models import tenancy
 from tests.databases.devices import TENANT
-from tests.databases.tenants import OFF, OTHER, PRIVILEGES, rolled_back, run, security, tenants_for
+from tests.databases.tenants import OFF, OTHER, PRIVILEGES, run, security, tenants_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from sqlalchemy import Connection, Engine
-
-
-@pytest.fixture
-def app(server_role: str) -> str:
-    """The application's role."""
-    return server_role
-
-
-@pytest.fixture
-def owner(engine: Engine, app: str) -> Iterator[Connection]:
-    with rolled_back(engine, app) as connection:
-        yield connection
-
 
 # On and off
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import subprocess
-from typing import Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import Connection, Engine, NullPool, create_engine, event, make_url, text
@@ -13,6 +14,9 @@ from iot_models import migrate
 from tests.databases.alembic_runs import CHECKOUT
 from tests.databases.client_tools import client_tool
 from tests.databases.schema_dump import dump
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 DATA = CHECKOUT / "tests" / "data"
 # The table as a team made it by hand before there were shadows.
@@ -103,8 +107,9 @@ def state(url: str) -> tuple[str, dict[str, list[str]]]:
     return dump(url), rows
 
 
-def interrupt_a_downgrade(engine: Engine) -> None:
-    """Cut a downgrade below 076 off when the shadows are parked and the columns are still there."""
+@contextmanager
+def cut_off_before_the_columns_go(engine: Engine | type[Engine]) -> Iterator[None]:
+    """Cut the downgrade below 076 in the block off when the shadows are parked and the columns are still there."""
 
     def cut(_c: object, _cursor: object, statement: str, *_rest: object) -> None:
         if "DROP COLUMN IF EXISTS" in statement:
@@ -113,6 +118,11 @@ def interrupt_a_downgrade(engine: Engine) -> None:
     event.listen(engine, "before_cursor_execute", cut)
     try:
         with pytest.raises(KeyboardInterrupt):
-            migrate.downgrade(engine, "075")
+            yield
     finally:
         event.remove(engine, "before_cursor_execute", cut)
+
+
+def interrupt_a_downgrade(engine: Engine) -> None:
+    with cut_off_before_the_columns_go(engine):
+        migrate.downgrade(engine, "075")
