@@ -85,7 +85,8 @@ def _run(connection: Connection, options: dict[str, str]) -> None:
             version_table.take_over(connection)
         ensure_version_table(connection, taken_over=taken_over)
         connection.commit()
-        _configure(connection, schema, VERSION_TABLE)
+        if taken_over:
+            _configure(connection, schema, VERSION_TABLE)
         if stays_or_rises:
             undo_interrupted_downgrade(context.get_context())
             connection.commit()
