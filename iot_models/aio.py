@@ -97,6 +97,7 @@ class AsyncShadowService:
     replace_desired_many = _awaited(ShadowService.replace_desired_many)
     patch_desired_many = _awaited(ShadowService.patch_desired_many)
     replace_reported_many = _awaited(ShadowService.replace_reported_many)
+    patch_reported_many = _awaited(ShadowService.patch_reported_many)
     pending = _awaited(ShadowService.pending)
     count_pending = _awaited(ShadowService.count_pending)
     drifted = _awaited(ShadowService.drifted)

@@ -140,9 +140,19 @@ class DeviceState(Base):
         return conditions.delta(cls)
 
     @hybrid_property
+    def is_converged(self) -> bool:
+        """Whether reported has all that desired asks, at any depth; see `twin.compute_nested_delta`."""
+        return not twin.compute_nested_delta(self.desired_state or {}, self.reported_state or {})
+
+    @is_converged.inplace.expression
+    @classmethod
+    def _is_converged_in_sql(cls) -> ColumnElement[bool]:
+        return conditions.converged(cls.desired_state, cls.reported_state)
+
+    @hybrid_property
     def is_drifted(self) -> bool:
-        """Whether the device acknowledged the newest version and yet runs something else."""
-        return (self.desired_version or 0) == (self.reported_version or 0) and bool(self.delta)
+        """Whether the device acknowledged the newest version and yet is not converged."""
+        return (self.desired_version or 0) == (self.reported_version or 0) and not self.is_converged
 
     @is_drifted.inplace.expression
     @classmethod

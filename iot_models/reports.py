@@ -31,13 +31,16 @@ class Report:
 
     Attributes:
         device_id: The device that reports.
-        reported: The whole reported document.
+        reported: The whole reported document; for `patch_reported_many`, a merge patch for it.
         acked_version: The `desired_version` that the device applied; None where it says nothing about that.
+        ack_if_converged: For a device that sends no version: whether to acknowledge the newest one if the device is
+            converged after this report. Not together with `acked_version`.
     """
 
     device_id: str
     reported: Mapping[str, Any]
     acked_version: int | None = None
+    ack_if_converged: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +51,9 @@ class ReportOutcome:
         device_id: As the report gave it.
         status: `accepted`: written. `late`: a newer version was acknowledged already, drop the message.
             `unknown_version`: acknowledges what was never asked, let the device fetch its shadow again.
-            `unknown_device`: the tenant has no such device. `invalid`: the document cannot be stored, or
-            `acked_version` is no version, or `device_id` no text; says so whether there is such a device or not.
+            `unknown_device`: the tenant has no such device. `invalid`: the document cannot be stored, or a patch
+            cannot be applied to what is stored, or `acked_version` is no version, or `device_id` no text; without a
+            patch, it says so whether there is such a device or not.
         desired_version: As it is after this report; None if the tenant has no such device.
         reported_version: The same.
     """

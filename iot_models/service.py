@@ -159,12 +159,21 @@ class ShadowService:
         return self._written(until_written(attempt, lambda: device_not_written(device_id)))
 
     def replace_reported(
-        self, device_id: str, reported: Mapping[str, object], *, acked_version: int | None = None
+        self,
+        device_id: str,
+        reported: Mapping[str, object],
+        *,
+        acked_version: int | None = None,
+        ack_if_converged: bool = False,
     ) -> Shadow:
         """Make `reported` the whole reported document and set `last_seen_at`.
 
         One guarded `UPDATE`. `acked_version` becomes `reported_version`: the device says that it applied that version
         of desired. Without it only the document changes.
+
+        `ack_if_converged` is for a device that sends no version: where it is converged after this report,
+        `reported_version` becomes `desired_version` in the same statement; otherwise it stays. Only the version whose
+        document was compared is acknowledged: a desired write at the same moment is compared with, or comes after.
 
         Raises:
             DeviceNotFound: If this tenant has no such device.
@@ -172,10 +181,11 @@ class ShadowService:
             UnknownVersion: If `acked_version` is above `desired_version`; nothing is written.
             InvalidDocument: If `reported` cannot be stored (`DocumentTooLarge`: is too large); nothing is sent.
             InvalidVersion: If `acked_version` is no version.
+            ValueError: If `acked_version` and `ack_if_converged` are both given; nothing is sent.
         """
-        acked = validation.version("acked_version", acked_version)
+        acked = validation.acknowledgement(acked_version, ack_if_converged)
         binds = self._device(device_id) | {"document": encode_document(reported, self._limits), "acked": acked}
-        statement = statements.write_reported(acked=acked is not None, unchanged=False)
+        statement = statements.write_reported(acked=acked is not None, if_converged=ack_if_converged, unchanged=False)
 
         def attempt() -> _Row | None:
             row = self._execute("replace_reported", statement, binds).one_or_none()
@@ -187,11 +197,16 @@ class ShadowService:
         return self._written(until_written(attempt, lambda: device_not_written(device_id)))
 
     def patch_reported(
-        self, device_id: str, patch: Mapping[str, object], *, acked_version: int | None = None
+        self,
+        device_id: str,
+        patch: Mapping[str, object],
+        *,
+        acked_version: int | None = None,
+        ack_if_converged: bool = False,
     ) -> Shadow:
         """Apply an RFC 7396 merge patch to the reported document and set `last_seen_at`.
 
-        Two statements, as `patch_desired`; `acked_version` as in `replace_reported`.
+        Two statements, as `patch_desired`; `acked_version` and `ack_if_converged` as in `replace_reported`.
 
         Raises:
             DeviceNotFound: If this tenant has no such device.
@@ -200,11 +215,12 @@ class ShadowService:
             UnreadableShadow: If the stored document is no JSON object; nothing is written.
             InvalidDocument: If the patch, or the document after it, cannot be stored; nothing is written.
             InvalidVersion: If `acked_version` is no version.
+            ValueError: If `acked_version` and `ack_if_converged` are both given; nothing is sent.
         """
-        acked = validation.version("acked_version", acked_version)
+        acked = validation.acknowledgement(acked_version, ack_if_converged)
         device = self._device(device_id)
         check_document(patch, self._limits)
-        statement = statements.write_reported(acked=acked is not None, unchanged=True)
+        statement = statements.write_reported(acked=acked is not None, if_converged=ack_if_converged, unchanged=True)
 
         def attempt() -> _Row | None:
             seen, versions = self._locked("patch_reported", "reported_state", device_id)
@@ -302,18 +318,22 @@ class ShadowService:
             TypeError: If `reports` is no iterable, or one is no `Report`; nothing is sent. What is wrong inside a
                 report is an outcome, see `ReportOutcome`: it stops no other and raises nothing.
         """
-        validation.require_several("reports", reports)
-        checked = [report_rules.check(report, self._limits) for report in reports]
-        outcomes, written = batches.replace_reported(
-            partial(self._execute, "replace_reported_many"), self.tenant_id, checked
-        )
-        loaded_objects.remember(self._session, self.tenant_id, written)
-        if loaded := list(loaded_objects.loaded(self._session, self.tenant_id, written)):
-            for row in self._execute(
-                "replace_reported_many", statements.many_shadows(), {"tenant": self.tenant_id, "devices": loaded}
-            ):
-                loaded_objects.show(self._session, row)
-        return outcomes
+        return self._report("replace_reported_many", reports, patches=False)
+
+    def patch_reported_many(self, reports: Iterable[Report]) -> list[ReportOutcome]:
+        """Apply reports whose documents are RFC 7396 merge patches, as if one after another with `patch_reported`.
+
+        Reads and locks the rows, merges, writes: two statements, and as `replace_reported_many` in everything else.
+        Several patches of one device are merged one after another. A patch that cannot be applied to what is stored
+        (`UnreadableShadow`), or leaves behind what cannot be stored, is `invalid`; the log says why.
+
+        Returns:
+            One outcome per report, in order.
+
+        Raises:
+            TypeError: If `reports` is no iterable, or one is no `Report`; nothing is sent.
+        """
+        return self._report("patch_reported_many", reports, patches=True)
 
     def pending(self, *, limit: int = 100, after: str | None = None) -> list[Shadow]:
         """A page of the devices that have yet to acknowledge the newest version, by `device_id`.
@@ -380,6 +400,17 @@ class ShadowService:
             row.sync_status: row.devices for row in self._execute("status_counts", statements.status_counts(), binds)
         }
         return {status: counts.get(status, 0) for status in twin.SyncStatus}
+
+    def _report(self, method: str, reports: Iterable[Report], *, patches: bool) -> list[ReportOutcome]:
+        validation.require_several("reports", reports)
+        checked = [report_rules.check(report, self._limits, patches=patches) for report in reports]
+        outcomes, written = batches.report(partial(self._execute, method), self.tenant_id, checked, self._limits)
+        loaded_objects.remember(self._session, self.tenant_id, written)
+        if loaded := list(loaded_objects.loaded(self._session, self.tenant_id, written)):
+            binds = {"tenant": self.tenant_id, "devices": loaded}
+            for row in self._execute(method, statements.many_shadows(), binds):
+                loaded_objects.show(self._session, row)
+        return outcomes
 
     def _device(self, device_id: str) -> dict[str, object]:
         validation.require_findable(self.tenant_id, device_id)

@@ -70,14 +70,17 @@ class Shadow:
         return self.desired_version > self.reported_version
 
     @property
-    def is_drifted(self) -> bool:
-        """Whether the device acknowledged the newest desired version, but the delta is not empty."""
-        return self.desired_version == self.reported_version and not self.is_converged
+    def is_converged(self) -> bool:
+        """Whether reported has all that desired asks, at any depth: `nested_delta` is empty.
+
+        What it has besides, and the versions, do not matter.
+        """
+        return not self.nested_delta
 
     @property
-    def is_converged(self) -> bool:
-        """Whether the delta is empty. The versions do not matter."""
-        return not self.delta
+    def is_drifted(self) -> bool:
+        """Whether the device acknowledged the newest desired version, but is not converged."""
+        return self.desired_version == self.reported_version and not self.is_converged
 
     @property
     def etag(self) -> str:
@@ -126,7 +129,7 @@ class Shadow:
         else:
             why = f"version {self.desired_version} is acknowledged"
         # "is stale" is more important than "has drifted". "is synced" is not: it would hide the drift.
-        keys = self.delta.keys()
+        keys = self.nested_delta.keys()
         drifted = self.desired_version == self.reported_version and keys
         stands = "has drifted" if drifted and status is twin.SyncStatus.SYNCED else f"is {status}"
         # A line of a log stays one line, whatever the device is called.

@@ -14,13 +14,18 @@ raises `RecursionError`. `json.loads` does the same at such a depth. A document 
 from __future__ import annotations
 
 import marshal
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 from iot_models._core.equality import ABSENT, SCALARS, json_equal, surely_equal
+from iot_models._core.json_pointer import pointer
+
+if TYPE_CHECKING:
+    from iot_models._core.json_pointer import Place
 
 Document: TypeAlias = dict[str, Any]
 
@@ -190,6 +195,31 @@ def merge_patch(document: Mapping[str, object], patch: Mapping[str, object]) -> 
     return _merge(document, patch)
 
 
+def create_merge_patch(old: Mapping[str, object], new: Mapping[str, object]) -> Document:
+    """Return the RFC 7396 merge patch that makes `new` of `old`: `merge_patch(old, patch)` is equal to `new`.
+
+    Nothing is in it that does not differ: of an object that both documents have, only the differing members. The patch
+    of equal documents is `{}`. By it a device can report its difference, and a map below the top level can be replaced.
+
+    Args:
+        old: The document before.
+        new: The document that it shall become.
+
+    Raises:
+        TypeError: If an argument is not a mapping.
+        ValueError: If there is no such patch, with a JSON Pointer to the place in `new`: where an object has a `None`
+            that `old` does not have there, because in a merge patch `None` removes the key; and where a number is NaN
+            or infinite, which JSON does not have.
+
+    Example:
+        >>> create_merge_patch({"color": "red", "fan": {"speed": 2, "on": True}}, {"fan": {"speed": 3, "on": True}})
+        {'color': None, 'fan': {'speed': 3}}
+    """
+    _require_object("old", old)
+    _require_object("new", new)
+    return _patch(old, new, ())
+
+
 def sync_status(
     desired_version: int,
     reported_version: int,
@@ -264,6 +294,33 @@ def _merge(target: Mapping[str, object], patch: Mapping[str, object]) -> Documen
         else:
             merged[key] = _copy(value)
     return merged
+
+
+def _patch(old: Mapping[str, object], new: Mapping[str, object], place: Place) -> Document:
+    patch: Document = {key: None for key in old if key not in new}
+    for key, value in new.items():
+        before = old.get(key, ABSENT)
+        if isinstance(value, dict) and isinstance(before, dict):
+            if inner := _patch(before, value, (place, key)):
+                patch[key] = inner
+        elif not json_equal(value, before):
+            patch[key] = _set_by_patch(value, (place, key))
+    return patch
+
+
+def _set_by_patch(value: Any, place: Place, *, in_array: bool = False) -> Any:
+    """Return a copy of a value that replaces another one, or raise the `ValueError` where no patch can set it."""
+    if isinstance(value, dict):
+        return {key: _set_by_patch(item, (place, key), in_array=in_array) for key, item in value.items()}
+    if isinstance(value, list):  # a patch sets it as it is, with each null in it
+        return [_set_by_patch(item, (place, index), in_array=True) for index, item in enumerate(value)]
+    if value is None and not in_array:
+        raise ValueError(
+            f"no merge patch sets {pointer(place)} to null: in a patch, null removes the key. Replace the document"
+        )
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{pointer(place)} is {value}, which is no JSON number: use null, or omit it")
+    return value
 
 
 def _copy(value: Any) -> Any:

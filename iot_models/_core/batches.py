@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from iot_models import twin
 from iot_models._core import statements
 from iot_models._core.documents import decode_document, encode_document
-from iot_models._core.report_rules import CheckedReport, Versions, fold
+from iot_models._core.report_rules import CheckedReport, Stored, Versions, fold
 from iot_models._core.retries import devices_not_written, until_written
 from iot_models._core.validation import findable, require_findable
 from iot_models.errors import BatchRejected, DeviceNotFound, IotModelsError, VersionConflict
@@ -79,12 +79,12 @@ def patch_desired(
     binds = {"tenant": tenant_id, "devices": findable(device_ids)}
 
     def attempt() -> Sequence[_Row] | None:
-        seen = {row.device_id: row for row in execute(statements.locked_desired_documents(), binds)}
+        seen = {row.device_id: row for row in execute(statements.locked_devices("desired_state"), binds)}
 
         def merge(device_id: str) -> str:
             if device_id not in seen:
                 raise DeviceNotFound(tenant_id, device_id)
-            stored = decode_document(seen[device_id].document, tenant_id, device_id)
+            stored = decode_document(seen[device_id].desired_state, tenant_id, device_id)
             return encode_document(twin.merge_patch(stored, patch), limits)
 
         texts, errors = _each(device_ids, merge)
@@ -98,14 +98,14 @@ def patch_desired(
     return until_written(attempt, lambda: devices_not_written(device_ids))
 
 
-def replace_reported(
-    execute: Execute, tenant_id: str, reports: Sequence[CheckedReport]
+def report(
+    execute: Execute, tenant_id: str, reports: Sequence[CheckedReport], limits: DocumentLimits
 ) -> tuple[list[ReportOutcome], set[str]]:
     """Apply reports as if one after another; returns an outcome for each, in order, and the devices written.
 
     One guarded statement writes those that are accepted. Where reports are left, one more statement reads and locks
     their devices, the reports are decided on here, and what they leave behind is written by a last one. If a report is
-    invalid or a device reports twice, the first statement is left out.
+    a patch or invalid, or a device reports twice, the first statement is left out.
 
     Raises:
         RuntimeError: If nothing explains why rows are not written.
@@ -122,11 +122,11 @@ def replace_reported(
 
     def attempt() -> bool | None:
         nonlocal left
-        decided, to_write = fold(left.values(), _versions(execute, tenant_id, left.values()))
+        decided, to_write = fold(left.values(), _stored(execute, tenant_id, left.values()), tenant_id, limits)
         outcomes.update(zip(left, decided, strict=True))
         written.update(_write_decided(execute, tenant_id, to_write))
-        # A device is not written only in AUTOCOMMIT mode, where its version changed since it was read: its reports
-        # start anew, and no other report depends on them.
+        # A device is not written only in AUTOCOMMIT mode, where it changed since it was read: its reports start anew,
+        # and no other report depends on them.
         not_written = to_write.keys() - written
         left = {place: report for place, report in left.items() if report.device_id in not_written}
         return True if not left else None
@@ -181,44 +181,60 @@ def _refusals(execute: Execute, tenant_id: str, device_ids: Collection[str], exp
     return errors
 
 
-def _versions(execute: Execute, tenant_id: str, reports: Iterable[CheckedReport]) -> dict[str, Versions]:
-    """The versions of the devices that are reported on, their rows locked; devices that do not exist are left out."""
+def _stored(execute: Execute, tenant_id: str, reports: Collection[CheckedReport]) -> dict[str, Stored]:
+    """What the reports need of their devices, whose rows are locked; devices that do not exist are left out."""
     devices = list({report.device_id for report in reports if report.device_id is not None})
     if not devices:
         return {}
-    rows = execute(statements.locked_versions(), {"tenant": tenant_id, "devices": devices})
-    return {row.device_id: Versions(row.desired_version, row.reported_version) for row in rows}
+    sections: list[statements.Section] = []
+    if any(report.if_converged for report in reports):
+        sections.append("desired_state")
+    if any(report.patch is not None for report in reports):
+        sections.append("reported_state")
+    rows = execute(statements.locked_devices(*sections), {"tenant": tenant_id, "devices": devices})
+    return {
+        row.device_id: Stored(
+            Versions(row.desired_version, row.reported_version),
+            row.desired_state if "desired_state" in sections else None,
+            row.reported_state if "reported_state" in sections else None,
+        )
+        for row in rows
+    }
 
 
 def _write_guarded(execute: Execute, tenant_id: str, reports: Sequence[CheckedReport]) -> dict[str, Versions]:
     """Write the reports whose acknowledged version is neither late nor unknown; returns the devices written.
 
-    Nothing is sent where a report is invalid or a device reports twice. Otherwise the statement locks all rows in
-    order, so that what has to be read afterwards is locked already.
+    Nothing is sent where a report is a patch or invalid, or a device reports twice. Otherwise the statement locks all
+    rows in order, so that what has to be read afterwards is locked already.
     """
     writable = {report.device_id: report for report in reports if report.document is not None}
     if len(writable) < len(reports) or None in writable or not reports:
         return {}
-    binds = {
+    binds: dict[str, object] = {
         "tenant": tenant_id,
         "devices": list(writable),
         "documents": [report.document for report in reports],
         "acked": [report.acked_version for report in reports],
     }
-    rows = execute(statements.write_reported_many(decided=False), binds)
+    if if_converged := any(report.if_converged for report in reports):
+        binds["if_converged"] = [report.if_converged for report in reports]
+    rows = execute(statements.write_reported_many(if_converged=if_converged), binds)
     return {row.device_id: Versions(row.desired_version, row.reported_version) for row in rows}
 
 
 def _write_decided(execute: Execute, tenant_id: str, accepted: Mapping[str, Accepted]) -> set[str]:
-    """Write where the versions are still those that were seen; returns the devices written."""
+    """Write where the devices are still as they were seen; returns the devices written."""
     if not accepted:
         return set()
-    binds = {
+    binds: dict[str, object] = {
         "tenant": tenant_id,
         "devices": list(accepted),
         "documents": [write.document for write in accepted.values()],
         "acked": [write.reported_version for write in accepted.values()],
-        "desired": [write.seen.desired for write in accepted.values()],
-        "reported": [write.seen.reported for write in accepted.values()],
+        "desired": [write.seen.versions.desired for write in accepted.values()],
+        "reported": [write.seen.versions.reported for write in accepted.values()],
     }
-    return set(execute(statements.write_reported_many(decided=True), binds).scalars())
+    if unchanged := any(write.seen.reported is not None for write in accepted.values()):
+        binds["seen"] = [write.seen.reported for write in accepted.values()]
+    return set(execute(statements.write_reported_many(decided=True, unchanged=unchanged), binds).scalars())

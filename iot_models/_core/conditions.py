@@ -1,4 +1,4 @@
-"""What is asked about a device in SQL: pending, drifted, its delta, its sync status, and whether a report is accepted.
+"""What is asked about a device in SQL: pending, converged, drifted, its delta, its sync status; what a report may do.
 
 Each rule stands here once, for statements and for the hybrids of the model, and once in Python, for values that are
 loaded already. The tests compare the two.
@@ -6,7 +6,8 @@ loaded already. The tests compare the two.
 | in SQL | in Python |
 |---|---|
 | `pending` | `Shadow.is_pending` |
-| `delta`, `drifted` | `twin.compute_delta`, `Shadow.is_drifted` |
+| `delta` | `twin.compute_delta` |
+| `converged`, `drifted` | `twin.compute_nested_delta` is empty, `Shadow.is_drifted` |
 | `sync_status` | `twin.sync_status` |
 | `accepted` | `report_rules.judge` |
 
@@ -17,8 +18,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import Text, and_, case, column, false, func, literal_column, null, select
+from sqlalchemy import Boolean, Text, and_, case, column, func, literal_column, null, select
 from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
 
 from iot_models._core.column_types import readable_time
 
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from datetime import datetime, timedelta
 
     from sqlalchemy import ColumnElement, SQLColumnExpression
+    from sqlalchemy.sql.compiler import SQLCompiler
 
 _OBJECT: Final = literal_column("'object'", Text)
 # Written out: two bound values would be two expressions to GROUP BY.
@@ -71,15 +75,61 @@ def delta(device: Any) -> ColumnElement[dict[str, Any]]:
     )
 
 
+def converged(desired: SQLColumnExpression[Any], reported: SQLColumnExpression[Any]) -> ColumnElement[bool]:
+    """Reported has all that desired asks, at any depth; false where one of them is no JSON object.
+
+    Inside objects only what desired names counts; arrays are compared whole. Nothing in it is less than IMMUTABLE, so
+    it may also stand in a function that an index uses.
+    """
+    return _Converged(desired, reported)
+
+
+class _Converged(FunctionElement[bool]):
+    type = Boolean()
+    inherit_cache = True
+
+
+# Containment decides most rows. It takes arrays for sets, so where desired has an array, the documents are looked at
+# again: with || , which is exact for the top level, and then pair by pair. `pair` holds a desired and a reported value
+# that are different; two objects are taken apart, and any other pair says that something is lacking.
+_CONVERGED: Final = """
+CASE
+  WHEN NOT (jsonb_typeof({desired}) = 'object' AND {reported} @> {desired}) THEN false
+  WHEN NOT {desired} @? 'strict $.** ? (@.type() == "array")'::jsonpath THEN true
+  WHEN {reported} || {desired} = {reported} THEN true
+  ELSE NOT EXISTS (
+    WITH RECURSIVE pair (wanted, actual) AS (
+        SELECT {desired}, {reported}
+      UNION ALL
+        SELECT member.value, pair.actual -> member.key
+        FROM pair
+        CROSS JOIN LATERAL jsonb_each(
+          CASE
+            WHEN jsonb_typeof(pair.wanted) = 'object' AND jsonb_typeof(pair.actual) = 'object' THEN pair.wanted
+            ELSE '{{}}'::jsonb
+          END
+        ) AS member (key, value)
+        WHERE pair.actual -> member.key IS DISTINCT FROM member.value
+    )
+    SELECT FROM pair WHERE jsonb_typeof(wanted) <> 'object' OR jsonb_typeof(actual) IS DISTINCT FROM 'object'
+  )
+END
+"""
+
+
+@compiles(_Converged)
+def _converged_as_sql(element: _Converged, compiler: SQLCompiler, **kw: Any) -> str:
+    desired, reported = (compiler.process(document, **kw) for document in element.clauses)
+    return _CONVERGED.format(desired=desired, reported=reported)
+
+
 def drifted(device: Any) -> ColumnElement[bool]:
-    """The device acknowledged the newest version, and its delta is not empty. One that is not `readable` is not."""
-    # Of a key that both have, || takes the right one's value.
-    together = device.reported_state.op("||", return_type=JSONB())(device.desired_state)
-    lacks = together != device.reported_state
+    """The device acknowledged the newest version, and yet is not converged. One that is not `readable` is not."""
     return and_(
         device.desired_version == device.reported_version,
-        device.desired_state != device.reported_state,  # equal documents are spared the look at each key
-        case((readable(device), lacks), else_=false()),  # CASE, because AND does not say what is evaluated first
+        device.desired_state != device.reported_state,  # equal documents are spared the rest
+        readable(device),
+        ~converged(device.desired_state, device.reported_state),
     )
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from iot_models._core.json_pointer import pointer
 from iot_models._core.stored_json import read_json, why_no_document
 from iot_models._core.validation import storable_text
 from iot_models.errors import DocumentTooLarge, InvalidDocument, UnreadableShadow, shown
@@ -23,8 +24,7 @@ from iot_models.errors import DocumentTooLarge, InvalidDocument, UnreadableShado
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    # From the innermost step outwards: the place of the container, and the key in it; () for the document.
-    Place = tuple["Place", str | int] | tuple[()]
+    from iot_models._core.json_pointer import Place
 
 # The upper bound of max_depth. json's encoder needs one recursion per level; Python's default limit is 1,000.
 _DEEPEST: Final = 200
@@ -80,10 +80,10 @@ class DocumentLimits:
         max_bytes: The size as compact UTF-8 JSON, in which a number takes what PostgreSQL stores of it. PostgreSQL
             writes exponents out: `1e308` takes 309 bytes. A document has at most `max_bytes / 16` arrays and
             objects (and may always have 1,024).
-        max_depth: The number of levels of objects and arrays. The document itself is the first level. At most 200.
+        max_depth: The number of levels of objects and arrays below the document, which itself is none. At most 200.
 
     Raises:
-        ValueError: If a limit is below 1, or `max_depth` is above 200.
+        ValueError: If `max_bytes` is below 1, or `max_depth` is below 0 or above 200.
 
     Example:
         >>> ShadowService(session, "acme", limits=DocumentLimits(max_bytes=8_192, max_depth=5))
@@ -95,8 +95,8 @@ class DocumentLimits:
     def __post_init__(self) -> None:
         if self.max_bytes < 1:
             raise ValueError(f"max_bytes must be at least 1, got {shown(self.max_bytes)}")
-        if not 1 <= self.max_depth <= _DEEPEST:
-            raise ValueError(f"max_depth must be from 1 to {_DEEPEST}, got {shown(self.max_depth)}")
+        if not 0 <= self.max_depth <= _DEEPEST:
+            raise ValueError(f"max_depth must be from 0 to {_DEEPEST}, got {shown(self.max_depth)}")
 
 
 def check_document(document: object, limits: DocumentLimits) -> None:
@@ -200,8 +200,11 @@ def _check(  # noqa: C901, PLR0912 - one branch per JSON type
     No value is counted larger than it is, so the result is an upper bound. `weight` is added to.
     """
     weight.containers_left -= 1
-    if depth == limits.max_depth:
-        raise InvalidDocument(_pointer(place), "nested too deep: flatten it, or raise DocumentLimits.max_depth")
+    if depth > limits.max_depth:
+        raise InvalidDocument(
+            pointer(place),
+            f"nested too deep: this is level {depth}, at most {limits.max_depth} are allowed below the document",
+        )
     keyed = isinstance(container, dict)
     members: Iterable[tuple[Any, object]] = container.items() if isinstance(container, dict) else enumerate(container)
     # At least one byte for a value and one for a comma or bracket; for a key, two quotes, a colon and its characters.
@@ -214,14 +217,14 @@ def _check(  # noqa: C901, PLR0912 - one branch per JSON type
             left -= len(key)
         if isinstance(value, str):
             if not ((value.isascii() and "\0" not in value) or storable_text(value)):
-                raise InvalidDocument(_pointer((place, key)), _TEXT_REASON)
+                raise InvalidDocument(pointer((place, key)), _TEXT_REASON)
             left -= len(value) + 1
         elif value is None or value is True or value is False:
             left -= 3
         elif isinstance(value, int):
             if value.bit_length() > _FEW_BITS:
                 if abs(value) >= 10 ** (most := _most_digits()):
-                    raise InvalidDocument(_pointer((place, key)), f"an integer of more than {most:,} digits")
+                    raise InvalidDocument(pointer((place, key)), f"an integer of more than {most:,} digits")
                 left -= value.bit_length() * 3 // 10  # a digit is 3.3 bits
         elif isinstance(value, float):
             if _LOW <= value < _HIGH or -_HIGH < value <= -_LOW or value == 0:
@@ -230,19 +233,17 @@ def _check(  # noqa: C901, PLR0912 - one branch per JSON type
                 left -= _check_float(value, place, key, weight)
         elif isinstance(value, (dict, list)):
             # A document can be nothing but empty containers: they must cost no more than other values.
-            if value or depth + 1 == limits.max_depth:
+            if value or depth == limits.max_depth:
                 left = _check(value, (place, key), depth + 1, limits, left, weight)
             else:
                 weight.containers_left -= 1
         elif not isinstance(value, _StoredNumber):
-            raise InvalidDocument(_pointer((place, key)), f"{_name(value)} is not a JSON type: convert it first")
+            raise InvalidDocument(pointer((place, key)), f"{_name(value)} is not a JSON type: convert it first")
         if left < 0:
             raise _too_large(f"more than {2 * limits.max_bytes:,}", limits)
         if weight.containers_left < 0:
             most = _most_containers(limits)
-            raise DocumentTooLarge(
-                "", f"more than {most:,} arrays and objects: write them flatter, or raise DocumentLimits.max_bytes"
-            )
+            raise DocumentTooLarge("", f"more arrays and objects than the {most:,} that are allowed")
     return left
 
 
@@ -259,7 +260,7 @@ def _check_float(value: float, place: Place, key: str | int, weight: _Weight) ->
         text = float.__repr__(value)
         grows = len(f"{Decimal(text):f}") - len(text)
     else:
-        raise InvalidDocument(_pointer((place, key)), f"{value} is not a JSON number: send null, or omit it")
+        raise InvalidDocument(pointer((place, key)), f"{value} is not a JSON number: send null, or omit it")
     weight.written_out += grows
     return grows + 4  # 1e-05 or more
 
@@ -272,9 +273,9 @@ def _most_digits() -> int:
 def _check_key(key: object, place: Place) -> None:
     if not isinstance(key, str):
         # json would write 1, None and True as "1", "null" and "true": two keys could become one without an error.
-        raise InvalidDocument(_pointer((place, shown(key))), f"keys are strings, {shown(key)} is {_name(key)}")
+        raise InvalidDocument(pointer((place, shown(key))), f"keys are strings, {shown(key)} is {_name(key)}")
     if not storable_text(key):
-        raise InvalidDocument(_pointer((place, key)), _TEXT_REASON)
+        raise InvalidDocument(pointer((place, key)), _TEXT_REASON)
 
 
 _TEXT_REASON: Final = r"PostgreSQL cannot store \u0000 or a lone surrogate in a string: remove it first"
@@ -286,15 +287,6 @@ def _too_large(size: str, limits: DocumentLimits) -> DocumentTooLarge:
         f"{size} bytes as compact UTF-8 JSON, at most {limits.max_bytes:,} are allowed: "
         "store large values elsewhere and keep a reference here",
     )
-
-
-def _pointer(place: Place) -> str:
-    """Return the place as a JSON Pointer (RFC 6901), in which `~` is written `~0` and `/` is written `~1`."""
-    pointer = ""
-    while place:
-        place, step = place
-        pointer = f"/{str(step).replace('~', '~0').replace('/', '~1')}{pointer}"
-    return pointer
 
 
 def _name(value: object) -> str:

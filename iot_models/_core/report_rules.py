@@ -1,15 +1,17 @@
-"""When a report is accepted: decided from the device's versions alone, with no database.
+"""When a report is accepted, and what it leaves behind: decided from what was read of the device, with no database.
 
 `judge` is the rule; `conditions.accepted` is the same rule in SQL, where it guards the write.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, NamedTuple
 
+from iot_models import twin
 from iot_models._core import validation
-from iot_models._core.documents import encode_document
-from iot_models.errors import LateReport, UnknownVersion, shown
+from iot_models._core.documents import check_document, decode_document, encode_document
+from iot_models.errors import InvalidDocument, LateReport, UnknownVersion, UnreadableShadow, shown
 from iot_models.reports import Report, ReportOutcome, ReportStatus
 
 if TYPE_CHECKING:
@@ -18,11 +20,28 @@ if TYPE_CHECKING:
     from iot_models._core.documents import DocumentLimits
 
 
+log = logging.getLogger(__name__)
+
+
 class Versions(NamedTuple):
-    """The two versions of a device: all that the answer to a report depends on."""
+    """The two versions of a device: all that a report is judged by."""
 
     desired: int
     reported: int
+
+
+class Stored(NamedTuple):
+    """What was read of a device, as far as the reports need it.
+
+    Attributes:
+        versions: Its versions.
+        desired: Its desired document as JSON text; None if no report acknowledges what is converged.
+        reported: Its reported document as JSON text; None if no report is a patch.
+    """
+
+    versions: Versions
+    desired: str | None = None
+    reported: str | None = None
 
 
 class CheckedReport(NamedTuple):
@@ -31,14 +50,23 @@ class CheckedReport(NamedTuple):
     Attributes:
         report: The report itself.
         device_id: The id to look up; None if no row can carry it.
-        document: The document as JSON text; None if the report is invalid.
-        acked_version: As a plain int; None if the report acknowledges nothing, or is invalid.
+        document: The whole document as JSON text; None if the report is a patch or invalid.
+        patch: The merge patch; None if the report is a document or invalid.
+        acked_version: As a plain int; None if the report names no version, or is invalid.
+        if_converged: Whether it acknowledges the newest version if the device is converged after it.
     """
 
     report: Report
     device_id: str | None
-    document: str | None
-    acked_version: int | None
+    document: str | None = None
+    patch: Mapping[str, object] | None = None
+    acked_version: int | None = None
+    if_converged: bool = False
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether nothing is wrong with it, whatever its device is like."""
+        return self.document is not None or self.patch is not None
 
 
 class Accepted(NamedTuple):
@@ -46,12 +74,12 @@ class Accepted(NamedTuple):
 
     Attributes:
         document: The document of its last accepted report, as JSON text.
-        seen: The versions that the reports were judged by: the write takes effect only where they are still current.
+        seen: What the reports were judged by: the write takes effect only where it is still current.
         reported_version: The new `reported_version`.
     """
 
     document: str
-    seen: Versions
+    seen: Stored
     reported_version: int
 
 
@@ -82,8 +110,13 @@ def require_accepted(device_id: str, acked_version: int | None, versions: Versio
     raise LateReport(device_id, acked_version, versions.reported)
 
 
-def check(report: Report, limits: DocumentLimits) -> CheckedReport:
+def check(report: Report, limits: DocumentLimits, *, patches: bool) -> CheckedReport:
     """Check all of a report that can be checked without its device.
+
+    Args:
+        report: The report.
+        limits: For its document.
+        patches: Whether it has a merge patch, and not the whole document.
 
     Raises:
         TypeError: If `report` is no `Report`. What is wrong inside one is a status, no error.
@@ -91,15 +124,20 @@ def check(report: Report, limits: DocumentLimits) -> CheckedReport:
     if not isinstance(report, Report):
         raise TypeError(f"reports must be Report objects, got {shown(report)}")
     if not _is_text(report.device_id):
-        return CheckedReport(report, None, None, None)
+        return CheckedReport(report, None)
     # An invalid report is looked up too: its outcome shows the versions of the device.
     device_id = next(iter(validation.findable([report.device_id])), None)
+    document, patch = None, None
     try:
-        acked_version = validation.version("acked_version", report.acked_version)
-        document = encode_document(report.reported, limits)
+        acked_version = validation.acknowledgement(report.acked_version, report.ack_if_converged)
+        if patches:
+            check_document(report.reported, limits)
+            patch = report.reported
+        else:
+            document = encode_document(report.reported, limits)
     except (TypeError, ValueError):  # InvalidDocument is a ValueError
-        return CheckedReport(report, device_id, None, None)
-    return CheckedReport(report, device_id, document, acked_version)
+        return CheckedReport(report, device_id)
+    return CheckedReport(report, device_id, document, patch, acked_version, report.ack_if_converged)
 
 
 def _is_text(value: object) -> bool:
@@ -107,33 +145,69 @@ def _is_text(value: object) -> bool:
 
 
 def fold(
-    reports: Iterable[CheckedReport], versions: Mapping[str, Versions]
+    reports: Iterable[CheckedReport], stored: Mapping[str, Stored], tenant_id: str, limits: DocumentLimits
 ) -> tuple[list[ReportOutcome], dict[str, Accepted]]:
     """Decide on reports as if they were applied one after another.
 
     Args:
         reports: In the order of arrival; several of one device are allowed.
-        versions: The versions of the devices before the first report. A device that is not in it does not exist.
+        stored: The devices before the first report. A device that is not in it does not exist.
+        tenant_id: Whose devices they are.
+        limits: For a document after a merge.
 
     Returns:
         One outcome per report, in order, and by device what is to be written in the end: nothing for a device without
         an accepted report.
     """
-    current = dict(versions)
+    current = dict(stored)
     accepted: dict[str, Accepted] = {}
     outcomes: list[ReportOutcome] = []
-    for report, device_id, document, acked_version in reports:
+    for report in reports:
+        device_id = report.device_id
         now = None if device_id is None else current.get(device_id)
-        if document is None:
+        if not report.is_valid:
             status = ReportStatus.INVALID
         elif device_id is None or now is None:
             status = ReportStatus.UNKNOWN_DEVICE
         else:
-            status = judge(acked_version, now)
+            status = judge(report.acked_version, now.versions)
             if status is ReportStatus.ACCEPTED:
-                if acked_version is not None:
-                    now = now._replace(reported=acked_version)
-                current[device_id] = now
-                accepted[device_id] = Accepted(document, versions[device_id], now.reported)
-        outcomes.append(ReportOutcome(report.device_id, status, *(now or (None, None))))
+                try:
+                    document, now = _applied(report, now, tenant_id, device_id, limits)
+                except (InvalidDocument, UnreadableShadow) as error:
+                    log.warning("the patch of a report is not applied: %s: %s", device_id, error)
+                    status = ReportStatus.INVALID
+                else:
+                    current[device_id] = now
+                    accepted[device_id] = Accepted(document, stored[device_id], now.versions.reported)
+        outcomes.append(ReportOutcome(report.report.device_id, status, *(now.versions if now else (None, None))))
     return outcomes, accepted
+
+
+def _applied(
+    report: CheckedReport, stored: Stored, tenant_id: str, device_id: str, limits: DocumentLimits
+) -> tuple[str, Stored]:
+    """The document that an accepted report leaves behind, and the device after it.
+
+    Raises:
+        InvalidDocument: If the document cannot be stored after the merge.
+        UnreadableShadow: If what is stored is no document that could be patched.
+    """
+    document = report.document
+    if document is None:
+        before = decode_document(stored.reported or "", tenant_id, device_id)
+        document = encode_document(twin.merge_patch(before, report.patch or {}), limits)
+    reported_version = stored.versions.reported if report.acked_version is None else report.acked_version
+    if report.if_converged and _converged(stored.desired or "", document, tenant_id, device_id):
+        reported_version = stored.versions.desired
+    versions = stored.versions._replace(reported=reported_version)
+    return document, stored._replace(versions=versions, reported=document)
+
+
+def _converged(desired: str, reported: str, tenant_id: str, device_id: str) -> bool:
+    """`conditions.converged` in Python, of two sections as JSON texts."""
+    try:
+        wanted = decode_document(desired, tenant_id, device_id)
+    except UnreadableShadow:
+        return False
+    return not twin.compute_nested_delta(wanted, decode_document(reported, tenant_id, device_id))

@@ -18,10 +18,12 @@ from sqlalchemy import (
     ARRAY,
     TIMESTAMP,
     BigInteger,
+    Boolean,
     Interval,
     Text,
     TypeDecorator,
     bindparam,
+    case,
     cast,
     column,
     func,
@@ -117,6 +119,15 @@ def _reported_write(document: ColumnElement[Any]) -> dict[str, Any]:
     return {"reported_state": document, "last_seen_at": _not_before(_C.last_seen_at)}
 
 
+def _newest_if_converged(document: ColumnElement[Any], *, otherwise: ColumnElement[int]) -> ColumnElement[int]:
+    """The `reported_version` of a device that sends none: acknowledged is the version that the row is compared with.
+
+    Both come from the row as it is when it is locked. So a desired write at the same moment is compared with, or comes
+    after; a version that nobody compared is never acknowledged.
+    """
+    return case((conditions.converged(_C.desired_state, document), _C.desired_version), else_=otherwise)
+
+
 def _not_before(time: ColumnElement[Any]) -> ColumnElement[Any]:
     """The time of a write: its transaction's, and never before the time that the row has when it is locked.
 
@@ -173,15 +184,18 @@ def write_desired(*, guarded: bool) -> ShadowUpdate:
 
 
 @cache
-def write_reported(*, acked: bool, unchanged: bool) -> ShadowUpdate:
+def write_reported(*, acked: bool, if_converged: bool, unchanged: bool) -> ShadowUpdate:
     """Set the reported document and `last_seen_at`. Binds `tenant`, `device`, `document`.
 
     If acked, it also sets `reported_version` to the bound `acked`, and writes only a row for which that version is
-    neither late nor unknown. If unchanged, it writes only a row whose reported document is still the bound `seen` (JSON
-    text), because reported documents have no version of their own.
+    neither late nor unknown. If if_converged, it acknowledges the newest version where the document has all that the
+    row's desired document asks. If unchanged, it writes only a row whose reported document is still the bound `seen`
+    (JSON text), because reported documents have no version of their own.
     """
     values = _reported_write(_DOCUMENT)
     guard: list[ColumnElement[bool]] = []
+    if if_converged:
+        values["reported_version"] = _newest_if_converged(_DOCUMENT, otherwise=_C.reported_version)
     if acked:
         version = bindparam("acked", type_=BigInteger)
         # Where the guard holds, this is :acked. Alone, PostgreSQL would cast :acked to integer while it plans the
@@ -200,28 +214,15 @@ def versions_of_many() -> Select[str, int]:
 
 
 @cache
-def locked_versions() -> Select[str, int, int]:
-    """`device_id` and both versions of several devices, their rows locked. Binds `tenant`, `devices` (an array).
+def locked_devices(*sections: Section) -> ShadowSelect:
+    """`device_id`, both versions and these sections (as JSON text) of several devices, their rows locked.
 
-    Rows are locked as `locked_document` does, in the order that the database gives `device_id`. All batches lock in
-    that order, so two batches wait for each other and never deadlock.
+    Binds `tenant`, `devices` (an array). Rows are locked as `locked_document` does, in the order that the database
+    gives `device_id`. All batches lock in that order, so two batches wait for each other and never deadlock.
     """
+    texts = [cast(_C[section], Text).label(section) for section in sections]
     return (
-        select(_C.device_id, _C.desired_version, _C.reported_version)
-        .where(_OF_TENANT, _OF_DEVICES)
-        .order_by(_C.device_id)
-        .with_for_update(key_share=True)
-    )
-
-
-@cache
-def locked_desired_documents() -> Select[str, str, int]:
-    """`device_id`, the desired document as JSON text, and its version, locked as in `locked_versions`.
-
-    Binds `tenant`, `devices` (an array).
-    """
-    return (
-        select(_C.device_id, cast(_C.desired_state, Text).label("document"), _C.desired_version)
+        select(_C.device_id, _C.desired_version, _C.reported_version, *texts)
         .where(_OF_TENANT, _OF_DEVICES)
         .order_by(_C.device_id)
         .with_for_update(key_share=True)
@@ -248,13 +249,17 @@ def write_desired_many() -> ShadowUpdate:
 
 
 @cache
-def write_reported_many(*, decided: bool) -> ReturningUpdate[str, int, int]:
+def write_reported_many(
+    *, if_converged: bool = False, decided: bool = False, unchanged: bool = False
+) -> ReturningUpdate[str, int, int]:
     """Set the reported documents of several devices, `reported_version` and `last_seen_at`; binds `tenant` and arrays.
 
     The arrays are `devices` (each once), `documents` and `acked` (NULL: leave `reported_version` as it is). A row is
-    written under the guard of `write_reported`. If decided, the reports were judged before the statement, and the
-    arrays `desired` and `reported` are the versions that they were judged by: only a row at these versions is written.
-    Returns the devices written, and both versions.
+    written under the guard of `write_reported`. If if_converged, the array of that name has the rows that acknowledge
+    as `write_reported` does. If decided, the reports were judged before the statement, and the arrays `desired` and
+    `reported` are the versions that they were judged by: only a row at these versions is written, and if unchanged,
+    only one whose reported document is that of the array `seen` (JSON texts). Returns the devices written, and both
+    versions.
 
     All rows are locked, in order, before the first one is written, including those that the guard then refuses. So a
     statement that reads them afterwards has their locks already, and finds the versions that the guard found.
@@ -263,20 +268,30 @@ def write_reported_many(*, decided: bool) -> ReturningUpdate[str, int, int]:
     slow: in a generic plan (psycopg prepares a statement at its fifth run) PostgreSQL expects ten rows of each and
     compares every row with every other one.
     """
-    arrays = {"desired": BigInteger(), "reported": BigInteger()} if decided else {}
-    new = _rows_of("new", documents=Text(), acked=BigInteger(), **arrays)
+    arrays: dict[str, TypeEngine[Any]] = {"documents": Text(), "acked": BigInteger()}
+    if if_converged:
+        arrays |= {"if_converged": Boolean()}
+    if decided:
+        arrays |= {"desired": BigInteger(), "reported": BigInteger()}
+    if unchanged:
+        arrays |= {"seen": Text()}
+    new = _rows_of("new", **arrays)
     locked = _locked(new, carrying=(_LOCKED.c.desired_version, _LOCKED.c.reported_version, *new.c[1:]))
     if decided:
         guard = (locked.c.desired_version == locked.c.desired) & (locked.c.reported_version == locked.c.reported)
     else:
         guard = locked.c.acked.is_(None) | conditions.accepted(locked.c.acked, locked.c)
+    if unchanged:
+        guard &= _C.reported_state == cast(locked.c.seen, JSONB)
+    document = cast(locked.c.documents, JSONB)
+    version: ColumnElement[int] = func.coalesce(locked.c.acked, locked.c.reported_version)
+    if if_converged:
+        newest = _newest_if_converged(document, otherwise=version)
+        version = case((locked.c.if_converged, newest), else_=version)
     return (
         update(TABLE)
         .where(_OF_TENANT, _C.device_id == locked.c.device_id, guard)
-        .values(
-            _reported_write(cast(locked.c.documents, JSONB))
-            | {"reported_version": func.coalesce(locked.c.acked, locked.c.reported_version)}
-        )
+        .values(_reported_write(document) | {"reported_version": version})
         .returning(_C.device_id, _C.desired_version, _C.reported_version)
     )
 

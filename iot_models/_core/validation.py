@@ -167,6 +167,25 @@ def _version(name: str, value: object) -> int:
         raise InvalidVersion(name, value) from None
 
 
+def acknowledgement(acked_version: object, ack_if_converged: object) -> int | None:
+    """The version that a report acknowledges; None where it names none.
+
+    Raises:
+        TypeError: If `ack_if_converged` is no bool.
+        ValueError: If the report acknowledges in both ways.
+        InvalidVersion: If `acked_version` is no version.
+    """
+    if not isinstance(ack_if_converged, bool):
+        raise TypeError(f"ack_if_converged must be a bool, got {shown(ack_if_converged)}")
+    acked = version("acked_version", acked_version)
+    if ack_if_converged and acked is not None:
+        raise ValueError(
+            f"a report acknowledges in one way: got acked_version={acked} and ack_if_converged=True. "
+            "Pass the version that the device sent, or ack_if_converged for a device that sends none"
+        )
+    return acked
+
+
 def versions(name: str, values: Mapping[str, int] | None, *, of: Mapping[str, object]) -> dict[str, int]:
     """The versions by device_id, none where the caller gave none. A device without one is left out, not None.
 

@@ -41,7 +41,7 @@ def unit(name: str, at: float, *work: tuple[Operation, Any], **changes: Any) -> 
 
 
 # A replaces, B patches, a batch C replaces both devices, R reports what it was asked at version 2.
-A, B, C, R = {"by": "A", "a": 1}, {"by": "B", "b": 1}, {"by": "C"}, {"by": "R", "a": 1}
+A, B, C, R = {"by": "A", "a": 1}, {"by": "B", "b": 1}, {"by": "C"}, {"reported by": "R", "a": 1}
 AB = {"by": "B", "a": 1, "b": 1}
 WRITE_A = unit("A", 1, (operation("replace_desired", Entry("fan", A, 0)), (Answer(WRITTEN, 1, 0, A),)))
 WRITE_B = unit("B", 2, (operation("patch_desired", Entry("fan", B)), (Answer(WRITTEN, 2, 0, AB),)))
@@ -132,21 +132,27 @@ def test_half_of_a_transaction_is_found() -> None:
 
 
 def test_a_reported_version_that_goes_down_is_found() -> None:
-    late = unit("L", 5, (operation("replace_reported", Entry("fan", {"by": "L"}, 1)), (Answer(WRITTEN, 3, 1),)))
-    reasons = found([*UNITS, late], [*HISTORY, Change(KEY, State(3, 1, C, {"by": "L"}))])
+    late = unit(
+        "L", 5, (operation("replace_reported", Entry("fan", {"reported by": "L"}, 1)), (Answer(WRITTEN, 3, 1),))
+    )
+    reasons = found([*UNITS, late], [*HISTORY, Change(KEY, State(3, 1, C, {"reported by": "L"}))])
     assert "reported_version went down from 2 to 1" in reasons
 
 
 def test_a_late_report_that_was_accepted_is_found_even_if_the_version_stays() -> None:
-    late = unit("L", 5, (operation("replace_reported", Entry("fan", {"by": "L"}, 1)), (Answer(WRITTEN, 3, 2),)))
-    reasons = found([*UNITS, late], [*HISTORY, Change(KEY, State(3, 2, C, {"by": "L"}))])
+    late = unit(
+        "L", 5, (operation("replace_reported", Entry("fan", {"reported by": "L"}, 1)), (Answer(WRITTEN, 3, 2),))
+    )
+    reasons = found([*UNITS, late], [*HISTORY, Change(KEY, State(3, 2, C, {"reported by": "L"}))])
     assert "acknowledged 1, with 2 acknowledged and 3 asked for" in reasons
     assert "there was no reason for that" in reasons
 
 
 def test_an_acknowledgement_of_what_was_never_asked_is_found() -> None:
-    early = unit("E", 5, (operation("replace_reported", Entry("fan", {"by": "E"}, 9)), (Answer(WRITTEN, 3, 9),)))
-    reasons = found([*UNITS, early], [*HISTORY, Change(KEY, State(3, 9, C, {"by": "E"}))])
+    early = unit(
+        "E", 5, (operation("replace_reported", Entry("fan", {"reported by": "E"}, 9)), (Answer(WRITTEN, 3, 9),))
+    )
+    reasons = found([*UNITS, early], [*HISTORY, Change(KEY, State(3, 9, C, {"reported by": "E"}))])
     assert "reported_version 9 was never asked for" in reasons
 
 
@@ -237,12 +243,12 @@ def test_a_read_shows_what_was_committed(answer: Answer, honest: bool) -> None: 
 
 
 def test_of_several_reports_of_a_device_in_a_batch_the_last_accepted_one_is_there() -> None:
-    reports = operation("replace_reported_many", *(Entry("fan", {"by": f"R{n}"}, n) for n in (2, 1)))
-    reports = replace(reports, entries=(*reports.entries, Entry("fan", {"by": "R"})))
+    reports = operation("replace_reported_many", *(Entry("fan", {"reported by": f"R{n}"}, n) for n in (2, 1)))
+    reports = replace(reports, entries=(*reports.entries, Entry("fan", {"reported by": "R"})))
     answer = (Answer(WRITTEN, 2, 2), Answer("LateReport", 2, 2), Answer(WRITTEN, 2, 2))
     batch = unit("R", 3, (reports, answer))
-    assert found([WRITE_A, WRITE_B, batch], [*HISTORY[:2], Change(KEY, State(2, 2, AB, {"by": "R"}))]) == ""
-    first = [*HISTORY[:2], Change(KEY, State(2, 2, AB, {"by": "R2"}))]
+    assert found([WRITE_A, WRITE_B, batch], [*HISTORY[:2], Change(KEY, State(2, 2, AB, {"reported by": "R"}))]) == ""
+    first = [*HISTORY[:2], Change(KEY, State(2, 2, AB, {"reported by": "R2"}))]
     assert "R of acme/fan (acknowledged) is not there" in found([WRITE_A, WRITE_B, batch], first)
 
 

@@ -35,6 +35,7 @@ WRITES: dict[str, Callable[[ShadowService], object]] = {
     "replace_desired_many": lambda service: service.replace_desired_many({d: {"ours": 1} for d in DEVICES}),
     "patch_desired_many": lambda service: service.patch_desired_many(DEVICES, {"ours": 1}),
     "replace_reported_many": lambda service: service.replace_reported_many([Report(d, {"ours": 1}) for d in DEVICES]),
+    "patch_reported_many": lambda service: service.patch_reported_many([Report(d, {"ours": 1}) for d in DEVICES]),
 }
 each_write = pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
 

@@ -25,7 +25,7 @@ from tests.databases.alembic_runs import downgrade, upgrade
 from tests.guarantees.state_machine.compared_session import BothSides
 from tests.guarantees.state_machine.comparison import columns, described, shown_columns, stored_rows
 from tests.guarantees.state_machine.steps import (
-    acknowledgement,
+    AS_ASKED,
     acknowledgements,
     any_documents,
     devices,
@@ -34,6 +34,8 @@ from tests.guarantees.state_machine.steps import (
     no_json,
     offsets,
     rarely,
+    reporting,
+    reports,
     some_devices,
     spelled,
     spellings,
@@ -107,22 +109,33 @@ class ServiceAndModel(BothSides):
         self, tenant: str, device_id: str, document: Any, acknowledgements: list[Acknowledgement]
     ) -> None:
         for acked in acknowledgements:
-            version = self.acked(tenant, device_id, acked)
-            self.compare(tenant, "replace_reported", device_id, document, acked_version=version)
+            how = self.acknowledging(tenant, device_id, acked)
+            self.compare(tenant, "replace_reported", device_id, document, **how)
 
     @rule(tenant=tenants, device_id=devices, patch=any_documents, acknowledgements=acknowledgements)
     def patch_reported(self, tenant: str, device_id: str, patch: Any, acknowledgements: list[Acknowledgement]) -> None:
         for acked in acknowledgements:
-            version = self.acked(tenant, device_id, acked)
-            self.compare(tenant, "patch_reported", device_id, patch, acked_version=version)
+            how = self.acknowledging(tenant, device_id, acked)
+            self.compare(tenant, "patch_reported", device_id, patch, **how)
 
-    @rule(tenant=tenants, device_id=devices, spellings=spellings)
-    def report_what_was_asked(self, tenant: str, device_id: str, spellings: list[str]) -> None:
+    @rule(tenant=tenants, device_id=devices, spellings=spellings, by_version=st.booleans(), by=reporting)
+    def report_what_was_asked(
+        self,
+        tenant: str,
+        device_id: str,
+        spellings: list[str],
+        by_version: bool,  # noqa: FBT001 - drawn
+        by: str,
+    ) -> None:
         device = self.model[tenant].devices.get(device_id)
         if device is not None:
+            how: Any = {"acked_version": device.desired_version} if by_version else {"ack_if_converged": True}
             for spelling in spellings:
                 reported = spelled(device.desired, spelling)
-                self.compare(tenant, "replace_reported", device_id, reported, acked_version=device.desired_version)
+                if by.endswith("_many"):
+                    self.compare(tenant, by, [Report(device_id, reported, **how)])
+                else:
+                    self.compare(tenant, by, device_id, reported, **how)
 
     @rule(
         tenant=tenants,
@@ -139,12 +152,24 @@ class ServiceAndModel(BothSides):
     def patch_desired_many(self, tenant: str, device_ids: list[str], patch: Any) -> None:
         self.compare(tenant, "patch_desired_many", device_ids, patch)
 
-    @rule(tenant=tenants, reports=st.lists(st.tuples(devices, any_documents, acknowledgement), max_size=6))
+    @rule(tenant=tenants, reports=reports)
     def replace_reported_many(self, tenant: str, reports: list[tuple[str, Any, Acknowledgement]]) -> None:
-        batch = [
-            Report(device_id, reported, self.acked(tenant, device_id, acked)) for device_id, reported, acked in reports
+        self.compare(tenant, "replace_reported_many", self._batch(tenant, reports))
+
+    @rule(tenant=tenants, reports=reports)
+    def patch_reported_many(self, tenant: str, reports: list[tuple[str, Any, Acknowledgement]]) -> None:
+        self.compare(tenant, "patch_reported_many", self._batch(tenant, reports))
+
+    def _batch(self, tenant: str, reports: list[tuple[str, Any, Acknowledgement]]) -> list[Report]:
+        """Where the document is `AS_ASKED`, the one that was asked for when the batch began."""
+        return [
+            Report(
+                device_id,
+                self.model[tenant].devices.get(device_id, Device({}, {})).desired if reported is AS_ASKED else reported,
+                **self.acknowledging(tenant, device_id, acked),
+            )
+            for device_id, reported, acked in reports
         ]
-        self.compare(tenant, "replace_reported_many", batch)
 
     # Objects
 

@@ -199,14 +199,26 @@ def test_the_primary_key_serves_single_devices_and_batches(fleet: Connection) ->
         (statements.locked_document("desired_state"), one),
         (statements.write_desired(guarded=False), one),
         (statements.write_desired(guarded=True), one | {"expected": 1}),
-        (statements.write_reported(acked=True, unchanged=True), one | {"acked": 1, "seen": "{}"}),
+        (
+            statements.write_reported(acked=True, if_converged=False, unchanged=True),
+            one | {"acked": 1, "seen": "{}"},
+        ),
+        (statements.write_reported(acked=False, if_converged=True, unchanged=False), one),
         (statements.many_shadows(), many),
         (statements.versions_of_many(), many),
-        (statements.locked_versions(), many),
-        (statements.locked_desired_documents(), many),
+        (statements.locked_devices(), many),
+        (statements.locked_devices("desired_state", "reported_state"), many),
         (statements.write_desired_many(), many | {"expected": [None] * len(ids)}),
-        (statements.write_reported_many(decided=False), many | {"acked": ones}),
+        (statements.write_reported_many(), many | {"acked": ones}),
+        (
+            statements.write_reported_many(if_converged=True),
+            many | {"acked": [None] * len(ids), "if_converged": [True] * len(ids)},
+        ),
         (statements.write_reported_many(decided=True), many | {"acked": ones, "desired": ones, "reported": ones}),
+        (
+            statements.write_reported_many(decided=True, unchanged=True),
+            many | {"acked": ones, "desired": ones, "reported": ones, "seen": ["{}"] * len(ids)},
+        ),
     ):
         assert access(fleet, statement, **binds) == {PRIMARY_KEY}, statement
 
@@ -218,7 +230,6 @@ def test_what_a_batch_costs_grows_with_its_devices_and_not_with_their_square(
 ) -> None:
     ids = [f"device-{n}" for n in range(1000)]
     known = {"devices": ids, "documents": ["{}"] * len(ids)}
-    twos = [2] * len(ids)
     with own_engine.connect() as connection:
         connection.execute(
             text("""INSERT INTO device_state (tenant_id, site_id, device_id, desired_version, reported_version)
@@ -231,13 +242,22 @@ def test_what_a_batch_costs_grows_with_its_devices_and_not_with_their_square(
         for statement, binds in (
             (statements.many_shadows(), {}),
             (statements.versions_of_many(), {}),
-            (statements.locked_versions(), {}),
-            (statements.locked_desired_documents(), {}),
+            (statements.locked_devices(), {}),
+            (statements.locked_devices("desired_state", "reported_state"), {}),
             (statements.write_desired_many(), {"expected": [None] * len(ids)}),
-            (statements.write_reported_many(decided=False), {"acked": [3] * len(ids)}),
+            (statements.write_reported_many(), {"acked": [3] * len(ids)}),
             (
-                statements.write_reported_many(decided=True),
-                {"acked": twos, "desired": [3] * len(ids), "reported": [3] * len(ids)},
+                statements.write_reported_many(if_converged=True),
+                {"acked": [None] * len(ids), "if_converged": [True] * len(ids)},
+            ),
+            (
+                statements.write_reported_many(decided=True, unchanged=True),
+                {
+                    "acked": [3] * len(ids),
+                    "desired": [3] * len(ids),
+                    "reported": [3] * len(ids),
+                    "seen": ["{}"] * len(ids),
+                },
             ),
         ):
             plan = prepared_plan(connection, statement, **known, **binds)

@@ -69,7 +69,9 @@ def storable(
         document = dict(document)
     verdicts: set[bool | None] = set()
     containers = 0
-    left: list[tuple[object, int]] = [(document, 1)]  # no recursion: documents may be deeper than Python's stack
+    left: list[tuple[object, int]] = [
+        (document, 0)
+    ]  # the document is no level; no recursion: documents may be deeper than Python's stack
     while left:
         value, depth = left.pop()
         if isinstance(value, dict | list) and type(value) in {dict, list}:

@@ -17,10 +17,17 @@ from iot_models import (
 from tests.reference.documents import LIMITS, Limits
 from tests.reference.json_values import merge_patch
 from tests.reference.shadows import Between, Device, not_before
-from tests.reference.versions import ERRORS, is_conflict, reported_version_after, status_of_report
+from tests.reference.versions import (
+    ERRORS,
+    IF_CONVERGED,
+    Acknowledges,
+    is_conflict,
+    reported_version_after,
+    status_of_report,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from datetime import datetime
 
     from iot_models import Report
@@ -83,18 +90,32 @@ class Fleet:
         return self.write_desired(at, device_id, desired)
 
     def replace_reported(
-        self, at: Between, device_id: str, reported: object, *, acked_version: int | None = None
+        self,
+        at: Between,
+        device_id: str,
+        reported: object,
+        *,
+        acked_version: int | None = None,
+        ack_if_converged: bool = False,
     ) -> Device:
         self._require(self.limits.refusal(reported))
         self._require_acceptance(device_id, acked_version)
-        return self._write_reported(at, device_id, reported, acked_version)
+        return self._write_reported(at, device_id, reported, IF_CONVERGED if ack_if_converged else acked_version)
 
-    def patch_reported(self, at: Between, device_id: str, patch: object, *, acked_version: int | None = None) -> Device:
+    def patch_reported(
+        self,
+        at: Between,
+        device_id: str,
+        patch: object,
+        *,
+        acked_version: int | None = None,
+        ack_if_converged: bool = False,
+    ) -> Device:
         self._require(self.limits.refusal_of_patch(patch))
         self._require_acceptance(device_id, acked_version)
         reported = merge_patch(self.devices[device_id].reported, patch)
         self._require(self.limits.refusal(reported))
-        return self._write_reported(at, device_id, reported, acked_version)
+        return self._write_reported(at, device_id, reported, IF_CONVERGED if ack_if_converged else acked_version)
 
     def replace_desired_many(
         self, at: Between, documents: Mapping[str, object], *, expected_versions: Mapping[str, int]
@@ -111,7 +132,10 @@ class Fleet:
         return self._all_or_none(device_ids, lambda device_id: self.patch_desired(at, device_id, patch))
 
     def replace_reported_many(self, at: Between, reports: Iterable[Report]) -> list[ReportOutcome]:
-        return [self._outcome(at, report) for report in reports]
+        return [self._outcome(at, self.replace_reported, report) for report in reports]
+
+    def patch_reported_many(self, at: Between, reports: Iterable[Report]) -> list[ReportOutcome]:
+        return [self._outcome(at, self.patch_reported, report) for report in reports]
 
     # What happens beside the service
 
@@ -160,16 +184,19 @@ class Fleet:
             stands = device.reported_version if status is ReportStatus.LATE else device.desired_version
             raise ERRORS[status](device_id, acked, stands)
 
-    def _write_reported(self, at: Between, device_id: str, reported: object, acked: int | None) -> Device:
-        device = self.devices[device_id]
-        version = reported_version_after(acked, device.reported_version)
+    def _write_reported(self, at: Between, device_id: str, reported: object, acknowledges: Acknowledges) -> Device:
+        device = replace(self.devices[device_id], reported=reported)
+        version = reported_version_after(
+            acknowledges, device.desired_version, device.reported_version, is_converged=device.is_converged
+        )
         seen = not_before(device.last_seen_at, at)
         return self.change(device_id, reported=reported, reported_version=version, last_seen_at=seen)
 
-    def _outcome(self, at: Between, report: Report) -> ReportOutcome:
+    def _outcome(self, at: Between, write: Callable[..., Device], report: Report) -> ReportOutcome:
         status = ReportStatus.ACCEPTED
+        acknowledges = {"acked_version": report.acked_version, "ack_if_converged": report.ack_if_converged}
         try:
-            self.replace_reported(at, report.device_id, report.reported, acked_version=report.acked_version)
+            write(at, report.device_id, report.reported, **acknowledges)
         except IotModelsError as error:
             (status,) = (status for status, kind in ERRORS.items() if isinstance(error, kind))
         device = self.devices.get(report.device_id)

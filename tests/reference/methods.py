@@ -35,6 +35,7 @@ WRITES: Final = {
     "replace_desired_many": Write("desired", devices="all"),
     "patch_desired_many": Write("desired", merges=True, devices="all"),
     "replace_reported_many": Write("reported", devices="each"),
+    "patch_reported_many": Write("reported", merges=True, devices="each"),
 }
 READS: Final = {
     "get",

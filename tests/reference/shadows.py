@@ -58,8 +58,12 @@ class Device:
         return self.desired_version > self.reported_version
 
     @property
+    def is_converged(self) -> bool:
+        return nested_delta(self.desired, self.reported) == {}
+
+    @property
     def is_drifted(self) -> bool:
-        return self.desired_version == self.reported_version and self.delta != {}
+        return self.desired_version == self.reported_version and not self.is_converged
 
     def sync_status(self, now: datetime) -> SyncStatus:
         seen = self.last_seen_at.last if isinstance(self.last_seen_at, Between) else self.last_seen_at

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Literal, TypeAlias
 
 from iot_models import DeviceNotFound, InvalidDocument, IotModelsError, LateReport, ReportStatus, UnknownVersion
 
@@ -15,20 +15,29 @@ ERRORS: Final[dict[ReportStatus, type[IotModelsError]]] = {
 }
 
 
-def is_conflict(expected_version: int | None, desired_version: int) -> bool:
+# What a report may acknowledge instead of a version: the newest one, if the device is converged after it.
+IF_CONVERGED: Final = "if converged"
+Acknowledges: TypeAlias = int | Literal["if converged"] | None
+
+
+def is_conflict(expected_version: Acknowledges, desired_version: int) -> bool:
     """Whether a desired write is refused; without an expected version it never is."""
     return expected_version not in {None, desired_version}
 
 
-def status_of_report(acked_version: int | None, desired_version: int, reported_version: int) -> ReportStatus:
-    """What becomes of a valid report; without an acknowledged version it is always accepted."""
-    if acked_version is None:
+def status_of_report(acked_version: Acknowledges, desired_version: int, reported_version: int) -> ReportStatus:
+    """What becomes of a valid report; one that names no version is always accepted."""
+    if acked_version is None or acked_version == IF_CONVERGED:
         return ReportStatus.ACCEPTED
     if acked_version > desired_version:  # also where the backup that was restored lags behind the device
         return ReportStatus.UNKNOWN_VERSION
     return ReportStatus.LATE if acked_version < reported_version else ReportStatus.ACCEPTED
 
 
-def reported_version_after(acked_version: int | None, reported_version: int) -> int:
-    """What an accepted report leaves behind."""
+def reported_version_after(
+    acked_version: Acknowledges, desired_version: int, reported_version: int, *, is_converged: bool
+) -> int:
+    """What an accepted report leaves behind, after which the device is converged or not."""
+    if acked_version == IF_CONVERGED:
+        return desired_version if is_converged else reported_version
     return reported_version if acked_version is None else acked_version

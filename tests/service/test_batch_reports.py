@@ -121,7 +121,7 @@ def test_after_a_restore_that_left_desired_behind_reports_are_unknown_or_late_bu
 def test_documents_are_stored_as_they_were_given(service: ShadowService) -> None:
     documents: list[dict[str, Any]] = [
         {"x": [1, None, "\\\"{},'%s NULL"]},
-        {"é😀": 10**40, "float": 0.1, "e": 1e22},
+        {"é😀": 10**40 + 1, "float": 0.1, "e": 1e22},
         {},
     ]
 

@@ -151,13 +151,15 @@ def test_drifted_lists_this_tenants_devices_that_acknowledged_and_run_something_
     add_drifted(session, "null", desired_state={"a": None})
     add_drifted(session, "none", desired_state={})
     add_drifted(session, "order", desired_state={"a": [1, 2]}, reported_state={"a": [2, 1]})
-    add_drifted(session, "inside", desired_state={"a": {"b": 1}}, reported_state={"a": {"b": 1, "more": 1}})
+    add_drifted(session, "inside", desired_state={"a": {"b": 1}}, reported_state={"a": {"b": 2, "more": 1}})
+    add_drifted(session, "more-inside", desired_state={"a": {"b": 1}}, reported_state={"a": {"b": 1, "more": 1}})
+    add_drifted(session, "in-array", desired_state={"a": [{"b": 1}]}, reported_state={"a": [{"b": 1, "more": 1}]})
     add_drifted(session, "theirs", tenant_id="globex")
 
     with counted_statements(session.connection()) as seen:
         shadows = service.drifted()
 
-    drifted = ["d1", "d2", "inside", "null", "order"]
+    drifted = ["d1", "d2", "in-array", "inside", "null", "order"]
     assert [shadow.device_id for shadow in shadows] == drifted
     assert shadows == list(service.get_many(drifted).values())
     assert len(seen) == 1

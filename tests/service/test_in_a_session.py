@@ -224,7 +224,7 @@ def test_an_invalid_document_names_its_place_and_is_refused_before_any_statement
 
 def test_the_limits_are_the_callers(session: Session) -> None:
     add_device(session)
-    service = ShadowService(session, TENANT, limits=DocumentLimits(max_depth=1))
+    service = ShadowService(session, TENANT, limits=DocumentLimits(max_depth=0))
 
     with pytest.raises(InvalidDocument, match="nested too deep"):
         service.replace_desired(DEVICE, {"a": {}})

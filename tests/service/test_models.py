@@ -18,6 +18,7 @@ from tests.databases.devices import DEVICE, TENANT, add_device
 from tests.databases.schema_dump import dump
 from tests.generated.documents import document_pairs
 from tests.generated.examples import with_a_database
+from tests.reference.shadows import nested_delta
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,17 +84,18 @@ def test_the_hybrids_are_the_same_in_python_and_in_sql(
             for number, (documents, *versions) in enumerate(fleet)
         ],
     )
-    hybrids = (DeviceState.is_pending, DeviceState.is_drifted, DeviceState.delta)
+    hybrids = (DeviceState.is_pending, DeviceState.is_converged, DeviceState.is_drifted, DeviceState.delta)
     rows = session.execute(select(DeviceState, *hybrids)).all()
     drifted = set(session.scalars(select(DeviceState.device_id).where(DeviceState.is_drifted)))
 
     assert len(rows) == len(fleet)
-    for device, is_pending, is_drifted, delta in rows:
+    for device, is_pending, is_converged, is_drifted, delta in rows:
         (desired, reported), desired_version, reported_version = fleet[int(device.device_id)]
         assert json_equal(delta, compute_delta(desired, reported))
         assert json_equal(device.delta, delta)
         assert device.is_pending is is_pending is (desired_version > reported_version)
-        assert device.is_drifted is is_drifted is (desired_version == reported_version and delta != {})
+        assert device.is_converged is is_converged is (nested_delta(desired, reported) == {})
+        assert device.is_drifted is is_drifted is (desired_version == reported_version and not is_converged)
         assert (device.device_id in drifted) is is_drifted
     savepoint.rollback()
 

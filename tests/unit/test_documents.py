@@ -151,18 +151,30 @@ def test_the_pointer_escapes_as_rfc_6901_says() -> None:
     assert caught.value.path == "/a~1b/c~0d//0"
 
 
-def test_ten_levels_are_accepted_and_the_eleventh_is_refused_at_its_place() -> None:
-    encode_document(nested(10), LIMITS)
+def test_ten_levels_below_the_document_are_accepted_and_the_eleventh_is_refused_at_its_place() -> None:
+    encode_document(nested(1 + 10), LIMITS)
 
-    with pytest.raises(InvalidDocument, match="nested too deep") as caught:
-        encode_document(nested(11), LIMITS)
-    assert caught.value.path == "/a" * 10
+    with pytest.raises(InvalidDocument) as caught:
+        encode_document(nested(1 + 11), LIMITS)
+    assert caught.value.path == "/a" * 11
+    assert caught.value.reason == "nested too deep: this is level 11, at most 10 are allowed below the document"
     assert caught.value.http_status == 400
+
+
+@pytest.mark.parametrize("innermost", [{}, {"property": 1}, []], ids=str)
+def test_levels_are_counted_as_azure_counts_them(innermost: Any) -> None:
+    document = innermost
+    for level in range(10, 0, -1):
+        document = {f"level{level}": document}
+
+    assert json.loads(encode_document(document, LIMITS)) == document
+    with pytest.raises(InvalidDocument, match="level 11"):
+        encode_document({"level0": document}, LIMITS)
 
 
 def test_arrays_count_as_levels_too() -> None:
     with pytest.raises(InvalidDocument, match="nested too deep") as caught:
-        encode_document({"a": [[0]]}, DocumentLimits(max_depth=2))
+        encode_document({"a": [[0]]}, DocumentLimits(max_depth=1))
     assert caught.value.path == "/a/0"
 
 
@@ -180,7 +192,17 @@ def test_a_document_that_contains_itself_is_refused_as_too_deep() -> None:
 
 
 def test_the_deepest_limit_that_is_admitted_works() -> None:
-    encode_document(nested(200), DocumentLimits(max_depth=200))
+    encode_document(nested(1 + 200), DocumentLimits(max_depth=200))
+
+
+def test_a_document_may_be_required_to_be_flat() -> None:
+    encode_document({"a": 1}, DocumentLimits(max_depth=0))
+
+    inner: Any
+    for inner in ({}, []):
+        with pytest.raises(InvalidDocument, match="this is level 1, at most 0 are allowed") as caught:
+            encode_document({"a": inner}, DocumentLimits(max_depth=0))
+        assert caught.value.path == "/a"
 
 
 def test_size_is_counted_in_bytes_of_utf8_and_the_limit_itself_is_allowed() -> None:
@@ -217,7 +239,9 @@ def test_a_document_that_is_huge_by_repetition_is_refused_before_all_of_it_is_lo
 ) -> None:
     for refuse in (check_document, encode_document):
         began = time.process_time()
-        with pytest.raises(DocumentTooLarge, match=r"more than (65,536 bytes|2,048 arrays and objects)") as caught:
+        with pytest.raises(
+            DocumentTooLarge, match=r"more (than 65,536 bytes|arrays and objects than the 2,048)"
+        ) as caught:
             refuse(document, LIMITS)
         assert time.process_time() - began < 5  # all of it takes minutes
         assert caught.value.path == ""
@@ -232,7 +256,7 @@ def test_arrays_and_objects_are_counted_because_each_costs_more_than_it_takes(ma
 
     encode_document(allowed, limits)
     allowed["a"].append([])
-    with pytest.raises(DocumentTooLarge, match=f"more than {most:,} arrays and objects: write them flatter"):
+    with pytest.raises(DocumentTooLarge, match=f"more arrays and objects than the {most:,} that are allowed"):
         check_document(allowed, limits)
 
 
@@ -260,7 +284,7 @@ def test_whatever_fits_is_never_taken_for_too_large(document: dict[str, Any], ro
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("max_bytes", 0), ("max_bytes", -(10**5_000)), ("max_depth", 0), ("max_depth", 201)], ids=shown
+    ("name", "value"), [("max_bytes", 0), ("max_bytes", -(10**5_000)), ("max_depth", -1), ("max_depth", 201)], ids=shown
 )
 def test_a_limit_that_makes_no_sense_is_refused(name: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{name} must be .* got {shown(value)}"):

@@ -66,4 +66,4 @@ def test_a_report_behind_reported_is_late_and_one_ahead_of_desired_is_of_an_unkn
     ],
 )
 def test_a_document_is_refused_for_its_depth_its_bytes_and_its_types(document: Any, refusal: Any) -> None:
-    assert Limits(max_bytes=20, max_depth=2).refusal(document) is refusal
+    assert Limits(max_bytes=20, max_depth=1).refusal(document) is refusal

@@ -110,6 +110,11 @@ def _replace_reported_many(session: Session, attempt: Attempt) -> Answer:
     return [*_service(session, attempt).replace_reported_many(reports)]
 
 
+def _patch_reported_many(session: Session, attempt: Attempt) -> Answer:
+    reports = [Report(NEIGHBOUR, HARMLESS, 7), Report(attempt.device_id, attempt.document, attempt.version)]
+    return [*_service(session, attempt).patch_reported_many(reports)]
+
+
 def _loaded(session: Session, attempt: Attempt) -> DeviceState:
     return session.scalars(
         select(DeviceState).filter_by(tenant_id=attempt.tenant_id, device_id=attempt.device_id)
@@ -159,6 +164,7 @@ ENTRY_POINTS: Final = {
     "replace_desired_many": _method("replace_desired_many", _replace_desired_many),
     "patch_desired_many": _method("patch_desired_many", _patch_desired_many, takes=_DOCUMENT),
     "replace_reported_many": _method("replace_reported_many", _replace_reported_many),
+    "patch_reported_many": _method("patch_reported_many", _patch_reported_many),
     "DeviceState.desired_state =": EntryPoint(_assign("desired_state"), "desired_state", "orm"),
     "DeviceState.reported_state =": EntryPoint(_assign("reported_state"), "reported_state", "orm"),
     "DeviceState.state =": EntryPoint(_assign("state"), "state", "orm"),

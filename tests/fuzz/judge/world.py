@@ -42,7 +42,7 @@ from tests.fuzz.judge.expected import (
     held,
     reported_version_of,
 )
-from tests.reference.json_values import merge_patch
+from tests.reference.json_values import equal, merge_patch
 from tests.reference.versions import ERRORS, reported_version_after
 
 if TYPE_CHECKING:
@@ -256,7 +256,8 @@ class World:
         desired = DESIRED_VERSION + (point.section == "desired_state")
         was = reported_version_of(attempt.device_id)
         acknowledges = point.section == "reported_state" and point.kind != "orm"
-        return desired, reported_version_after(attempt.version if acknowledges else None, was)
+        acked = attempt.version if acknowledges else None
+        return desired, reported_version_after(acked, desired, was, is_converged=False)
 
     def _check_shadows(self, point: EntryPoint, attempt: Attempt, shadows: list[Shadow]) -> None:
         """What is shown is the tenant's own row as it is stored, and what `Shadow` makes of it can be sent on."""
@@ -266,7 +267,7 @@ class World:
                 raise FindingError(f"shows a device of tenant {shadow.tenant_id!a}")
             row = rows[shadow.device_id]
             for section, document in (("desired_state", shadow.desired), ("reported_state", shadow.reported)):
-                if json.dumps(document) != json.dumps(row[section]):
+                if not equal(document, row[section]):
                     raise FindingError(f"shows another {section} than it stores: {str(document)[:200]}")
                 owner = {"of": [shadow.tenant_id, shadow.device_id]}
                 if point.section != section and not owner.items() <= document.items():

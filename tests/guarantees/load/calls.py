@@ -19,6 +19,7 @@ from iot_models import (
 )
 from tests.guarantees.load.reads_and_refusals import REJECTED
 from tests.guarantees.load.record import READ, WRITTEN, Answer, Operation
+from tests.reference.versions import IF_CONVERGED, Acknowledges
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,8 +61,12 @@ def call(session: Session, operation: Operation, random: Random) -> tuple[Answer
 
 def _one(service: ShadowService, operation: Operation) -> tuple[Answer, ...]:
     ((device, document, guard),) = operation.entries
-    name = "expected_version" if operation.section == "desired" else "acked_version"
-    return (_answer(WRITTEN, getattr(service, operation.kind)(device, document, **{name: guard}), operation),)
+    how = {"expected_version": guard} if operation.section == "desired" else _acknowledging(guard)
+    return (_answer(WRITTEN, getattr(service, operation.kind)(device, document, **how), operation),)
+
+
+def _acknowledging(guard: Acknowledges) -> Any:
+    return {"ack_if_converged": True} if guard == IF_CONVERGED else {"acked_version": guard}
 
 
 def _get(service: ShadowService, operation: Operation) -> tuple[Answer, ...]:
@@ -70,7 +75,7 @@ def _get(service: ShadowService, operation: Operation) -> tuple[Answer, ...]:
 
 def _replace_many(service: ShadowService, operation: Operation) -> tuple[Answer, ...]:
     documents = {entry.device: entry.document for entry in operation.entries}
-    expected = {entry.device: entry.guard for entry in operation.entries if entry.guard is not None}
+    expected = {entry.device: entry.guard for entry in operation.entries if isinstance(entry.guard, int)}
     shadows = service.replace_desired_many(documents, expected_versions=expected)
     return tuple(_answer(WRITTEN, shadows[device], operation) for device in documents)
 
@@ -82,10 +87,10 @@ def _patch_many(service: ShadowService, operation: Operation) -> tuple[Answer, .
 
 
 def _report_many(service: ShadowService, operation: Operation) -> tuple[Answer, ...]:
-    reports = [Report(device, document, acked) for device, document, acked in operation.entries]
+    reports = [Report(device, document, **_acknowledging(guard)) for device, document, guard in operation.entries]
     return tuple(
         Answer(_STATUSES[outcome.status], outcome.desired_version, outcome.reported_version)
-        for outcome in service.replace_reported_many(reports)
+        for outcome in getattr(service, operation.kind)(reports)
     )
 
 
@@ -126,6 +131,7 @@ _CALLS: Final = {
     "replace_desired_many": _replace_many,
     "patch_desired_many": _patch_many,
     "replace_reported_many": _report_many,
+    "patch_reported_many": _report_many,
 }
 _BY_ORM: Final = {"orm_replace", "orm_change", "heartbeat"}
 _LEFT_TO_COMMIT: Final = 0.5

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from iot_models import ReportStatus
 from tests.guarantees.load.history import Change, Key, State
 from tests.guarantees.load.reads_and_refusals import unfounded_answers
-from tests.guarantees.load.record import WRITTEN, Answer, Entry, Operation, Unit
+from tests.guarantees.load.record import MARKS, WRITTEN, Answer, Entry, Operation, Unit
 from tests.reference.json_values import merge_patch
 from tests.reference.methods import Section
+from tests.reference.shadows import nested_delta
 from tests.reference.versions import is_conflict, reported_version_after, status_of_report
 
 if TYPE_CHECKING:
@@ -101,9 +102,9 @@ def _signs(key: Key, old: State, new: State) -> list[Sign]:
     """Which writes this change shows, by the tokens in the documents that it touched."""
     signs: list[Sign] = []
     if (old.desired_version, old.desired) != (new.desired_version, new.desired):
-        signs.append((key, "desired", str(new.desired.get("by"))))
+        signs.append((key, "desired", str(new.desired.get(MARKS["desired"]))))
     if (old.reported_version, old.reported) != (new.reported_version, new.reported):
-        signs.append((key, "reported", str(new.reported.get("by"))))
+        signs.append((key, "reported", str(new.reported.get(MARKS["reported"]))))
     return signs
 
 
@@ -140,11 +141,12 @@ def _replayed(write: Write | None, sign: Sign, old: State, new: State) -> Iterat
         if is_conflict(guard, old.desired_version):
             yield f"{write} expected version {guard}, but replaced version {old.desired_version}"
         return
+    is_converged = not nested_delta(new.desired, new.reported)
     if status_of_report(guard, new.desired_version, old.reported_version) is not ReportStatus.ACCEPTED:
         yield f"{write} acknowledged {guard}, with {old.reported_version} acknowledged and {new.desired_version} asked for"
     # In a batch an earlier report of the same device may have raised it: then what the writer was told counts.
-    if write.operation.kind != "replace_reported_many":
-        wanted = reported_version_after(guard, old.reported_version)
+    if sum(entry.device == write.entry.device for entry in write.operation.entries) == 1:
+        wanted = reported_version_after(guard, new.desired_version, old.reported_version, is_converged=is_converged)
         if new.reported_version != wanted:
             yield f"{write} left reported_version at {new.reported_version} instead of {wanted}"
 

@@ -92,7 +92,7 @@ def _wrong(
 
 
 def _is_written(operation: Operation, entry: Entry, answer: Answer, timeline: _Timeline | None) -> bool:
-    acknowledges = operation.section == "reported" and entry.guard is not None
+    acknowledges = operation.section == "reported" and isinstance(entry.guard, int)
     return timeline is not None and (not acknowledges or answer.reported_version == entry.guard)
 
 
@@ -109,6 +109,7 @@ _FOUNDED: Final[dict[str, Callable[[Operation, Entry, Answer, _Timeline | None],
         status_of_report(entry.guard, answer.desired_version or 0, 0) is ReportStatus.UNKNOWN_VERSION
     ),
     "LateReport": lambda _operation, entry, answer, _timeline: (
-        status_of_report(entry.guard, entry.guard or 0, answer.reported_version or 0) is ReportStatus.LATE
+        status_of_report(entry.guard, answer.desired_version or 2**63, answer.reported_version or 0)
+        is ReportStatus.LATE
     ),
 }

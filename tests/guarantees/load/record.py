@@ -19,13 +19,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
+    from tests.reference.versions import Acknowledges
+
 Document: TypeAlias = dict[str, Any]
 Outcome: TypeAlias = Literal["acknowledged", "refused", "unknown"]
 
 AUTOCOMMIT: Final = "AUTOCOMMIT"
 WRITTEN: Final = "written"
 READ: Final = "read"
-MARK: Final = "by"  # under this key a document names the write that it is of
+# Under these keys a document names the write that it is of: two, so that a report can hold all of a desired document.
+MARKS: Final[dict[Section, str]] = {"desired": "by", "reported": "reported by"}
 
 # The kinds of an operation, and how each writes: the service's methods, and what a program does with an object.
 KINDS: Final[dict[str, Write | None]] = {
@@ -38,16 +41,16 @@ KINDS: Final[dict[str, Write | None]] = {
 
 
 class Entry(NamedTuple):
-    """One device of an operation: the document or patch, and the `expected_version` or `acked_version`."""
+    """One device of an operation: the document or patch, and the `expected_version` or what a report acknowledges."""
 
     device: str
     document: Document
-    guard: int | None = None
+    guard: Acknowledges = None
 
     @property
     def token(self) -> str:
         """Which write it is; no other write of this device carries it."""
-        return str(self.document[MARK])
+        return str(self.document.get(MARKS["reported"]) or self.document[MARKS["desired"]])
 
 
 class Answer(NamedTuple):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from tests.guarantees.load.record import KINDS, MARK, Document, Entry, Operation
+from tests.guarantees.load.record import KINDS, MARKS, Document, Entry, Operation
+from tests.reference.versions import IF_CONVERGED
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from random import Random
 
     from tests.guarantees.load.history import Key
+    from tests.reference.methods import Section
+    from tests.reference.versions import Acknowledges
 
 TENANTS: Final = ("acme", "globex")
 DEVICES: Final = ("boiler", "fan", "lamp", "valve")  # in both tenants: their names are all that they share
@@ -26,17 +28,23 @@ _ONE_DEVICE: Final = (
     ("heartbeat", 6),
     ("get", 8),
 )
-_SEVERAL: Final = (("replace_desired_many", 7), ("patch_desired_many", 7), ("replace_reported_many", 8))
+_SEVERAL: Final = (
+    ("replace_desired_many", 7),
+    ("patch_desired_many", 7),
+    ("replace_reported_many", 8),
+    ("patch_reported_many", 6),
+)
 KINDS_AND_WEIGHTS: Final = dict(_ONE_DEVICE + _SEVERAL)
 
 
 class Workload:
-    """Draws operations for one writer; `seen` is what it remembers: both versions, by device."""
+    """Draws operations for one writer; what it remembers by device: `seen`, both versions; `wanted`, the desired document."""
 
     def __init__(self, random: Random, writer: str) -> None:
         self._random = random
         self._writer = writer
         self.seen: dict[Key, tuple[int, int]] = {}
+        self.wanted: dict[Key, Document] = {}
 
     def operations(self, unit: str, count: int) -> tuple[Operation, ...]:
         """Some operations for a unit of this name."""
@@ -52,34 +60,41 @@ class Workload:
             devices += [MISSING] * self._rarely(20)
         else:
             devices = [self._device()]
-        make, guard = self._habits(kind)
-        # One patch for all in patch_desired_many; in the others each device has a document of its own.
-        shared = make(name) if kind == "patch_desired_many" else None
-        entries = tuple(
-            Entry(device, shared or make(f"{name}/{place}"), guard((tenant, device)))
-            for place, device in enumerate(devices)
-        )
-        return Operation(kind, tenant, entries)
-
-    def _habits(self, kind: str) -> tuple[Callable[[str], Document], Callable[[Key], int | None]]:
-        """How this kind makes documents and chooses versions."""
         write = KINDS[kind]
-        make = self._patch if write is not None and write.merges else self._document
-        if write is not None and write.section == "reported":
-            return make, self._acked
-        if kind in {"replace_desired", "patch_desired", "replace_desired_many"}:
-            return make, self._expected
-        return make, lambda _: None
+        # One patch for all in patch_desired_many; in the others each device has a document of its own.
+        shared = self._patch("desired", name) if kind == "patch_desired_many" else None
+        entries = []
+        for place, device in enumerate(devices):
+            key, token = (tenant, device), f"{name}/{place}"
+            if write is not None and write.section == "reported":
+                entries.append(self._report(key, token, merges=write.merges))
+            else:
+                make = self._patch if write is not None and write.merges else self._document
+                guarded = kind in {"replace_desired", "patch_desired", "replace_desired_many"}
+                entries.append(
+                    Entry(device, shared or make("desired", token), self._expected(key) if guarded else None)
+                )
+        return Operation(kind, tenant, tuple(entries))
 
-    def _document(self, token: str) -> Document:
-        document: Document = {MARK: token, self._writer: token, "mode": self._random.choice(["eco", "auto"])}
+    def _report(self, key: Key, token: str, *, merges: bool) -> Entry:
+        """A report of something, or of all that was asked for as far as this writer knows, and more."""
+        acknowledges: Acknowledges = self._acked(key)
+        if self._rarely(2):
+            document = self._patch("reported", token) if merges else self._document("reported", token)
+        else:
+            document = self.wanted.get(key, {}) | {MARKS["reported"]: token}
+            acknowledges = self._random.choice([acknowledges, IF_CONVERGED, IF_CONVERGED])
+        return Entry(key[1], document, acknowledges)
+
+    def _document(self, section: Section, token: str) -> Document:
+        document: Document = {MARKS[section]: token, self._writer: token, "mode": self._random.choice(["eco", "auto"])}
         document["limits"] = {"low": self._random.randint(0, 20), "high": self._random.randint(21, 40)}
         if self._rarely(60):
             document["note"] = "\0"  # PostgreSQL cannot store it
         return document
 
-    def _patch(self, token: str) -> Document:
-        patch: Document = {MARK: token, self._writer: token}
+    def _patch(self, section: Section, token: str) -> Document:
+        patch: Document = {MARKS[section]: token, self._writer: token}
         if self._rarely(4):
             patch["limits"] = {"low": None, self._writer: token}
         if self._rarely(6):

@@ -147,6 +147,8 @@ class Writer:
                 if current or answer.status not in {WRITTEN, "InvalidDocument"}:
                     seen = (answer.desired_version or desired, answer.reported_version or reported)
                     self._workload.seen[key] = seen
+                if current and operation.section == "desired" and answer.document is not None:
+                    self._workload.wanted[key] = answer.document
 
 
 class _Unit:
@@ -184,7 +186,7 @@ class _Unit:
         self.unreachable = isinstance(error, DBAPIError) and error.statement is None and not self.answers
         if not self.committing or self.unreachable or not isinstance(error, DBAPIError):
             return
-        in_rounds = not self.answers and self.operations[0].kind == "replace_reported_many"
+        in_rounds = not self.answers and self.operations[0].kind in {"replace_reported_many", "patch_reported_many"}
         if in_rounds or not _is_definite(error):
             self.outcome = "unknown"
 

@@ -15,6 +15,7 @@ from tests.guarantees.state_machine.comparison import described, outcome
 from tests.reference.documents import Limits
 from tests.reference.fleet import Fleet
 from tests.reference.shadows import Between, Device
+from tests.reference.versions import IF_CONVERGED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import SessionTransaction
 
     # Which of the device's versions the one acknowledged is next to, and how far; None: no version.
-    Acknowledgement: TypeAlias = tuple[str, int] | None
+    Acknowledgement: TypeAlias = tuple[str, int] | str | None
 
 PARKED = {"parked": r"device\_state\_shadow\_%"}  # what a downgrade leaves behind
 # So small that documents often pass them.
@@ -85,8 +86,11 @@ class BothSides(RuleBasedStateMachine):
         device = self.model[tenant].devices.get(device_id, Device({}, {}))
         return None if offset is None else max(0, getattr(device, column) + offset)
 
-    def acked(self, tenant: str, device_id: str, acked: Acknowledgement) -> int | None:
-        return None if acked is None else self.near(tenant, device_id, acked[1], acked[0])
+    def acknowledging(self, tenant: str, device_id: str, acked: Acknowledgement) -> Any:
+        """The arguments by which a report acknowledges."""
+        if acked is None or isinstance(acked, str):
+            return {"ack_if_converged": acked == IF_CONVERGED}
+        return {"acked_version": self.near(tenant, device_id, acked[1], acked[0])}
 
     def load(self, tenant: str, device_id: str) -> DeviceState | None:
         device = self.session.get(DeviceState, (tenant, device_id))

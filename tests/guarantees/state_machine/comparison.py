@@ -22,7 +22,13 @@ def described(result: Any) -> Any:
     """A result, from whichever side, such that == of two says whether they agree."""
     if isinstance(result, Shadow | Device):
         documents = (result.desired, result.reported, result.delta)
-        versions = (result.desired_version, result.reported_version, result.is_pending, result.is_drifted)
+        versions = (
+            result.desired_version,
+            result.reported_version,
+            result.is_pending,
+            result.is_converged,
+            result.is_drifted,
+        )
         return *map(canonical, documents), *versions, result.shadow_updated_at, result.last_seen_at
     if isinstance(result, BatchRejected):
         return BatchRejected, described(dict(result.errors))

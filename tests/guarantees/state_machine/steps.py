@@ -7,6 +7,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from tests.generated.documents import documents_of, keys
+from tests.reference.versions import IF_CONVERGED
 
 tenants = st.sampled_from(("acme", "globex"))
 # Few, so that a walk meets them again; in one order under every collation.
@@ -26,9 +27,13 @@ expectations = st.permutations((None, -1, 0, 1))
 _acknowledgements = (
     *(None, ("desired_version", 0), ("desired_version", 1)),
     *(("reported_version", 0), ("reported_version", -1)),
+    IF_CONVERGED,
 )
 acknowledgement = st.sampled_from(_acknowledgements)
 acknowledgements = st.permutations(_acknowledgements)
+AS_ASKED = object()
+reports = st.lists(st.tuples(devices, any_documents | st.just(AS_ASKED), acknowledgement), max_size=6)
+reporting = st.sampled_from(("replace_reported", "patch_reported", "replace_reported_many", "patch_reported_many"))
 rarely = st.integers(0, 3).map(lambda number: number == 3)
 
 # How a device may say what it was asked to be.
