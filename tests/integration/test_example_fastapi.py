@@ -19,13 +19,16 @@ from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from threading import Barrier
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import pytest
 from sqlalchemy import Engine, NullPool, create_engine, make_url, text
 from sqlalchemy.orm import Session
 
+from tests.data.real_documents import CASES
 from tests.databases.alembic_runs import CHECKOUT
 from tests.databases.devices import add_device
+from tests.reference.json_values import equal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -191,6 +194,28 @@ def test_a_shadow_lives_its_whole_life_over_http(operator: Client) -> None:
     assert done.body["reported"] == {"target_c": 21.5, "mode": "auto"}
     assert operator.twin().body["sync_status"] == "synced"
     assert operator.delta() == {}
+
+
+def test_documents_of_real_kinds_of_devices_travel_over_http(operator: Client, database: Engine) -> None:
+    with Session(database) as session, session.begin():
+        for case in CASES:
+            before = case.desired if case.merge_patch is None else case.reported
+            add_device(session, case.id, tenant_id=operator.tenant, desired_state=before)
+
+    for case in CASES:
+        in_path = quote(case.id)
+        patched = operator.patch(case.merge_patch or {}, in_path, if_match='"0"')
+        reported = operator.device(case.id).report({"reported": case.reported, "acked_version": 1})
+        twin = operator.twin(in_path)
+
+        assert [answer.status for answer in (patched, reported, twin)] == [200, 200, 200], case.id
+        assert patched.etag == reported.etag == twin.etag == '"1"', case.id
+        assert equal(patched.body["desired"], case.desired), case.id
+        assert equal(twin.body["desired"], case.desired), case.id
+        assert equal(twin.body["reported"], case.reported), case.id
+        assert equal(twin.body["delta"], case.delta), case.id
+        assert equal(operator.delta(in_path), case.delta), case.id
+        assert twin.body["reported_version"] == 1, case.id
 
 
 def test_the_delta_says_in_words_why_the_device_is_out_of_sync(operator: Client) -> None:
