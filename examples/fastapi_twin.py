@@ -105,6 +105,7 @@ class Twin(BaseModel):
     desired: dict[str, Any]
     reported: dict[str, Any]
     delta: dict[str, Any]
+    is_converged: bool
     desired_version: int
     reported_version: int
     sync_status: SyncStatus
@@ -122,10 +123,11 @@ class Delta(BaseModel):
 
 
 class Report(BaseModel):
-    """What the device is now, and the desired_version that it applied."""
+    """What the device is now, and the desired_version that it applied, or ack_if_converged where it knows none."""
 
     reported: dict[str, Any]
     acked_version: int | None = None
+    ack_if_converged: bool = False
 
 
 class Refused(BaseModel, extra="allow"):
@@ -228,9 +230,13 @@ def read_own_shadow(shadows: Shadows, device_id: DeviceId) -> Response:
 
 @app.post("/device/v1/shadow/reported", responses=REPORT, openapi_extra=REPORT_BODY)
 def report(shadows: Shadows, device_id: DeviceId, body: Body) -> Response:
-    if not isinstance(body, dict) or not {"reported"} <= body.keys() <= {"reported", "acked_version"}:
+    if not isinstance(body, dict) or not {"reported"} <= body.keys() <= Report.model_fields.keys():
         raise InvalidDocument("", 'a report is {"reported": {...}, "acked_version": 7}; the version is optional')
-    acked = body.get("acked_version")
+    acked, if_converged = body.get("acked_version"), body.get("ack_if_converged", False)
     if acked is not None and (type(acked) is not int or not 0 <= acked < 2**63):
         raise InvalidDocument("/acked_version", "must be the desired_version that was applied, an integer")
-    return twin(shadows.replace_reported(device_id, body["reported"], acked_version=acked))
+    if type(if_converged) is not bool or (if_converged and acked is not None):
+        raise InvalidDocument("/ack_if_converged", "must be true or false, and not true beside an acked_version")
+    return twin(
+        shadows.replace_reported(device_id, body["reported"], acked_version=acked, ack_if_converged=if_converged)
+    )

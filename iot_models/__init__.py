@@ -29,6 +29,7 @@ from iot_models.twin import (
     compare,
     compute_delta,
     compute_nested_delta,
+    create_merge_patch,
     merge_patch,
     sync_status,
 )
@@ -59,6 +60,7 @@ __all__ = [  # noqa: RUF022 - the order of sorted()
     "compare",
     "compute_delta",
     "compute_nested_delta",
+    "create_merge_patch",
     "merge_patch",
     "sync_status",
 ]

@@ -142,6 +142,7 @@ class Shadow:
             "desired": self.desired,
             "reported": self.reported,
             "delta": self.delta,
+            "is_converged": self.is_converged,
             "desired_version": self.desired_version,
             "reported_version": self.reported_version,
             "sync_status": self.sync_status().value,

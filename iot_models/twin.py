@@ -79,6 +79,15 @@ class Comparison:
     changed: dict[str, Change]
     unchanged_count: int
 
+    def to_dict(self) -> Document:
+        """Return the comparison as a dict for `json.dumps`; a change is `{"old": ..., "new": ...}`."""
+        return {
+            "added": self.added,
+            "removed": self.removed,
+            "changed": {key: change._asdict() for key, change in self.changed.items()},
+            "unchanged_count": self.unchanged_count,
+        }
+
 
 def compute_delta(desired: Mapping[str, object], reported: Mapping[str, object]) -> Document:
     """Return the top-level keys of desired that reported lacks or has with another value.

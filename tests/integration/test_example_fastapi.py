@@ -519,7 +519,7 @@ INVALID = {
     "a zero character": (r'{"mode": "\u0000"}', "/mode"),
     "half a character": (r'{"mode": "\ud83d"}', "/mode"),
     "half a character as key": (r'{"\ud83d": 1}', "/\ud83d"),
-    "deeper than allowed": ('{"a":' * 11 + "1" + "}" * 11, "/a" * 10),
+    "deeper than allowed": ('{"a":' * 12 + "1" + "}" * 12, "/a" * 11),
     "deeper than Python reads": ("[" * 100_000, ""),
 }
 
@@ -552,6 +552,8 @@ def test_what_is_no_document_is_a_bad_request_that_names_the_place(
         ({"reported": {}, "acked_version": -1}, "/acked_version"),
         ({"reported": {}, "acked_version": 2**63}, "/acked_version"),
         ({"reported": {}, "acked_version": [1]}, "/acked_version"),
+        ({"reported": {}, "ack_if_converged": 1}, "/ack_if_converged"),
+        ({"reported": {}, "ack_if_converged": True, "acked_version": 1}, "/ack_if_converged"),
     ],
     ids=json.dumps,
 )

@@ -104,6 +104,7 @@ def test_to_dict_is_what_an_http_api_returns() -> None:
         "desired": {"mode": "heat"},
         "reported": {"target_c": 21.5, "mode": "eco", "schedule": {"mon": [6, 22]}},
         "delta": {"mode": "heat"},
+        "is_converged": False,
         "desired_version": 7,
         "reported_version": 7,
         "sync_status": "synced",

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import doctest
+import inspect
 import json
+import re
+from copy import deepcopy
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from decimal import Decimal
 from enum import IntEnum, StrEnum
@@ -23,11 +26,12 @@ from iot_models.twin import (
     compare,
     compute_delta,
     compute_nested_delta,
+    create_merge_patch,
     merge_patch,
     sync_status,
 )
 from tests.generated.documents import document_pairs, documents, documents_of, scalars_without_null, value_pairs, values
-from tests.reference.json_values import canonical
+from tests.reference.json_values import canonical, equal
 from tests.reference.json_values import merge_patch as reference_merge_patch
 
 if TYPE_CHECKING:
@@ -158,10 +162,10 @@ def test_a_value_equals_what_its_json_text_reads_back_as(value: Any) -> None:
 # Arguments and results
 
 
-@pytest.mark.parametrize("helper", HELPERS)
+@pytest.mark.parametrize("helper", [*HELPERS, create_merge_patch])
 @pytest.mark.parametrize("wrong", [None, [], "{}", 1])
 def test_an_argument_that_is_no_object_is_refused_by_name(helper: Callable[..., Any], wrong: object) -> None:
-    first, second = ("document", "patch") if helper is merge_patch else ("desired", "reported")
+    first, second = inspect.signature(helper).parameters
     given_type = type(wrong).__name__
     with pytest.raises(TypeError, match=rf"^{first} must be a JSON object \(a dict\), got {given_type}$"):
         helper(wrong, {})
@@ -169,7 +173,7 @@ def test_an_argument_that_is_no_object_is_refused_by_name(helper: Callable[..., 
         helper({}, wrong)
 
 
-@pytest.mark.parametrize("helper", HELPERS)
+@pytest.mark.parametrize("helper", [*HELPERS, create_merge_patch])
 def test_a_read_only_mapping_is_taken_for_a_document(helper: Callable[..., Any]) -> None:
     desired, reported = {"a": 1, "b": [2]}, {"a": 3, "c": 4}
     assert helper(MappingProxyType(desired), MappingProxyType(reported)) == helper(desired, reported)
@@ -448,3 +452,93 @@ def test_the_examples_in_the_docstrings_hold() -> None:
     results = doctest.testmod(twin)
     assert results.attempted > 0
     assert results.failed == 0
+
+
+def test_a_comparison_can_be_sent_as_json() -> None:
+    comparison = compare({"a": 1, "b": [1], "c": None}, {"b": [2], "c": None, "d": 4})
+
+    assert json.loads(json.dumps(comparison.to_dict())) == {
+        "added": {"a": 1},
+        "removed": {"d": 4},
+        "changed": {"b": {"old": [2], "new": [1]}},
+        "unchanged_count": 1,
+    }
+
+
+# Making merge patches
+
+
+@given(document_pairs)
+def test_a_made_patch_makes_the_new_document_of_the_old_one_or_there_is_none(
+    pair: tuple[dict[str, Any], dict[str, Any]],
+) -> None:
+    old, new = pair
+    before = deepcopy(pair)
+
+    try:
+        patch = create_merge_patch(old, new)
+    except ValueError as error:
+        named = re.search(r"sets (/.*) to null", str(error), re.DOTALL)
+        assert named
+        pointer, gained = named[1], new
+        for key in pointer.split("/")[1:]:
+            gained = gained[key.replace("~1", "/").replace("~0", "~")]
+        assert gained is None
+        assert not equal(reference_merge_patch(old, new), new)
+    else:
+        assert equal(reference_merge_patch(old, patch), new)
+        assert (patch == {}) == equal(old, new)
+        for smaller in without_one_member(patch):
+            assert not equal(reference_merge_patch(old, smaller), new)
+    assert pair == before
+
+
+def without_one_member(patch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The patch without each of its members in turn, at any depth."""
+    for key, value in patch.items():
+        rest = {other: item for other, item in patch.items() if other != key}
+        yield rest
+        if isinstance(value, dict):
+            yield from (rest | {key: smaller} for smaller in without_one_member(value))
+
+
+@given(documents)
+def test_a_made_patch_shares_nothing_with_its_arguments(document: dict[str, Any]) -> None:
+    try:
+        patch = create_merge_patch({}, document)
+    except ValueError:
+        return
+    emptied = deepcopy(document)
+    for value in patch.values():
+        if isinstance(value, dict | list):
+            value.clear()
+    assert document == emptied
+
+
+def test_a_map_below_the_top_level_is_replaced_by_one_patch() -> None:
+    old = {"fan": {"speed": 3, "auto": True, "zones": {"a": 1}}, "mode": "eco"}
+    new: dict[str, Any] = {"fan": {"zones": {}, "speed": 3, "list": [None, {"x": None}]}, "mode": "eco"}
+
+    patch = create_merge_patch(old, new)
+
+    assert patch == {"fan": {"auto": None, "zones": {"a": None}, "list": [None, {"x": None}]}}
+    assert merge_patch(old, patch) == new
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ({}, {"a": None}, r"no merge patch sets /a to null"),
+        ({"a": {"b": 1}}, {"a": {"b": 1, "c/d": {"~": None}}}, r"no merge patch sets /a/c~1d/~0 to null"),
+        ({"a": [1]}, {"a": {"b": None}}, r"no merge patch sets /a/b to null"),
+        ({"a": 1}, {"a": float("nan")}, r"/a is nan, which is no JSON number"),
+        ({}, {"a": [{"b": float("inf")}]}, r"/a/0/b is inf, which is no JSON number"),
+    ],
+)
+def test_where_no_patch_exists_the_error_names_the_place(old: Any, new: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create_merge_patch(old, new)
+
+
+def test_a_null_that_both_documents_have_needs_no_patch() -> None:
+    assert create_merge_patch({"a": None, "b": {"c": None}}, {"a": None, "b": {"c": None, "d": 1}}) == {"b": {"d": 1}}

@@ -9,7 +9,15 @@ from copy import deepcopy
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
-from iot_models import InvalidDocument, Shadow, compare, compute_delta, compute_nested_delta, merge_patch
+from iot_models import (
+    InvalidDocument,
+    Shadow,
+    compare,
+    compute_delta,
+    compute_nested_delta,
+    create_merge_patch,
+    merge_patch,
+)
 from iot_models._core.documents import DocumentLimits, encode_document
 from iot_models.engine import create_async_engine, create_engine, database_url, normalize_url
 from tests.fuzz.corpus.hostile_types import SabotageError
@@ -80,7 +88,7 @@ def judge_helpers(make: Callable[[], Any]) -> str:
         _compute(make())
         return "stored"
     for one, other in ((make(), OTHER), (OTHER, make()), (make(), make())):
-        for helper in (compute_delta, compute_nested_delta, compare, merge_patch):
+        for helper in (compute_delta, compute_nested_delta, compare, merge_patch, create_merge_patch):
             _survives(helper, one, other)
     return "refused"
 
@@ -112,6 +120,9 @@ def _survives(helper: Callable[[Any, Any], object], one: object, other: object) 
         helper(one, other)
     except (TypeError, SabotageError):
         pass
+    except ValueError as error:
+        if helper is not create_merge_patch:  # there is no patch, which the error says
+            raise FindingError(f"{helper.__name__} raises {type(error).__name__}: {error}") from None
     except RecursionError as error:
         if not (_deep(one) or _deep(other)):  # documented
             raise FindingError(f"{helper.__name__} raises {type(error).__name__}: {error}") from None
