@@ -90,8 +90,9 @@ class _Converged(FunctionElement[bool]):
 
 
 # Containment decides most rows. It takes arrays for sets, so where desired has an array, the documents are looked at
-# again: with || , which is exact for the top level, and then pair by pair. `pair` holds a desired and a reported value
-# that are different; two objects are taken apart, and any other pair says that something is lacking.
+# again: with ||, which is exact for the top level, and then pair by pair. `pair` holds a desired and a reported value
+# that are different; two objects are taken apart, and any other pair says that something is lacking. What || '{}' gives
+# is in memory: of the stored value itself, -> would decompress the whole document for each key.
 _CONVERGED: Final = """
 CASE
   WHEN NOT (jsonb_typeof({desired}) = 'object' AND {reported} @> {desired}) THEN false
@@ -99,7 +100,7 @@ CASE
   WHEN {reported} || {desired} = {reported} THEN true
   ELSE NOT EXISTS (
     WITH RECURSIVE pair (wanted, actual) AS (
-        SELECT {desired}, {reported}
+        SELECT {desired}, {reported} || '{{}}'::jsonb
       UNION ALL
         SELECT member.value, pair.actual -> member.key
         FROM pair

@@ -74,6 +74,18 @@ def look_alikes(draw: Callable[[st.SearchStrategy[Any]], Any], value: object) ->
     return value
 
 
+@st.composite
+def enlarged(draw: Callable[[st.SearchStrategy[Any]], Any], value: object, *, in_array: bool = False) -> Any:
+    """Draw a value with all that the one given has, and more in its objects; now and then a difference in an array."""
+    if isinstance(value, dict):
+        more = {} if in_array and not draw(_rarely) else draw(st.dictionaries(keys, scalars, max_size=1))
+        return more | {key: draw(enlarged(item, in_array=in_array)) for key, item in value.items()}
+    if isinstance(value, list):
+        items = [draw(enlarged(item, in_array=True)) for item in value]
+        return draw(st.permutations(items)) if draw(_rarely) else items
+    return value
+
+
 def look_alike_documents(document: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
     return st.fixed_dictionaries({key: look_alikes(value) for key, value in document.items()})
 
@@ -83,6 +95,8 @@ def _with_look_alike(strategy: st.SearchStrategy[Any], alike: Callable[[Any], An
 
 
 value_pairs: st.SearchStrategy[tuple[Any, Any]] = st.tuples(values, values) | _with_look_alike(values, look_alikes)
-document_pairs: st.SearchStrategy[tuple[dict[str, Any], dict[str, Any]]] = st.tuples(
-    documents, documents
-) | _with_look_alike(documents, look_alike_documents)
+document_pairs: st.SearchStrategy[tuple[dict[str, Any], dict[str, Any]]] = (
+    st.tuples(documents, documents)
+    | _with_look_alike(documents, look_alike_documents)
+    | _with_look_alike(documents, enlarged)
+)

@@ -80,10 +80,11 @@ def test_an_object_reads_what_the_service_wrote_and_writes_it_back(session: Sess
 @in_event_loop
 async def test_the_other_drivers_read_the_same(engine: Engine, driver: str) -> None:
     async with async_engine(url_for(driver, engine.url)) as other, AsyncSession(other) as session:
-        await session.run_sync(lambda sync_session: add_device(sync_session))
+        session.add(DeviceState(tenant_id=TENANT, site_id="berlin", device_id=DEVICE))
         service = AsyncShadowService(session, TENANT)
         await service.replace_desired(DEVICE, WRITTEN)
         assert as_read((await service.get(DEVICE)).desired) == as_read(READ)
+        session.expunge_all()
         device = await session.get_one(DeviceState, (TENANT, DEVICE))
         assert as_read(device.desired_state) == as_read(READ)
         await session.rollback()

@@ -78,7 +78,9 @@ def _flush(session: Session) -> None:
 
 
 def _hybrids(session: Session) -> None:
-    session.execute(select(DeviceState.delta, DeviceState.is_drifted, DeviceState.is_pending)).all()
+    session.execute(
+        select(DeviceState.delta, DeviceState.is_converged, DeviceState.is_drifted, DeviceState.is_pending)
+    ).all()
 
 
 def _service(call: Callable[[ShadowService], object]) -> Callable[[Session], object]:
@@ -94,6 +96,14 @@ CALLS: dict[str, Callable[[Session], object]] = {
     "patch_desired": _service(lambda s: s.patch_desired("a", {"x": 1})),
     "replace_reported": _service(lambda s: s.replace_reported("a", {"x": 1}, acked_version=s.get("a").desired_version)),
     "patch_reported": _service(lambda s: s.patch_reported("a", {"x": 2})),
+    "ack_if_converged": _service(
+        lambda s: (
+            s.replace_desired("a", {"x": {"y": [1]}}),
+            s.replace_reported("a", {"x": {"y": [1], "z": 2}}, ack_if_converged=True),
+            s.patch_reported("a", {"x": {"y": [2]}}, ack_if_converged=True),
+            s.replace_reported_many([Report("a", {"x": {"y": [1], "z": 2}}, ack_if_converged=True)]),
+        )
+    ),
     "pending": _service(lambda s: (s.pending(), s.pending(after="a"), [*s.iter_pending(batch_size=1)])),
     "counts": _service(lambda s: (s.count_pending(), s.status_counts())),
     "drifted": _service(lambda s: (s.drifted(), s.drifted(after="a"))),
@@ -107,6 +117,7 @@ CALLS: dict[str, Callable[[Session], object]] = {
             s.replace_reported_many([Report("a", {}), Report("a", {"z": 1}), Report("x", {})]),
         )
     ),
+    "patch_reported_many": _service(lambda s: s.patch_reported_many([Report("a", {"p": 1}, ack_if_converged=True)])),
     "a flush": _flush,
     "the hybrids": _hybrids,
     "binding a tenant": lambda session: tenancy.bind_tenant(session, TENANT),

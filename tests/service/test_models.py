@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import create_engine, delete, func, insert, select, text, update
+from sqlalchemy import column, create_engine, delete, func, insert, select, text, update
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import aliased
 
 from iot_models import Base, DeviceState
+from iot_models._core.conditions import converged
 from iot_models._core.equality import json_equal
 from iot_models.twin import compute_delta
 from tests.databases.devices import DEVICE, TENANT, add_device
@@ -123,6 +126,28 @@ def test_the_hybrids_stand_wherever_a_column_may(session: Session) -> None:
     session.execute(update(DeviceState).where(DeviceState.is_drifted).values(status="STALE"))
     session.execute(delete(DeviceState).where(DeviceState.is_pending | (DeviceState.delta == {})))
     assert session.execute(select(DeviceState.device_id, DeviceState.status)).all() == [("drifted", "STALE")]
+
+
+def test_the_rule_of_converged_may_stand_in_a_function_that_an_index_uses(session: Session) -> None:
+    desired, reported = (column(name, JSONB) for name in ("desired", "reported"))
+    rule = converged(desired, reported).compile(dialect=postgresql.dialect())  # type: ignore[no-untyped-call]
+    session.execute(
+        text(f"""
+            CREATE FUNCTION pg_temp.is_converged(desired jsonb, reported jsonb) RETURNS boolean
+              IMMUTABLE LANGUAGE sql AS $$ SELECT {rule} $$;
+            CREATE TEMPORARY TABLE pairs (desired jsonb, reported jsonb);
+            INSERT INTO pairs VALUES
+              ('{{"a": {{"b": [1, 2]}}}}', '{{"a": {{"b": [1, 2.0], "more": 1}}}}'),
+              ('{{"a": {{"b": [1, 2]}}}}', '{{"a": {{"b": [2, 1], "more": 1}}}}');
+            CREATE INDEX lacking ON pairs ((1)) WHERE NOT pg_temp.is_converged(desired, reported);
+            SET LOCAL enable_seqscan = off;
+        """)
+    )
+
+    lacking = text("SELECT reported ->> 'a' FROM pairs WHERE NOT pg_temp.is_converged(desired, reported)")
+    assert session.scalars(lacking).all() == ['{"b": [2, 1], "more": 1}']
+    plan = session.scalars(text(f"EXPLAIN {lacking}")).all()
+    assert any("lacking" in line for line in plan)
 
 
 def test_pending_devices_are_found_by_the_partial_index(session: Session) -> None:
