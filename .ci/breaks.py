@@ -185,8 +185,8 @@ BREAKS = [
     Break(
         "a patch of reported writes over what was written since it read",
         "iot_models/service.py",
-        "statements.write_reported(acked=acked is not None, unchanged=True)",
-        "statements.write_reported(acked=acked is not None, unchanged=False)",
+        "if_converged=ack_if_converged, unchanged=True)",
+        "if_converged=ack_if_converged, unchanged=False)",
         (CONCURRENCY,),
     ),
     # Tenants
@@ -207,8 +207,8 @@ BREAKS = [
     Break(
         "a patch of many merges with the documents of other tenants",
         "iot_models/_core/statements.py",
-        'label("document"), _C.desired_version)\n        .where(_OF_TENANT, _OF_DEVICES)',
-        'label("document"), _C.desired_version)\n        .where(_OF_DEVICES)',
+        "_C.reported_version, *texts)\n        .where(_OF_TENANT, _OF_DEVICES)",
+        "_C.reported_version, *texts)\n        .where(_OF_DEVICES)",
         (BATCHES,),
     ),
     Break(
@@ -350,8 +350,8 @@ BREAKS = [
     Break(
         "a section that is no object fails what is asked about the tenant in SQL",
         "iot_models/_core/conditions.py",
-        "case((readable(device), lacks), else_=false())",
-        "lacks",
+        "        readable(device),\n        ~converged(",
+        "        ~converged(",
         (UNREADABLE,),
     ),
     Break(
