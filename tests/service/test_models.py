@@ -113,6 +113,7 @@ def test_the_hybrids_stand_wherever_a_column_may(session: Session) -> None:
     assert session.scalars(select(DeviceState.delta).order_by(DeviceState.device_id)).all() == [lights, {}, lights]
     assert session.scalars(select(other.device_id).where(other.delta == {})).all() == ["in-sync"]
     assert session.scalars(select(DeviceState.device_id).filter_by(is_pending=True)).all() == ["pending"]
+    assert session.scalars(select(other.device_id).where(other.is_converged)).all() == ["in-sync"]
     assert session.scalar(select(func.count()).where(DeviceState.is_drifted)) == 1
     assert session.execute(
         select(DeviceState.device_id, other.device_id)

@@ -37,14 +37,15 @@ reporting = st.sampled_from(("replace_reported", "patch_reported", "replace_repo
 rarely = st.integers(0, 3).map(lambda number: number == 3)
 
 # How a device may say what it was asked to be.
-spellings = st.permutations(("as asked", "with more", "in reverse", "1 as true"))
+spellings = st.permutations(("as asked", "with more", "with less", "in reverse", "1 as true"))
 
 
 def spelled(value: Any, spelling: str) -> Any:
     """The same, or nearly: what a hasty comparison takes for the same."""
     if isinstance(value, dict):
         more = {"more": 1} if spelling == "with more" else {}
-        return {key: spelled(item, spelling) for key, item in value.items()} | more
+        least = min(value, default=None) if spelling == "with less" else None
+        return {key: spelled(item, spelling) for key, item in value.items() if key != least} | more
     if isinstance(value, list):
         items = [spelled(item, spelling) for item in value]
         return items[::-1] if spelling == "in reverse" else items
