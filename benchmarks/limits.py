@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SECTION = "limits"
 ORDINARY = "ordinary"
-WORKS = ("check", "merge", "delta", "nested delta", "replace", "patch", "read a page of 100", "refuse")
+WORKS = ("check", "merge", "delta", "nested delta", "replace", "patch", "converge", "read a page of 100", "refuse")
 SECONDS = 0.05
 DEVICES = [f"{number:03}" for number in range(100)]
 # Of so many values.
@@ -37,6 +37,7 @@ DEAR: dict[str, Callable[[int], dict[str, Any]]] = {
     "objects in objects": lambda n: {f"{number:x}": {"": {"": {"": {"": {"": {"": {}}}}}}} for number in range(n)},
     "numbers with 324 places": lambda n: {"a": [5e-324] * n},
     "what JSON escapes": lambda n: {"a": "\x01" * n},
+    "objects beside an array": lambda n: {"": []} | {f"{number:x}": {} for number in range(n)},
 }
 # Of these, reported has each float as a whole number.
 WHOLE = ("whole numbers in one document, floats in the other", "the same as members, in nine levels")
@@ -44,6 +45,11 @@ WHOLE = ("whole numbers in one document, floats in the other", "the same as memb
 
 def _nested(levels: int, document: dict[str, Any]) -> dict[str, Any]:
     return document if levels == 1 else {"a": _nested(levels - 1, document)}
+
+
+def _more(value: Any) -> Any:
+    """What a device reports that has all of it, and more in each object."""
+    return {"more": 1} | {key: _more(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def measure(url: str, rounds: int, progress: Progress) -> list[Figure]:
@@ -97,6 +103,11 @@ def _works(
     service.replace_desired_many(dict.fromkeys(DEVICES, document))
     service.replace_reported_many([Report(device, reported) for device in DEVICES])
 
+    wide = ShadowService(session, f"{TENANT} {kind}", limits=DocumentLimits(max_bytes=2**18))
+
+    def converge() -> None:
+        assert not wide.replace_reported(DEVICES[0], _more(reported), ack_if_converged=True).is_pending
+
     def page() -> None:
         for shadow in service.pending(limit=100):
             assert shadow.delta == {}
@@ -115,6 +126,7 @@ def _works(
         "nested delta": partial(twin.compute_nested_delta, document, reported),
         "replace": partial(service.replace_desired, DEVICES[0], document),
         "patch": partial(service.patch_desired, DEVICES[0], {"absent": None}),
+        "converge": converge,
         "read a page of 100": page,
         "refuse": refuse,
     }
