@@ -171,6 +171,7 @@ def test_a_flush_on_a_standby_is_refused_and_is_no_race_lost(
         assert device.desired_state == {"old": 1}
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("driver", ASYNC_DRIVERS)
 @in_event_loop
 async def test_the_async_drivers_read_from_a_standby_and_hear_why_it_refuses(

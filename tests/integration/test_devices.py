@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import Session
 
+pytestmark = pytest.mark.repeats
+
 PAGE = (CHECKOUT / "docs" / "devices.md").read_text()
 EXAMPLES = {code[2 : code.index(":")]: code for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)}
 

@@ -38,6 +38,7 @@ def elsewhere(new_database: Callable[..., str], request: pytest.FixtureRequest) 
     return engine
 
 
+@pytest.mark.repeats
 def test_the_service_the_guard_and_the_hybrids_work_there(elsewhere: Engine) -> None:
     with Session(elsewhere) as session:
         fleet = add_sample_fleet(session)
@@ -62,6 +63,7 @@ def test_the_service_the_guard_and_the_hybrids_work_there(elsewhere: Engine) -> 
             session.commit()
 
 
+@pytest.mark.repeats
 def test_create_all_makes_the_same_there(elsewhere: Engine) -> None:
     migrate.downgrade(elsewhere, "base")
     Base.metadata.create_all(elsewhere)
@@ -69,6 +71,7 @@ def test_create_all_makes_the_same_there(elsewhere: Engine) -> None:
     assert migrate.check(elsewhere) == []
 
 
+@pytest.mark.repeats
 def test_tenants_are_kept_apart_there(elsewhere: Engine, server_role: str) -> None:
     url = elsewhere.url.render_as_string(hide_password=False)
     run_sql(url, f'GRANT USAGE ON SCHEMA "I ""ot:" TO {server_role}; '

@@ -311,6 +311,7 @@ def test_an_address_in_the_environment_does_not_replace_the_host_of_a_given_url(
     assert elsewhere.connections() == before
 
 
+@pytest.mark.repeats
 def test_a_given_url_without_a_host_leaves_the_server_to_the_environment(
     started: Server, port: str, elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,8 @@ from tests.databases.alembic_runs import CHECKOUT
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+pytestmark = pytest.mark.repeats
+
 PAGE = (CHECKOUT / "docs" / "your-application.md").read_text()
 EXAMPLES = {code.partition("\n")[0][2:]: code for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)}
 BASES = ["DeclarativeBase", "MappedAsDataclass", "SQLModel", "Flask-SQLAlchemy"]

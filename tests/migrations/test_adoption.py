@@ -124,6 +124,7 @@ DIFFERENCES = {
 }
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("change", DIFFERENCES)
 def test_a_table_that_is_not_the_expected_one_is_refused_before_any_change(url: str, change: str) -> None:
     run_sql(url, RAW_075, change)
@@ -158,6 +159,7 @@ def test_every_difference_is_listed_at_once(url: str) -> None:
         assert f"  - column {column}" in said
 
 
+@pytest.mark.repeats
 def test_once_the_differences_are_corrected_the_same_command_succeeds(url: str, head_dump: str) -> None:
     run_sql(url, RAW_075, "ALTER TABLE device_state ALTER status DROP DEFAULT")
     with pytest.raises(CommandError):

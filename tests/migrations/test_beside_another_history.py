@@ -49,6 +49,7 @@ def beside(tmp_path: Path, empty: str, request: pytest.FixtureRequest) -> Team:
 # Two histories
 
 
+@pytest.mark.repeats
 def test_the_histories_move_up_and_down_in_either_order_without_a_word_to_each_other(beside: Team) -> None:
     url = beside.url
     their_tables = {"alembic_version"} | {f"team_{path.name[:-8]}" for path in beside.folder.glob("versions/*_team.py")}
@@ -71,6 +72,7 @@ def test_the_histories_move_up_and_down_in_either_order_without_a_word_to_each_o
     assert theirs(url) == at
 
 
+@pytest.mark.repeats
 def test_every_command_of_alembic_s_in_our_checkout_works_beside_a_team_s(beside: Team) -> None:
     beside.alembic("upgrade", "head")
     before = theirs(beside.url)
@@ -82,6 +84,7 @@ def test_every_command_of_alembic_s_in_our_checkout_works_beside_a_team_s(beside
     assert (revision_of(beside.url), theirs(beside.url)) == ("076", before)
 
 
+@pytest.mark.repeats
 def test_going_down_stops_before_it_drops_what_the_team_refers_to(beside: Team) -> None:
     url = beside.url
     migrate.upgrade(url)
@@ -105,6 +108,7 @@ def renamed(url: str) -> None:
             f"ALTER TABLE alembic_version RENAME CONSTRAINT {VERSION_TABLE}_pkc TO alembic_version_pkc")  # fmt: skip
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("revision", REVISIONS)
 def test_one_that_is_ours_is_taken_over_by_the_first_command_that_changes_the_database(
     raw_fleet: str, revision: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -132,6 +136,7 @@ def test_a_downgrade_takes_it_over_too(at_head: str) -> None:
     assert (tables_of(at_head), revision_of(at_head)) == (OURS, "075")
 
 
+@pytest.mark.repeats
 def test_a_refused_command_takes_nothing_over(at_head: str) -> None:
     run_sql(at_head, FLEET)
     renamed(at_head)
@@ -150,6 +155,7 @@ THEIRS = {
 }
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("made", THEIRS)
 def test_one_that_is_not_certainly_ours_is_another_application_s(empty: str, made: str) -> None:
     raw, revision = THEIRS[made]
@@ -216,6 +222,7 @@ def ours_in(schema: str) -> set[str]:
     return {f"{schema}.{table}" for table in OURS}
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("schema", ["iot", 'I o"T', "a$$b:%c'\\"])
 def test_a_schema_that_is_named_has_all_and_another_none(
     empty: str, schema: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -245,6 +252,7 @@ def test_a_schema_that_is_named_has_all_and_another_none(
     assert migrate.check(empty, **named) == []
 
 
+@pytest.mark.repeats
 def test_two_schemas_of_one_database_have_a_history_each(empty: str) -> None:
     run_sql(empty, "CREATE SCHEMA iot")
     migrate.upgrade(empty, schema="iot")

@@ -54,6 +54,7 @@ def versions(url: str) -> set[str]:
 # On a connection of the team's
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("isolation", ["READ COMMITTED", "REPEATABLE READ", "AUTOCOMMIT"])
 def test_a_connection_is_migrated_and_is_as_it_was_before(raw_fleet: str, isolation: str) -> None:
     with connected(raw_fleet, isolation_level=isolation) as connection:
@@ -138,6 +139,7 @@ def test_a_table_that_is_locked_while_it_is_looked_at_is_asked_for_again(
     assert migrate.check(empty) == []
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
 def test_an_async_connection_is_migrated_by_run_sync(shadow_fleet_at_head: str, driver: str) -> None:
     before = rows_of(shadow_fleet_at_head)
@@ -171,6 +173,7 @@ def joined(tmp_path: Path, empty: str) -> Team:
     return team(tmp_path / "team", empty, online=GUARDED, beside_ours=True)
 
 
+@pytest.mark.repeats
 def test_our_folder_in_version_locations_goes_up_and_down_with_theirs(joined: Team) -> None:
     run_sql(joined.url, RAW_075, FLEET)
     joined.alembic("upgrade", "heads")
@@ -293,6 +296,7 @@ def test_an_interrupted_downgrade_is_undone_by_the_next_upgrade(joined: Team) ->
     assert (PARKED in tables_of(joined.url), rows_of(joined.url)) == (False, before)
 
 
+@pytest.mark.repeats
 def test_two_deployers_at_once_do_it_once(joined: Team) -> None:
     with connected(joined.url) as other:
         other.execute(text("SELECT pg_advisory_lock(:key)"), {"key": ADVISORY_LOCK})

@@ -105,6 +105,7 @@ def test_the_command_upgrades_checks_and_downgrades_a_database(empty: str) -> No
     assert tables_of(empty) == {"alembic_version_iot_models"}
 
 
+@pytest.mark.repeats
 def test_ctrl_c_ends_with_one_line_and_the_next_run_continues(empty: str) -> None:
     engine = create_engine(empty, poolclass=NullPool)
     with engine.connect() as other_deployer:
@@ -457,6 +458,7 @@ def test_an_interrupted_downgrade_is_reported_and_undone_by_the_next_upgrade(
     assert PARKED not in tables_of(at_head)
 
 
+@pytest.mark.repeats
 def test_parked_shadows_are_a_note_and_not_a_problem(at_head: str, capsys: pytest.CaptureFixture[str]) -> None:
     run_sql(at_head, FLEET, SHADOWS)
     migrate.downgrade(at_head, "075")
@@ -595,6 +597,7 @@ def test_an_engine_of_another_database_is_refused() -> None:
         migrate.upgrade(create_engine("sqlite://"))
 
 
+@pytest.mark.repeats
 def test_each_thread_migrates_its_own_database(make_empty: Callable[[], str]) -> None:
     urls = [make_empty() for _ in range(3)]
     with ThreadPoolExecutor() as pool:

@@ -148,6 +148,7 @@ def owned_under_forced_row_security(url: str, role: str) -> str:
 # Objects that depend on a column.
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("discard", [False, True])
 def test_a_downgrade_names_all_that_depends_on_its_columns_and_changes_nothing(url: str, *, discard: bool) -> None:
     run_sql(url, "DELETE FROM device_state WHERE device_id <> 'd1'")  # versions are unique here
@@ -340,6 +341,7 @@ def test_an_upgrade_that_puts_shadows_back_by_an_owner_who_does_not_see_every_ro
     assert PARKED not in tables_of(url)
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("start", ["raw 075", "raw 076"])
 def test_an_owner_under_forced_row_security_adopts_a_table_because_that_reads_no_row(
     empty: str, server_role: str, start: str

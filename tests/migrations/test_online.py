@@ -93,6 +93,7 @@ def test_a_lock_that_is_not_acquired_in_time_is_an_error_and_changes_nothing_whi
     assert revision_of(url) == (HEAD if end == "head" else end)
 
 
+@pytest.mark.repeats
 def test_a_lock_that_a_later_try_acquires_is_enough(
     url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -224,6 +225,7 @@ def test_a_waiting_deployer_says_so_and_a_command_that_only_reads_does_not_wait(
     assert revision_of(url) == HEAD
 
 
+@pytest.mark.repeats
 def test_the_downgrade_copies_what_writers_change_meanwhile_and_never_makes_them_fail(
     url: str, server_role: str
 ) -> None:
@@ -257,6 +259,7 @@ def test_the_downgrade_copies_what_writers_change_meanwhile_and_never_makes_them
     assert parked["renamed"].split(",", 2)[2] == d3.split(",", 2)[2]
 
 
+@pytest.mark.repeats
 def test_rows_that_a_writer_has_locked_are_moved_in_a_later_round(url: str, caplog: pytest.LogCaptureFixture) -> None:
     upgrade(url)
     run_sql(url, SHADOWS)

@@ -119,6 +119,7 @@ def test_a_device_that_is_removed_and_registered_again_during_a_rollback_has_no_
     assert PARKED not in tables_of(url)
 
 
+@pytest.mark.repeats
 def test_the_shadow_of_a_device_that_is_renamed_during_a_rollback_goes_with_it(url: str) -> None:
     before = shadows(url)
     downgrade(url, "075")
@@ -155,6 +156,7 @@ def test_a_table_that_was_parked_before_it_had_a_foreign_key_gets_one_at_the_nex
     assert rows_of(url, PARKED) == []
 
 
+@pytest.mark.repeats
 def test_a_parked_shadow_does_not_overwrite_a_newer_one(url: str) -> None:
     downgrade(url, "075")
     run_sql(
@@ -250,6 +252,7 @@ def test_a_downgrade_fails_if_a_policy_hides_rows_from_it(url: str, server_role:
     assert rows_of(url) == before
 
 
+@pytest.mark.repeats
 def test_a_trigger_that_suppresses_updates_does_not_lose_parked_shadows(url: str) -> None:
     downgrade(url, "075")
     parked = rows_of(url, PARKED)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import Session
 
+pytestmark = pytest.mark.repeats
+
 LIMITS = DocumentLimits()
 # Of so many values: what costs us, or PostgreSQL, most for its bytes.
 DEAR: dict[str, Callable[[int], Any]] = {

@@ -207,6 +207,7 @@ def test_a_wrong_argument_is_shown_by_its_type(call: Callable[[str], object]) ->
     assert SECRET not in said
 
 
+@pytest.mark.repeats
 def test_a_url_in_an_ini_file_whose_percent_sign_is_not_doubled_is_not_shown(tmp_path: Path) -> None:
     ini = tmp_path / "alembic.ini"
     settings = (CHECKOUT / "alembic.ini").read_text().replace("%(here)s", str(CHECKOUT))
@@ -240,6 +241,7 @@ def test_an_error_of_the_database_shows_no_document(
     assert SECRET not in said
 
 
+@pytest.mark.repeats
 def test_an_error_of_a_migration_shows_no_document(shadow_database: str, capsys: pytest.CaptureFixture[str]) -> None:
     engine = create_engine(shadow_database, poolclass=NullPool)
     with Session(engine) as session, session.begin():

@@ -170,6 +170,7 @@ def test_an_empty_batch_is_no_statement(session: Session, service: ShadowService
     assert seen == []
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("count", [1, 10, 1000])
 def test_the_number_of_statements_does_not_grow_with_the_batch(
     session: Session, service: ShadowService, count: int
@@ -500,6 +501,7 @@ def test_of_many_batches_with_the_same_versions_exactly_one_wins_whole(own_engin
         assert ShadowService(session, TENANT).get_many(winner) == winner
 
 
+@pytest.mark.repeats
 @MODES
 def test_concurrent_patches_of_crossing_batches_all_take_effect(own_engine: Engine, mode: str) -> None:
     engine = own_engine.execution_options(isolation_level=mode)
