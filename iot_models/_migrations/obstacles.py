@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 # How long a look at the catalog counts, and what libpq says of a transaction in which nothing can be asked.
 _FRESH_SECONDS: Final = 0.02
 _IN_ERROR: Final = 3
-# Statements that wait for locks. COMMENT is run under the lock of those before it, and a page of shadows skips locks.
-_MAY_WAIT: Final = frozenset({"ALTER", "CREATE", "DELETE", "DO", "DROP", "INSERT", "LOCK", "UPDATE"})
 
 # Somebody can make thousands.
 _MOST_NAMED: Final = 20
@@ -140,42 +138,37 @@ def refuse_strangers(connection: Connection, *besides: str) -> None:
 
 @contextmanager
 def looking_again(connection: Connection) -> Iterator[None]:
-    """Ask again what `refuse_strangers` asks: after each statement that others can let wait, and after any pause.
+    """Ask again what `refuse_strangers` asks, before each statement for which the last look is too old.
 
     Anybody can let a migration wait, for another deployer, for a lock or for the end of a transaction, and make
-    something in the meantime, also within milliseconds. What is left is the time between a look and its next statement.
+    something in the meantime. It is asked no more often, because some of it is asked while writers wait. What somebody
+    makes within these milliseconds is not called either: no statement of a migration has an operator or a function for
+    which there is a better match than the catalog's.
 
     Raises:
         CommandError: From the statement, as `refuse_strangers`.
     """
     last = time.monotonic()
-    looking = waited = False
-
-    def after(_connection: Connection, _cursor: object, statement: str, *_rest: object) -> None:
-        nonlocal waited
-        waited = waited or statement.split(maxsplit=1)[0] in _MAY_WAIT
+    looking = False
 
     def before(_connection: Connection, _cursor: object, _statement: str, *_rest: object) -> None:
-        nonlocal last, looking, waited
+        nonlocal last, looking
         driver: Any = connection.connection.driver_connection
         failed = getattr(getattr(driver, "info", None), "transaction_status", None) == _IN_ERROR
-        if looking or failed or (not waited and time.monotonic() - last < _FRESH_SECONDS):
+        if looking or failed or time.monotonic() - last < _FRESH_SECONDS:
             return
-        looking, waited = True, False
+        looking = True
         try:
             refuse_strangers(connection)
         finally:
             looking = False
             last = time.monotonic()
 
-    listeners = {"before_cursor_execute": before, "after_cursor_execute": after}
-    for name, listener in listeners.items():
-        event.listen(connection, name, listener)
+    event.listen(connection, "before_cursor_execute", before)
     try:
         yield
     finally:
-        for name, listener in listeners.items():
-            event.remove(connection, name, listener)
+        event.remove(connection, "before_cursor_execute", before)
 
 
 def refuse_another_version_table(connection: Connection) -> None:
