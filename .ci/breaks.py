@@ -521,8 +521,8 @@ BREAKS = [
     Break(
         "nobody looks again after a wait",
         "iot_models/_migrations/obstacles.py",
-        'listeners = {"before_cursor_execute": before, ',
-        "listeners = {",
+        "if looking or failed or time.monotonic() - last < _FRESH_SECONDS:",
+        "if True:",
         ("tests/security/test_migrations.py",),
     ),
     Break(
