@@ -251,15 +251,15 @@ BREAKS = [
     Break(
         "a report acknowledges the newest version, whatever it reports",
         "iot_models/_core/statements.py",
-        "case((conditions.converged(_C.desired_state, document), _C.desired_version), else_=otherwise)",
+        "case((judged.c.is_converged, _C.desired_version), else_=otherwise)",
         "_C.desired_version",
         (CONVERGED,),
     ),
     Break(
         "in a batch a report acknowledges the newest version, whatever it reports",
         "iot_models/_core/statements.py",
-        "version = case((locked.c.if_converged, newest), else_=version)",
-        "version = case((locked.c.if_converged, _C.desired_version), else_=version)",
+        "is_converged = case((where, is_converged), else_=false())",
+        "is_converged = where",
         (CONVERGED,),
     ),
     Break(

@@ -141,7 +141,11 @@ class DeviceState(Base):
 
     @hybrid_property
     def is_converged(self) -> bool:
-        """Whether reported has all that desired asks, at any depth; see `twin.compute_nested_delta`."""
+        """Whether reported has all that desired asks, at any depth; see `twin.compute_nested_delta`.
+
+        In SQL not beside FOR UPDATE, nor in an UPDATE: where such a statement waits for a row, PostgreSQL may answer
+        for the row as it was. Lock the rows first, and ask in a second statement. The same holds for `is_drifted`.
+        """
         return not twin.compute_nested_delta(self.desired_state or {}, self.reported_state or {})
 
     @is_converged.inplace.expression

@@ -76,10 +76,11 @@ def delta(device: Any) -> ColumnElement[dict[str, Any]]:
 
 
 def converged(desired: SQLColumnExpression[Any], reported: SQLColumnExpression[Any]) -> ColumnElement[bool]:
-    """Reported has all that desired asks, at any depth; false where one of them is no JSON object.
+    """Reported has all that desired asks, at any depth.
 
-    Inside objects only what desired names counts; arrays are compared whole. Nothing in it is less than IMMUTABLE, so
-    it may also stand in a function that an index uses.
+    Inside objects only what desired names counts; arrays are compared whole. False where one of the documents is no
+    JSON object, NULL where one is NULL. Nothing in it is less than IMMUTABLE, so it may also stand in a function that
+    an index uses; but not in a statement that may wait for the row: see `statements._judged`.
     """
     return _Converged(desired, reported)
 
@@ -95,6 +96,7 @@ class _Converged(FunctionElement[bool]):
 # is in memory: of the stored value itself, -> would decompress the whole document for each key.
 _CONVERGED: Final = """
 CASE
+  WHEN {desired} IS NULL OR {reported} IS NULL THEN NULL
   WHEN NOT (jsonb_typeof({desired}) = 'object' AND {reported} @> {desired}) THEN false
   WHEN NOT {desired} @? 'strict $.** ? (@.type() == "array")'::jsonpath THEN true
   WHEN {reported} || {desired} = {reported} THEN true

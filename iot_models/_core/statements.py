@@ -26,6 +26,7 @@ from sqlalchemy import (
     case,
     cast,
     column,
+    false,
     func,
     literal_column,
     select,
@@ -119,15 +120,6 @@ def _reported_write(document: ColumnElement[Any]) -> dict[str, Any]:
     return {"reported_state": document, "last_seen_at": _not_before(_C.last_seen_at)}
 
 
-def _newest_if_converged(document: ColumnElement[Any], *, otherwise: ColumnElement[int]) -> ColumnElement[int]:
-    """The `reported_version` of a device that sends none: acknowledged is the version that the row is compared with.
-
-    Both come from the row as it is when it is locked. So a desired write at the same moment is compared with, or comes
-    after; a version that nobody compared is never acknowledged.
-    """
-    return case((conditions.converged(_C.desired_state, document), _C.desired_version), else_=otherwise)
-
-
 def _not_before(time: ColumnElement[Any]) -> ColumnElement[Any]:
     """The time of a write: its transaction's, and never before the time that the row has when it is locked.
 
@@ -195,7 +187,9 @@ def write_reported(*, acked: bool, if_converged: bool, unchanged: bool) -> Shado
     values = _reported_write(_DOCUMENT)
     guard: list[ColumnElement[bool]] = []
     if if_converged:
-        values["reported_version"] = _newest_if_converged(_DOCUMENT, otherwise=_C.reported_version)
+        judged = _judged(_locked_row(), _DOCUMENT)
+        values["reported_version"] = _newest_if_converged(judged, otherwise=_C.reported_version)
+        guard.append(_C.device_id == judged.c.device_id)
     if acked:
         version = bindparam("acked", type_=BigInteger)
         # Where the guard holds, this is :acked. Alone, PostgreSQL would cast :acked to integer while it plans the
@@ -276,7 +270,10 @@ def write_reported_many(
     if unchanged:
         arrays |= {"seen": Text()}
     new = _rows_of("new", **arrays)
-    locked = _locked(new, carrying=(_LOCKED.c.desired_version, _LOCKED.c.reported_version, *new.c[1:]))
+    sections = [_LOCKED.c.desired_state] if if_converged else []
+    locked = _locked(new, carrying=(*sections, _LOCKED.c.desired_version, _LOCKED.c.reported_version, *new.c[1:]))
+    if if_converged:
+        locked = _judged(locked, cast(locked.c.documents, JSONB), where=locked.c.if_converged)
     if decided:
         guard = (locked.c.desired_version == locked.c.desired) & (locked.c.reported_version == locked.c.reported)
     else:
@@ -286,8 +283,7 @@ def write_reported_many(
     document = cast(locked.c.documents, JSONB)
     version: ColumnElement[int] = func.coalesce(locked.c.acked, locked.c.reported_version)
     if if_converged:
-        newest = _newest_if_converged(document, otherwise=version)
-        version = case((locked.c.if_converged, newest), else_=version)
+        version = _newest_if_converged(locked, otherwise=version)
     return (
         update(TABLE)
         .where(_OF_TENANT, _C.device_id == locked.c.device_id, guard)
@@ -298,6 +294,40 @@ def write_reported_many(
 
 # The table once more, for the rows that a writing statement locks before it writes.
 _LOCKED: Final = TABLE.alias("locking")
+
+
+def _judged(locked: CTE, document: ColumnElement[Any], *, where: ColumnElement[bool] | None = None) -> CTE:
+    """The locked rows, and whether each is converged once it reports this document: `is_converged`.
+
+    False where `where` does not hold.
+
+    Judged between the lock and the write. Where an UPDATE or a lock has to wait for a row, PostgreSQL evaluates its
+    expressions once more, for the row as it is then, but not the recursion in `conditions.converged`: that would go on
+    answering for the row as it was. So a version whose document nobody compared could be acknowledged.
+    """
+    is_converged = conditions.converged(locked.c.desired_state, document)
+    if where is not None:
+        is_converged = case((where, is_converged), else_=false())
+    return select(*locked.c, is_converged.label("is_converged")).cte("judged").prefix_with("MATERIALIZED")
+
+
+def _newest_if_converged(judged: CTE, *, otherwise: ColumnElement[int]) -> ColumnElement[int]:
+    """The `reported_version` that a report without a version leaves behind."""
+    return case((judged.c.is_converged, _C.desired_version), else_=otherwise)
+
+
+def _locked_row() -> CTE:
+    """The row of the bound device, locked, with its desired document."""
+    return (
+        select(_LOCKED.c.device_id, _LOCKED.c.desired_state)
+        .where(
+            _LOCKED.c.tenant_id == bindparam("tenant", type_=PlainText()),
+            _LOCKED.c.device_id == bindparam("device", type_=PlainText()),
+        )
+        .with_for_update(key_share=True)
+        .cte("locked")
+        .prefix_with("MATERIALIZED")
+    )
 
 
 def _rows_of(name: str, **arrays: TypeEngine[Any]) -> TableValuedAlias:

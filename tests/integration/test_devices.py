@@ -83,6 +83,8 @@ def test_a_thermostat_of_aws_s_kind_that_echoes_its_delta_converges(shadows: Sha
             )  # the echo, and "I am done" as AWS's own sample says it
     assert shadows.get(DEVICE).desired["hours"] == [6, 22, 23]  # "desired": null took nothing away
     assert shadows.get(DEVICE).reported["battery"] == 81
+    aws["on_update"](shadows, DEVICE, {"state": {"reported": None}})  # clears it
+    assert shadows.get(DEVICE).reported == {}
 
 
 @pytest.mark.parametrize("acknowledges", ["$version", "av"])
@@ -102,6 +104,18 @@ def test_a_module_twin_of_azure_s_kind_converges(shadows: ShadowService, acknowl
                 shadow = shadows.get(DEVICE)
                 assert shadow.is_pending == (shadow.nested_delta != {})
         assert shadows.get(DEVICE).reported_version == version
+
+
+def test_what_azure_s_device_has_not_done_yet_is_not_acknowledged(shadows: ShadowService) -> None:
+    on_reported = example("Azure")["on_reported"]
+    shadows.replace_desired(DEVICE, {"thermostat": {"target": 21}})
+
+    for code in (202, 400, 500):
+        component = {"__t": "c", "target": {"value": 21, "ac": code, "av": 1, "ad": ""}}
+        assert on_reported(shadows, DEVICE, {"thermostat": component}).reported_version == 0
+    component = {"__t": "c", "target": {"value": 21, "ac": 200, "av": 1}}
+    assert on_reported(shadows, DEVICE, {"thermostat": component}).reported_version == 1
+    assert shadows.get(DEVICE).reported == {"thermostat": {"target": 21}}
 
 
 def test_a_thing_whose_features_are_merged_converges(shadows: ShadowService) -> None:
@@ -135,25 +149,23 @@ def test_a_gateway_with_fifty_children_that_patches_has_them_all_converge(sessio
     assert (outcome.device_id, outcome.status) == ("child-99", ReportStatus.UNKNOWN_DEVICE)
 
 
-def test_attributes_of_thingsboard_s_kind_are_replaced_whole(shadows: ShadowService) -> None:
-    thingsboard = example("ThingsBoard")
+def test_a_device_of_thingsboard_s_kind_that_applies_its_shared_attributes_converges(shadows: ShadowService) -> None:
+    on_attributes = example("ThingsBoard")["on_attributes"]
 
     for wish in wishes(shadows):
-        thingsboard["on_attributes"](shadows, DEVICE, {"network": {"ip": "10.0.0.7", "rssi": -60}})
-        thingsboard["on_attributes"](shadows, DEVICE, {**wish.desired, "network": {"ip": "10.0.0.8"}})
-    assert shadows.get(DEVICE).reported["network"] == {"ip": "10.0.0.8"}
+        on_attributes(shadows, DEVICE, {"network": {"ip": "10.0.0.7", "rssi": -60}, "old": None})
+        on_attributes(shadows, DEVICE, wish.delta)
+    assert shadows.get(DEVICE).reported["network"] == {"ip": "10.0.0.7", "rssi": -60}
 
 
 def test_a_device_of_plain_mqtt_that_sends_its_whole_state_every_minute_converges(shadows: ShadowService) -> None:
-    on_state = example("plain MQTT")["on_state"]
+    mqtt = example("plain MQTT")
     state: dict[str, Any] = {"target_c": 18, "telemetryConfig": {"sendFrequency": "5m", "status": "success"}}
 
-    for _ in wishes(shadows):
-        todo: Any = None
+    for wish in wishes(shadows):
+        topic = mqtt["retained"](wish)
         for minute in range(4):
-            todo = on_state(shadows, DEVICE, state | {"uptime": minute})
-            assert not shadows.get(DEVICE).is_drifted
-            if minute == 2 and todo:  # it is slow
-                state = merge_patch(state, todo)
-        assert todo is None
+            assert not mqtt["on_state"](shadows, DEVICE, state | {"uptime": minute}).is_drifted
+            if minute == 2:  # it is slow
+                state = merge_patch(state, topic)
     assert shadows.get(DEVICE).reported["telemetryConfig"] == {"sendFrequency": "1m", "status": "success"}

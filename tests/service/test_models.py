@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import column, create_engine, delete, func, insert, select, text, update
+from sqlalchemy import column, create_engine, delete, false, func, insert, select, text, update
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import IntegrityError
@@ -114,6 +114,8 @@ def test_the_hybrids_stand_wherever_a_column_may(session: Session) -> None:
     assert session.scalars(select(other.device_id).where(other.delta == {})).all() == ["in-sync"]
     assert session.scalars(select(DeviceState.device_id).filter_by(is_pending=True)).all() == ["pending"]
     assert session.scalars(select(other.device_id).where(other.is_converged)).all() == ["in-sync"]
+    absent = select(func.count(other.is_converged)).select_from(DeviceState).outerjoin(other, false())
+    assert session.scalar(absent) == 0
     assert session.scalar(select(func.count()).where(DeviceState.is_drifted)) == 1
     assert session.execute(
         select(DeviceState.device_id, other.device_id)

@@ -83,12 +83,14 @@ class Workload:
             document = self._patch("reported", token) if merges else self._document("reported", token)
         else:
             document = self.wanted.get(key, {}) | {MARKS["reported"]: token}
+            if isinstance(document.get("limits"), dict):
+                document["limits"] = document["limits"] | {"reported": True}
             acknowledges = self._random.choice([acknowledges, IF_CONVERGED, IF_CONVERGED])
         return Entry(key[1], document, acknowledges)
 
     def _document(self, section: Section, token: str) -> Document:
         document: Document = {MARKS[section]: token, self._writer: token, "mode": self._random.choice(["eco", "auto"])}
-        document["limits"] = {"low": self._random.randint(0, 20), "high": self._random.randint(21, 40)}
+        document["limits"] = {"low": self._random.randint(0, 3), "hours": self._random.sample([6, 22], 2)}
         if self._rarely(60):
             document["note"] = "\0"  # PostgreSQL cannot store it
         return document
