@@ -468,6 +468,20 @@ BREAKS = [
         ("tests/security/test_migrations.py",),
     ),
     Break(
+        "a function with a default argument is not seen, which is called in the place of a column",
+        "iot_models/_migrations/strangers.py",
+        "p.pronargs OPERATOR(pg_catalog.-) p.pronargdefaults",
+        "p.pronargs",
+        ("tests/security/test_migrations.py",),
+    ),
+    Break(
+        "a look under a lock asks something for each function that there is",
+        "iot_models/_migrations/strangers.py",
+        "WHERE p.proname {=} ANY (SELECT b.proname",
+        "WHERE p.oid {=} CAST(0 AS oid) OR p.proname {=} ANY (SELECT b.proname",
+        ("tests/security/test_migrations.py",),
+    ),
+    Break(
         "nobody looks again after a wait",
         "iot_models/_migrations/obstacles.py",
         'listeners = {"before_cursor_execute": before, ',

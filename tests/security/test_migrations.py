@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import re
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
 from alembic.util import CommandError
-from sqlalchemy import NullPool, create_engine, make_url, text
+from sqlalchemy import Connection, Engine, NullPool, create_engine, event, make_url, text
 
 from iot_models import engine, migrate
+from iot_models._migrations import strangers
 from iot_models._migrations.command_line import main
 from tests.databases.backends import connected
 from tests.migrations.raw_sql import (
@@ -411,11 +412,80 @@ def test_a_group_that_owns_the_table_is_not_trusted_because_the_deployer_is_in_i
         run_sql(database, f"DROP OWNED BY {group} CASCADE; DROP ROLE {group}")
 
 
-def test_a_function_that_could_be_taken_for_a_column_is_refused(database: str, attacker: str) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "device_state",
+        "VARIADIC device_state[]",
+        "device_state, more int DEFAULT 0",
+        "device_state, VARIADIC more int[] DEFAULT '{}'",
+        "device_state DEFAULT NULL, more int DEFAULT 0",
+    ],
+)
+def test_a_function_that_could_be_taken_for_a_column_is_refused(database: str, attacker: str, arguments: str) -> None:
     migrate.upgrade(database, "075")
-    run_sql(attacker, "CREATE FUNCTION desired_state(device_state) RETURNS jsonb LANGUAGE sql RETURN '{}'::jsonb")
-    with pytest.raises(CommandError, match=r"function desired_state\(device_state\) of role"):
+    takes = f"FUNCTION desired_state({arguments}) RETURNS jsonb LANGUAGE plpgsql"
+    run_sql(attacker, f"CREATE {takes} AS $$ BEGIN {TELL}; RETURN '{{}}'; END $$")
+    run_sql(database, FLEET)
+
+    assert run_sql(database, "SELECT d.desired_state FROM device_state d LIMIT 1") == [({},)]
+    assert calls(database) != []
+    with pytest.raises(CommandError, match=r"function desired_state\(.*\) of role"):
         migrate.upgrade(database)
+
+
+def test_a_function_of_a_columns_name_that_takes_more_is_none_of_ours(database: str, attacker: str) -> None:
+    migrate.upgrade(database, "075")
+    run_sql(attacker, "CREATE FUNCTION desired_state(text, text) RETURNS text LANGUAGE sql AS 'SELECT $1'")
+    migrate.upgrade(database)
+
+
+def test_statistics_whose_expression_is_a_strangers_function_are_refused(database: str, attacker: str) -> None:
+    run_sql(attacker, "CREATE FUNCTION kind(text) RETURNS text IMMUTABLE LANGUAGE sql AS 'SELECT $1'")
+    run_sql(database, RAW_075, "CREATE STATISTICS kinds ON (kind(device_id)), site_id FROM device_state")
+    with pytest.raises(CommandError, match=r"function kind\(text\) of role"):
+        migrate.upgrade(database)
+
+
+def test_who_fills_a_schema_with_functions_does_not_slow_down_a_look_that_is_taken_under_a_lock(
+    database: str, attacker: str
+) -> None:
+    """PostgreSQL may not ask something of its own for each of them."""
+    run_sql(
+        attacker,
+        """DO $$ BEGIN FOR n IN 1..3000 LOOP
+             EXECUTE format('CREATE FUNCTION pg_temp.f%s() RETURNS int LANGUAGE sql AS ''SELECT 1''', n);
+           END LOOP; END $$; ANALYZE pg_proc""",
+    )
+    with connected(database) as connection:
+        binds = {"table": "device_state", "tables": [PARKED], "trigger": PARK, "columns": ["status"]}
+        (plan,) = connection.scalar(text("EXPLAIN (FORMAT JSON) " + strangers._FOUND), binds)  # noqa: SLF001 - its plan
+    looks = [node for node in nodes(plan["Plan"]) if node.get("Relation Name") in {"pg_proc", "pg_operator"}]
+    assert looks
+    assert not [node for node in looks if "SubPlan" in node.get("Filter", "")]
+
+
+def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for part in plan.get("Plans", []):
+        yield from nodes(part)
+
+
+def test_no_statement_of_a_migration_is_compiled_which_can_take_seconds_under_a_lock(database: str) -> None:
+    run_sql(database, f"ALTER DATABASE {make_url(database).database} SET jit = on", RAW_075)
+    found = []
+
+    def ask(connection: Connection, _cursor: object, statement: str, *_rest: object) -> None:
+        if "LOCK TABLE" in statement:
+            found.append(connection.connection.cursor().execute("SHOW jit").fetchall())
+
+    event.listen(Engine, "before_cursor_execute", ask)
+    try:
+        migrate.upgrade(database)
+    finally:
+        event.remove(Engine, "before_cursor_execute", ask)
+    assert found
+    assert {*map(str, found)} == {"[('off',)]"}
 
 
 def test_the_applications_version_table_is_asked_about_where_its_env_py_runs_our_revisions(
