@@ -187,7 +187,7 @@ def _slow_locks(connection: Connection) -> list[str]:
     """What one GRANT would gain, if this is the role that migrates."""
     slow = connection.execute(
         text("""
-            SELECT quote_ident(current_user) AS role, current_setting('deadlock_timeout') AS timeout
+            SELECT quote_ident(CAST(current_user AS text)) AS role, current_setting('deadlock_timeout') AS timeout
              WHERE NOT pg_catalog.has_parameter_privilege('deadlock_timeout', 'SET')
         """)
     ).one_or_none()

@@ -341,7 +341,7 @@ def _rights(connection: Connection, plan: Plan, *, parked: bool) -> Iterator[Obs
         text("""
             SELECT pg_catalog.format('it does not own %s, whose owner is %I', c.oid::regclass,
                                      pg_get_userbyid(c.relowner))
-              FROM pg_class c WHERE c.oid = ANY (CAST(CAST(:tables AS text[]) AS regclass[]))
+              FROM pg_class c WHERE c.oid = ANY (CAST(CAST(CAST(:tables AS text[]) AS regclass[]) AS oid[]))
                AND NOT pg_catalog.pg_has_role(c.relowner, 'USAGE')
             UNION ALL
             SELECT pg_catalog.format('it may not CREATE in schema %I', n.nspname)

@@ -12,6 +12,7 @@ import time
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
+from alembic import context
 from alembic.operations import MigrateOperation, Operations
 from alembic.util import CommandError
 from sqlalchemy import text
@@ -22,6 +23,7 @@ from iot_models._migrations.comparison import TABLE
 from iot_models._migrations.dependents import PARKED, TRIGGER
 from iot_models._migrations.expectations import find_index
 from iot_models._migrations.obstacles import interrupted_downgrade
+from iot_models._migrations.options import LOCK_TIMEOUT
 from iot_models._migrations.strangers import VERSION_TABLE, refusal_in_sql
 
 if TYPE_CHECKING:
@@ -208,7 +210,9 @@ def _ensure_index(operations: Operations, index: EnsureIndex) -> None:
         # Without a timeout: a cancelled build would leave an INVALID index, which IF NOT EXISTS would then keep.
         operations.execute("SET lock_timeout = 0")
         operations.execute(create)
-        operations.execute("RESET lock_timeout")
+        # What the preamble set. RESET would let the statements that follow wait as long as the session's default says.
+        given = context.get_x_argument(as_dictionary=True)
+        operations.execute(f"SET lock_timeout = '{given.get('lock_timeout', LOCK_TIMEOUT)}'")
         operations.execute(refusal_in_sql())  # anybody may have made the build wait
         return
     connection = operations.get_bind()
