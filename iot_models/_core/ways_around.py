@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import text
 
+from iot_models._core.shown_names import escaped
 from iot_models.models import TABLE
 
 if TYPE_CHECKING:
@@ -334,8 +335,7 @@ def ways_around(connection: Connection, role: str, *, policy: str, setting: str)
     binds = {"table": table_name(connection), "role": role, "policy": policy, "setting": setting}
     # PostgreSQL expects many rows of each recursion. For such a plan it would compile, for seconds, what takes 10 ms.
     connection.execute(text("SELECT set_config('jit', 'off', true)"))
-    found: Sequence[str] = connection.scalars(_WAYS, binds).all()
-    return found
+    return [*map(escaped, connection.scalars(_WAYS, binds))]
 
 
 def creators(connection: Connection) -> Sequence[str]:
@@ -344,5 +344,4 @@ def creators(connection: Connection) -> Sequence[str]:
     Not the owners of the schema and of the table, and no superuser. No statement of this package calls what they
     create; a statement that somebody types as the table's owner may.
     """
-    found: Sequence[str] = connection.scalars(_CREATORS, {"table": table_name(connection)}).all()
-    return found
+    return [*map(escaped, connection.scalars(_CREATORS, {"table": table_name(connection)}))]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from alembic.util import CommandError
 from sqlalchemy import event, text
 
+from iot_models._core.shown_names import escaped
 from iot_models._migrations import expectations
 from iot_models._migrations.comparison import KEY, TABLE
 from iot_models._migrations.dependents import PARKED, TRIGGER, columns_of_its_row_type, dependents
@@ -100,11 +101,6 @@ def _paragraph(obstacle: Obstacle) -> str:
         return f"{fact}; nothing was changed. {remedy}."
     lines = "".join(f"\n  - {escaped(detail)}" for detail in obstacle.details)
     return f"{fact}; nothing was changed:{lines}\n{remedy}."
-
-
-def escaped(sentence: str) -> str:
-    """A sentence with names from the database, as a terminal may show it: a stranger's name can hold any character."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in sentence)
 
 
 def _capital(sentence: str) -> str:

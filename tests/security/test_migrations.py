@@ -12,9 +12,10 @@ import pytest
 from alembic.util import CommandError
 from sqlalchemy import Connection, Engine, NullPool, create_engine, event, make_url, text
 
-from iot_models import engine, migrate
-from iot_models._migrations import strangers
+from iot_models import engine, migrate, tenancy
+from iot_models._migrations import deployers, operations, strangers
 from iot_models._migrations.command_line import main
+from iot_models.testing import throwaway
 from tests.databases.backends import connected
 from tests.migrations.raw_sql import (
     ADVISORY_LOCK,
@@ -496,15 +497,23 @@ def test_the_applications_version_table_is_asked_about_where_its_env_py_runs_our
         team(tmp_path / "team", database, online=GUARDED, beside_ours=True).alembic("upgrade", "heads")
 
 
-def test_a_version_table_that_is_taken_over_is_its_owners_to_write_alone(database: str, attacker: str) -> None:
+@pytest.mark.parametrize("rights", ["ALL", "UPDATE (version_num), REFERENCES (version_num), SELECT (version_num)"])
+def test_a_version_table_that_is_taken_over_is_its_owners_to_write_alone(
+    database: str, attacker: str, rights: str
+) -> None:
     migrate.upgrade(database)
     run_sql(database, "ALTER TABLE alembic_version_iot_models RENAME TO alembic_version",
             "ALTER TABLE alembic_version RENAME CONSTRAINT alembic_version_iot_models_pkc TO alembic_version_pkc",
-            f"GRANT ALL ON alembic_version TO {make_url(attacker).username}")  # fmt: skip
+            f"GRANT {rights} ON alembic_version TO {make_url(attacker).username}")  # fmt: skip
     migrate.upgrade(database)
     assert run_sql(attacker, "SELECT version_num FROM alembic_version_iot_models")
-    with pytest.raises(psycopg.Error, match="permission denied"):
-        run_sql(attacker, "DELETE FROM alembic_version_iot_models")
+    for statement in (
+        "DELETE FROM alembic_version_iot_models",
+        "UPDATE alembic_version_iot_models SET version_num = '075'",
+        "CREATE TABLE mine (a varchar(32) REFERENCES alembic_version_iot_models)",
+    ):
+        with pytest.raises(psycopg.Error, match="permission denied"):
+            run_sql(attacker, statement)
 
 
 def test_a_path_is_not_reordered_where_others_could_hide_what_comes_behind(database: str) -> None:
@@ -598,3 +607,55 @@ def test_what_postgresql_says_reaches_the_terminal_without_control_characters(
     said = capsys.readouterr().err
     assert r"PostgreSQL says: no \x1b[2J" in said
     assert "\x1b" not in said
+
+
+HIDES = "E'x\\x1b[2K\\n075 -> 076 done'"
+
+
+@pytest.mark.repeats
+@pytest.mark.parametrize(
+    ("holds", "meanwhile"),
+    [
+        (f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK})", "another deployer is migrating this database: waiting for"),
+        ("LOCK TABLE device_state IN ROW EXCLUSIVE MODE", "device_state is in use"),
+        ("CREATE TABLE idx_device_state_shadow_pending ()", "index idx_device_state_shadow_pending: "),
+    ],
+)
+def test_the_name_of_a_prepared_transaction_that_holds_a_migration_up_moves_no_cursor(
+    holds: str, meanwhile: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(deployers, "_MOST_SECONDS", 0.1)
+    monkeypatch.setattr(operations, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(operations, "_PROGRESS_EVERY", 0.05)
+    with throwaway.postgres(settings={"max_prepared_transactions": "1"}) as server, ThreadPoolExecutor(1) as pool:
+        migrate.upgrade(server.url, "075")
+        run_sql(server.url, f"{holds}; PREPARE TRANSACTION {HIDES}")
+        upgrading = pool.submit(migrate.upgrade, server.url, lock_timeout="10ms")
+        while not re.search(rf"{meanwhile}.*prepared transaction", caplog.text):
+            assert not upgrading.done()
+        with connected(server.url, isolation_level="AUTOCOMMIT") as connection:
+            connection.exec_driver_sql(f"ROLLBACK PREPARED {HIDES}")
+        said = str(upgrading.exception(timeout=30)) + caplog.text
+    assert r"x\x1b[2K\n075 -> 076 done" in said
+    assert "\x1b" not in said
+    assert "\n075 -> 076 done" not in said
+
+
+def test_a_strangers_name_among_the_reasons_of_tenancy_moves_no_cursor(
+    database: str, attacker: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    role = make_url(attacker).username
+    migrate.upgrade(database)
+    run_sql(database, f'CREATE SCHEMA "x\x1b[2K"; GRANT CREATE, USAGE ON SCHEMA "x\x1b[2K" TO {role}')
+    run_sql(attacker, 'CREATE TYPE "x\x1b[2K"."x\x1b[2K" AS ENUM ()')
+    run_sql(database, 'ALTER TABLE device_state ADD more "x\x1b[2K"."x\x1b[2K"')
+    path = make_url(database).update_query_dict({"options": '-c search_path=public,"x\x1b[2K"'})
+    with connected(path.render_as_string(hide_password=False)) as connection:
+        (reason,) = tenancy.check(connection, str(role))[1:]
+        run_sql(attacker, 'DROP TYPE "x\x1b[2K"."x\x1b[2K" CASCADE')
+        tenancy.enable(connection, str(role))
+    assert r"x\x1b[2K" in reason
+    assert "\x1b" not in reason
+    assert r'schema "x\x1b[2K' in caplog.text
+    assert "\x1b" not in caplog.text

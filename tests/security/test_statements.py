@@ -16,6 +16,7 @@ from iot_models._migrations.strangers import VERSION_TABLE
 from iot_models.engine import create_engine
 from iot_models.testing import database
 from tests.databases.alembic_runs import CHECKOUT
+from tests.databases.backends import backend_pid
 from tests.databases.devices import TENANT, add_device
 from tests.databases.engines import KINDS, Kind
 from tests.migrations.raw_sql import FLEET, RAW_075, SHADOWS, as_role, interrupt_a_downgrade, psql, run_sql
@@ -199,7 +200,7 @@ def test_no_migration_calls_a_strangers_code(deployment: Deployment) -> None:
             migrate.downgrade(url, "075", lock_timeout="1ms")
     with engine.connect() as connection:
         deployers._holder(connection)  # noqa: SLF001 - what it asks
-        operations._builds(engine.pool)  # noqa: SLF001 - the same
+        operations._build(engine.pool, backend_pid(connection))  # noqa: SLF001 - the same
         connection.rollback()
         migrate.upgrade(connection)
     migrate.downgrade(url, "base", device_state="drop")
