@@ -20,6 +20,7 @@ from sqlalchemy.exc import OperationalError
 
 from iot_models._core import loaded_objects, validation
 from iot_models._core.database_errors import LOCK_NOT_AVAILABLE, sqlstate
+from iot_models._core.shown_names import escaped
 from iot_models._core.ways_around import creators, table_name, ways_around
 from iot_models.models import DeviceState
 
@@ -307,7 +308,7 @@ def _warn(connection: Connection) -> None:
             "row level security on %s now hides every row from %s: enable isolation for them too, or, if they are to "
             "see all tenants, CREATE POLICY ... ON %s TO ... USING (true)",
             _TABLE,
-            ", ".join(roles),
+            escaped(", ".join(roles)),
             _TABLE,
         )
 

@@ -408,10 +408,9 @@ def _put_back_offline() -> None:
               RETURNING d.tenant_id, d.device_id)
             DELETE FROM {PARKED} p USING moved d WHERE {keys};
             IF EXISTS (SELECT FROM {PARKED}) THEN
-              RAISE WARNING USING MESSAGE = (SELECT count(*) FROM {PARKED})
-                || ' parked shadows stay in {PARKED}: their devices have a newer shadow, '
-                || 'or were removed by logical '
-                || 'replication';
+              RAISE WARNING USING MESSAGE = pg_catalog.concat(
+                (SELECT count(*) FROM {PARKED}), ' parked shadows stay in {PARKED}: their devices have a newer shadow, '
+                'or were removed by logical replication');
             ELSE
               DROP TABLE {PARKED};
             END IF;

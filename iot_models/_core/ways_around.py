@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import text
 
+from iot_models._core.shown_names import escaped
 from iot_models.models import TABLE
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ _RIGHTS: Final = """
                              string_agg(privilege_type, ', ' ORDER BY privilege_type), target.name,
                              coalesce(quote_ident(CAST(rolname AS text)), 'PUBLIC'))
       FROM target CROSS JOIN aclexplode(relacl) LEFT JOIN role ON role.oid = grantee
-     WHERE privilege_type IN ('REFERENCES', 'TRIGGER', 'TRUNCATE') AND grantee <> relowner
+     WHERE privilege_type IN ('MAINTAIN', 'REFERENCES', 'TRIGGER', 'TRUNCATE') AND grantee <> relowner
        AND (grantee = CAST(0 AS oid) OR role.oid IS NOT NULL)
      GROUP BY subject, rolname, target.name
     UNION ALL
@@ -114,14 +115,16 @@ _RELATED_TABLES: Final = """
      WHERE NOT rolsuper AND NOT role.oid = target.relowner
     UNION ALL
     (WITH RECURSIVE
-     -- What, done to rows of another table, changes rows of this one through foreign keys: DELETE, or UPDATE of one of
-     -- the columns (any, if NULL). The first row is the table itself, of which nothing is asked.
-     cause (oid, event, columns, key) AS (
-       SELECT oid, CAST(NULL AS text), CAST(NULL AS int2[]), CAST(NULL AS name) FROM family
+     -- What, done to rows of another table, uses rows of this one with the owner's rights, through foreign keys and
+     -- rules: DELETE, INSERT, or UPDATE of one of the columns (any, if NULL). Of the table itself, and of views of it,
+     -- nothing is asked (NULL).
+     cause (oid, event, columns, link) AS (
+       SELECT oid, CAST(NULL AS text), CAST(NULL AS int2[]), CAST(NULL AS text) COLLATE pg_catalog."C" FROM family
        UNION
-       SELECT before.oid, before.event, before.columns, coalesce(cause.key, before.key)
+       SELECT before.oid, before.event, before.columns, coalesce(cause.link, before.link)
          FROM cause CROSS JOIN LATERAL (
-           SELECT confrelid, rule.event, CASE WHEN rule.event = 'UPDATE' THEN confkey END, conname
+           SELECT confrelid, rule.event, CASE WHEN rule.event = 'UPDATE' THEN confkey END,
+                  pg_catalog.format('the foreign key %I', conname)
              FROM pg_constraint CROSS JOIN LATERAL (
                   VALUES (CAST('DELETE' AS text), CAST(confdeltype AS text)), ('UPDATE', CAST(confupdtype AS text))
                   ) AS rule (event, action)
@@ -130,20 +133,31 @@ _RELATED_TABLES: Final = """
                        WHEN rule.event = 'DELETE' AND action = 'c' THEN cause.event = 'DELETE'
                        ELSE cause.event = 'UPDATE' AND coalesce(conkey OPERATOR(pg_catalog.&&) cause.columns, true) END
            UNION ALL
-           SELECT inhparent, cause.event, NULL, cause.key
+           SELECT inhparent, cause.event, NULL, cause.link
              FROM pg_inherits WHERE inhrelid = cause.oid AND cause.event IS NOT NULL
-           ) AS before (oid, event, columns, key))
+           UNION ALL
+           -- What a rule does to the table that it uses is not known. The rules of the table itself are its own.
+           SELECT ev_class,
+                  CASE CAST(ev_type AS text) WHEN '2' THEN 'UPDATE' WHEN '3' THEN 'INSERT' WHEN '4' THEN 'DELETE' END,
+                  NULL, CASE WHEN NOT CAST(ev_type AS text) = '1' THEN pg_catalog.format('the rule %I', rulename) END
+             FROM pg_depend JOIN pg_rewrite r ON r.oid = objid
+            WHERE classid = CAST(CAST('pg_rewrite' AS regclass) AS oid)
+              AND refclassid = CAST(CAST('pg_class' AS regclass) AS oid) AND refobjid = cause.oid
+              AND NOT ev_class = cause.oid AND NOT EXISTS (SELECT FROM family WHERE family.oid = ev_class)
+           ) AS before (oid, event, columns, link))
      SELECT DISTINCT
-            pg_catalog.format('%s may change rows of %s, and the foreign key %I changes those of the table with them',
-                              subject, CAST(CAST(c.oid AS regclass) AS text), cause.key)
+            pg_catalog.format('%s may change rows of %s, and %s changes those of the table with them',
+                              subject, CAST(CAST(c.oid AS regclass) AS text), cause.link)
        FROM target CROSS JOIN cause JOIN pg_class c ON c.oid = cause.oid
        JOIN role ON role.oid = c.relowner
                  OR cause.event = 'DELETE' AND has_table_privilege(role.oid, c.oid, 'DELETE')
+                 OR cause.event = 'INSERT' AND has_any_column_privilege(role.oid, c.oid, 'INSERT')
                  OR cause.event = 'UPDATE' AND EXISTS (
                       SELECT FROM pg_attribute
                        WHERE attrelid = c.oid AND coalesce(attnum = ANY (cause.columns), true)
                          AND has_column_privilege(role.oid, c.oid, attnum, 'UPDATE'))
-      WHERE cause.event IS NOT NULL AND NOT rolsuper AND NOT role.oid = target.relowner)
+      WHERE cause.event IS NOT NULL AND NOT CAST(c.relkind AS text) = 'v'
+        AND NOT rolsuper AND NOT role.oid = target.relowner)
     UNION ALL
     SELECT pg_catalog.format('the foreign key %I shows which devices exist (ALTER TABLE %s DROP CONSTRAINT %I)',
                              conname, CAST(CAST(conrelid AS regclass) AS text), conname)
@@ -154,14 +168,34 @@ _RELATED_TABLES: Final = """
 
 _CODE: Final = """
     (WITH RECURSIVE
-     -- Columns, triggers, constraints, indexes, defaults, policies and rules of the table, and all that they use.
+     -- The table, and each table whose rows change when its rows do: by a foreign key, whose trigger PostgreSQL runs as
+     -- the owner of that table; or by a rule, also through a view. With each, what leads to it.
+     changed (oid, user_class, user_id) AS (
+       SELECT oid, CAST(CAST('pg_class' AS regclass) AS oid), oid FROM family
+       UNION
+       SELECT next.oid, next.user_class, next.user_id
+         FROM changed CROSS JOIN LATERAL (
+           SELECT conrelid, CAST(CAST('pg_constraint' AS regclass) AS oid), k.oid FROM pg_constraint k
+            WHERE confrelid = changed.oid AND CAST(contype AS text) = 'f'
+              AND (CAST(confdeltype AS text) IN ('c', 'n', 'd') OR CAST(confupdtype AS text) IN ('c', 'n', 'd'))
+           UNION ALL
+           SELECT refobjid, classid, objid FROM pg_rewrite r JOIN pg_depend ON objid = r.oid
+            WHERE ev_class = changed.oid AND classid = CAST(CAST('pg_rewrite' AS regclass) AS oid)
+              AND refclassid = CAST(CAST('pg_class' AS regclass) AS oid)
+           UNION ALL
+           SELECT inhrelid, changed.user_class, changed.user_id FROM pg_inherits WHERE inhparent = changed.oid
+           ) AS next (oid, user_class, user_id)
+        WHERE NOT EXISTS (SELECT FROM family WHERE family.oid = next.oid)),
+     -- These tables, their columns, triggers, constraints, indexes, defaults, statistics, policies and rules, and all
+     -- that they use.
      used (classid, objid, user_class, user_id) AS (
-       SELECT CAST(CAST('pg_class' AS regclass) AS oid), oid, CAST(CAST('pg_class' AS regclass) AS oid), oid FROM family
+       SELECT CAST(CAST('pg_class' AS regclass) AS oid), oid, user_class, user_id FROM changed
        UNION
        SELECT classid, objid, classid, objid
-         FROM family JOIN pg_depend ON refclassid = CAST(CAST('pg_class' AS regclass) AS oid) AND refobjid = family.oid
-        WHERE classid = ANY (CAST(CAST('{pg_trigger,pg_constraint,pg_class,pg_attrdef,pg_policy}' AS regclass[])
-                                  AS oid[]))
+         FROM changed JOIN pg_depend ON refclassid = CAST(CAST('pg_class' AS regclass) AS oid)
+          AND refobjid = changed.oid
+        WHERE classid = ANY (CAST(CAST('{pg_trigger,pg_constraint,pg_class,pg_attrdef,pg_policy,pg_statistic_ext}'
+                                       AS regclass[]) AS oid[]))
            OR classid = CAST(CAST('pg_rewrite' AS regclass) AS oid) AND CAST(deptype AS text) = 'a'
        UNION
        SELECT next.classid, next.objid, used.user_class, used.user_id
@@ -192,20 +226,30 @@ _CODE: Final = """
            -- The columns of a composite type.
            SELECT CAST(CAST('pg_class' AS regclass) AS oid), typrelid FROM pg_type
             WHERE used.classid = CAST(CAST('pg_type' AS regclass) AS oid) AND oid = used.objid
-           ) AS next (classid, objid))
+           ) AS next (classid, objid)),
+     -- What all this depends on besides: DROP ... CASCADE of its schema, extension, language, collation, operator.
+     needed (classid, objid, user_class, user_id) AS (
+       SELECT classid, objid, user_class, user_id FROM used
+       UNION
+       SELECT d.refclassid, d.refobjid, needed.user_class, needed.user_id
+         FROM needed JOIN pg_depend d ON d.classid = needed.classid AND d.objid = needed.objid
+        WHERE NOT d.refclassid = CAST(CAST('pg_class' AS regclass) AS oid))
      SELECT pg_catalog.format('%s owns the function %s, which runs with the rights of whoever writes: %s calls it',
                               subject, CAST(CAST(p.oid AS regprocedure) AS text),
                               pg_describe_object(user_class, user_id, 0)) AS way
        FROM target CROSS JOIN used JOIN pg_proc p ON p.oid = objid JOIN role ON role.oid = p.proowner
       WHERE classid = CAST(CAST('pg_proc' AS regclass) AS oid) AND NOT role.oid = target.relowner
      UNION ALL
-     SELECT pg_catalog.format('%s may change %s, or make triggers on it, which run with rights of others: %s uses it',
+     SELECT pg_catalog.format('%s may change %s, or make triggers on it or foreign keys to it, which run with rights '
+                              'of others: %s uses it',
                               subject, CAST(CAST(c.oid AS regclass) AS text),
                               pg_describe_object(user_class, user_id, 0))
        FROM target CROSS JOIN used JOIN pg_class c ON c.oid = objid
             JOIN role ON role.oid = c.relowner OR has_table_privilege(role.oid, c.oid, 'TRIGGER')
+                      OR has_any_column_privilege(role.oid, c.oid, 'REFERENCES')
       WHERE classid = CAST(CAST('pg_class' AS regclass) AS oid) AND CAST(c.relkind AS text) IN ('r', 'p', 'v', 'm', 'f')
         AND NOT role.oid = target.relowner AND NOT EXISTS (SELECT FROM kin WHERE kin.oid = c.oid)
+        AND NOT (user_class = classid AND user_id = objid)
      UNION ALL
      SELECT pg_catalog.format('%s owns the type %s, and may %s: %s uses it',
                               subject, pg_catalog.format_type(t.oid, NULL),
@@ -216,7 +260,20 @@ _CODE: Final = """
        FROM target CROSS JOIN used JOIN pg_type t ON t.oid = objid JOIN role ON role.oid = t.typowner
       -- An array belongs to the owner of its elements.
       WHERE classid = CAST(CAST('pg_type' AS regclass) AS oid) AND typelem = CAST(0 AS oid)
-        AND NOT role.oid = target.relowner)
+        AND NOT role.oid = target.relowner
+     UNION ALL
+     SELECT pg_catalog.format('%s owns the %s, and may drop it with all that needs it: %s does',
+                              subject, pg_describe_object(needed.classid, needed.objid, 0),
+                              pg_describe_object(user_class, user_id, 0))
+       FROM target CROSS JOIN needed JOIN pg_shdepend s ON s.classid = needed.classid AND s.objid = needed.objid
+            JOIN role ON role.oid = s.refobjid
+      WHERE s.refclassid = CAST(CAST('pg_authid' AS regclass) AS oid) AND CAST(s.deptype AS text) = 'o'
+        AND s.dbid = (SELECT oid FROM pg_database WHERE datname = current_database())
+        AND NOT role.oid = target.relowner
+        -- What is named above, or takes nothing away but itself.
+        AND NOT needed.classid = ANY (CAST(CAST('{pg_class,pg_proc,pg_type,pg_statistic_ext}' AS regclass[]) AS oid[]))
+        AND NOT (needed.classid = CAST(CAST('pg_namespace' AS regclass) AS oid)
+                 AND needed.objid = target.relnamespace))
 """
 
 _POLICIES: Final = """
@@ -278,8 +335,7 @@ def ways_around(connection: Connection, role: str, *, policy: str, setting: str)
     binds = {"table": table_name(connection), "role": role, "policy": policy, "setting": setting}
     # PostgreSQL expects many rows of each recursion. For such a plan it would compile, for seconds, what takes 10 ms.
     connection.execute(text("SELECT set_config('jit', 'off', true)"))
-    found: Sequence[str] = connection.scalars(_WAYS, binds).all()
-    return found
+    return [*map(escaped, connection.scalars(_WAYS, binds))]
 
 
 def creators(connection: Connection) -> Sequence[str]:
@@ -288,5 +344,4 @@ def creators(connection: Connection) -> Sequence[str]:
     Not the owners of the schema and of the table, and no superuser. No statement of this package calls what they
     create; a statement that somebody types as the table's owner may.
     """
-    found: Sequence[str] = connection.scalars(_CREATORS, {"table": table_name(connection)}).all()
-    return found
+    return [*map(escaped, connection.scalars(_CREATORS, {"table": table_name(connection)}))]

@@ -12,9 +12,9 @@ from alembic import command
 from alembic.util import CommandError
 from sqlalchemy.exc import DBAPIError
 
+from iot_models._core.shown_names import escaped
 from iot_models._migrations import runner
 from iot_models._migrations.findings import COMMAND, examine
-from iot_models._migrations.obstacles import escaped
 from iot_models._migrations.options import OPTIONS
 
 if TYPE_CHECKING:

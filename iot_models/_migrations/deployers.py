@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Final
 from alembic.util import CommandError
 from sqlalchemy import text
 
+from iot_models._core.shown_names import escaped
+
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
@@ -79,4 +81,4 @@ def _holder(connection: Connection) -> str:
         """),
         {"key": ADVISORY_LOCK},
     )
-    return found or "it has just ended"
+    return escaped(found or "it has just ended")

@@ -10,6 +10,7 @@ from sqlalchemy.exc import DBAPIError
 
 from iot_models import tenancy
 from iot_models._core.database_errors import LOCK_NOT_AVAILABLE, sqlstate
+from iot_models._core.shown_names import escaped
 from iot_models._core.ways_around import creators
 from iot_models._migrations import runner
 from iot_models._migrations.comparison import COLUMNS, TABLE, differences
@@ -19,7 +20,6 @@ from iot_models._migrations.faulty_rows import faulty_rows
 from iot_models._migrations.obstacles import (
     SHADOWS,
     Plan,
-    escaped,
     interrupted_downgrade,
     obstacles,
     row_security_hides,
@@ -187,7 +187,7 @@ def _slow_locks(connection: Connection) -> list[str]:
     """What one GRANT would gain, if this is the role that migrates."""
     slow = connection.execute(
         text("""
-            SELECT quote_ident(current_user) AS role, current_setting('deadlock_timeout') AS timeout
+            SELECT quote_ident(CAST(current_user AS text)) AS role, current_setting('deadlock_timeout') AS timeout
              WHERE NOT pg_catalog.has_parameter_privilege('deadlock_timeout', 'SET')
         """)
     ).one_or_none()

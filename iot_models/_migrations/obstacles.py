@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from alembic.util import CommandError
 from sqlalchemy import event, text
 
+from iot_models._core.shown_names import escaped
 from iot_models._migrations import expectations
 from iot_models._migrations.comparison import KEY, TABLE
 from iot_models._migrations.dependents import PARKED, TRIGGER, columns_of_its_row_type, dependents
@@ -98,11 +99,6 @@ def _paragraph(obstacle: Obstacle) -> str:
         return f"{fact}; nothing was changed. {remedy}."
     lines = "".join(f"\n  - {escaped(detail)}" for detail in obstacle.details)
     return f"{fact}; nothing was changed:{lines}\n{remedy}."
-
-
-def escaped(sentence: str) -> str:
-    """A sentence with names from the database, as a terminal may show it: a stranger's name can hold any character."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in sentence)
 
 
 def _capital(sentence: str) -> str:
@@ -334,7 +330,7 @@ def _rights(connection: Connection, plan: Plan, *, parked: bool) -> Iterator[Obs
         text("""
             SELECT pg_catalog.format('it does not own %s, whose owner is %I', c.oid::regclass,
                                      pg_get_userbyid(c.relowner))
-              FROM pg_class c WHERE c.oid = ANY (CAST(CAST(:tables AS text[]) AS regclass[]))
+              FROM pg_class c WHERE c.oid = ANY (CAST(CAST(CAST(:tables AS text[]) AS regclass[]) AS oid[]))
                AND NOT pg_catalog.pg_has_role(c.relowner, 'USAGE')
             UNION ALL
             SELECT pg_catalog.format('it may not CREATE in schema %I', n.nspname)

@@ -10,18 +10,21 @@ import logging
 import threading
 import time
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
+from alembic import context
 from alembic.operations import MigrateOperation, Operations
 from alembic.util import CommandError
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from iot_models._core.database_errors import LOCK_NOT_AVAILABLE, sqlstate
+from iot_models._core.shown_names import escaped
 from iot_models._migrations.comparison import TABLE
 from iot_models._migrations.dependents import PARKED, TRIGGER
 from iot_models._migrations.expectations import find_index
 from iot_models._migrations.obstacles import interrupted_downgrade
+from iot_models._migrations.options import LOCK_TIMEOUT
 from iot_models._migrations.strangers import VERSION_TABLE, refusal_in_sql
 
 if TYPE_CHECKING:
@@ -111,7 +114,11 @@ def ensure_version_table(connection: Connection, *, taken_over: bool) -> None:
                 SELECT CASE WHEN a.grantee = CAST(0 AS oid) THEN 'PUBLIC'
                        ELSE quote_ident(CAST(pg_get_userbyid(a.grantee) AS text)) END AS role,
                        pg_catalog.bool_or(a.privilege_type = 'SELECT') AS reads
-                  FROM pg_class c CROSS JOIN aclexplode(c.relacl) a
+                  FROM pg_class c CROSS JOIN LATERAL (
+                         SELECT grantee, privilege_type FROM aclexplode(c.relacl)
+                         UNION ALL
+                         SELECT e.grantee, e.privilege_type
+                           FROM pg_attribute t CROSS JOIN aclexplode(t.attacl) e WHERE t.attrelid = c.oid) a
                  WHERE c.oid = to_regclass('{VERSION_TABLE}')::oid AND a.grantee <> c.relowner
                  GROUP BY a.grantee
               LOOP
@@ -167,7 +174,7 @@ def _lock_holders(connection: Connection, table: str) -> str:
         """),
         {"table": table},
     )
-    return "; ".join(f"{row.holder}, for {row.seconds} s)" for row in rows) or "no transaction any more"
+    return "; ".join(f"{escaped(row.holder)}, for {row.seconds} s)" for row in rows) or "no transaction any more"
 
 
 @Operations.register_operation("iot_models_ensure_index")
@@ -208,7 +215,9 @@ def _ensure_index(operations: Operations, index: EnsureIndex) -> None:
         # Without a timeout: a cancelled build would leave an INVALID index, which IF NOT EXISTS would then keep.
         operations.execute("SET lock_timeout = 0")
         operations.execute(create)
-        operations.execute("RESET lock_timeout")
+        # What the preamble set. RESET would let the statements that follow wait as long as the session's default says.
+        given = context.get_x_argument(as_dictionary=True)
+        operations.execute(f"SET lock_timeout = '{given.get('lock_timeout', LOCK_TIMEOUT)}'")
         operations.execute(refusal_in_sql())  # anybody may have made the build wait
         return
     connection = operations.get_bind()
@@ -217,7 +226,8 @@ def _ensure_index(operations: Operations, index: EnsureIndex) -> None:
         return
     timeout = connection.scalar(text("SHOW lock_timeout"))
     connection.execute(text("SET lock_timeout = 0"))  # as above; no writer waits for a concurrent build
-    with _progress_of_builds(connection.engine, index.name):
+    pid: int = connection.scalar(text("SELECT pg_backend_pid()")) or 0
+    with _progress_of_builds(connection.engine, index.name, pid):
         if found is not None:
             log.warning("index %s is INVALID, left by an interrupted build: it is built again", index.name)
             connection.execute(text(f"DROP INDEX CONCURRENTLY IF EXISTS {index.name}"))
@@ -225,21 +235,27 @@ def _ensure_index(operations: Operations, index: EnsureIndex) -> None:
     connection.execute(text("SELECT set_config('lock_timeout', :timeout, false)"), {"timeout": timeout})
 
 
-_BUILDS: Final = """
-    SELECT p.phase, p.blocks_done, p.blocks_total,
-           CASE WHEN p.current_locker_pid > 0
-                THEN pg_catalog.concat(', waiting for the transaction of pid ', p.current_locker_pid)
-                WHEN p.phase LIKE 'waiting%' THEN (
-                  SELECT ', waiting for the prepared transaction ' || string_agg(quote_literal(gid), ', ')
-                    FROM pg_prepared_xacts WHERE database = current_database())
-           END AS waits
-      FROM pg_stat_progress_create_index p WHERE p.datname = current_database()
+# How far the build is, and whom it waits for: also before it has begun, when nobody else would name that.
+_BUILD: Final = """
+    SELECT pg_catalog.concat_ws(', ', coalesce(p.phase, 'not begun'),
+             'block ' || CAST(p.blocks_done AS text) || ' of ' || CAST(p.blocks_total AS text),
+             'waiting for ' || (
+               SELECT string_agg(
+                        CASE WHEN pid = 0 THEN (
+                          SELECT pg_catalog.concat('the prepared transaction ', string_agg(quote_literal(gid), ', '),
+                                                   ', which stays until ROLLBACK PREPARED')
+                            FROM pg_prepared_xacts WHERE database = current_database())
+                        ELSE pg_catalog.format('the transaction of pid %s, role %s, application %s', pid, usename,
+                                               coalesce(nullif(application_name, ''), '?')) END, '; ')
+                 FROM (SELECT DISTINCT pid FROM pg_catalog.unnest(pg_blocking_pids(building.pid)) AS b (pid)) AS holders
+                      LEFT JOIN pg_stat_activity USING (pid)))
+      FROM (VALUES ({pid})) AS building (pid) LEFT JOIN pg_stat_progress_create_index p ON p.pid = building.pid
 """
 
 
 @contextmanager
-def _progress_of_builds(engine: Engine, name: str) -> Iterator[None]:
-    """Log the progress of the build every two seconds."""
+def _progress_of_builds(engine: Engine, name: str, pid: int) -> Iterator[None]:
+    """Log every two seconds how far the build of this session is, and whom it waits for."""
     done = threading.Event()
 
     def report() -> None:
@@ -249,8 +265,7 @@ def _progress_of_builds(engine: Engine, name: str) -> Iterator[None]:
             while not done.wait(_PROGRESS_EVERY):
                 # Without a second connection there is no progress to log; the build goes on.
                 with suppress(SQLAlchemyError, engine.dialect.loaded_dbapi.Error):
-                    for phase, blocks_done, blocks_total, waits in _builds(pool):
-                        log.info("index %s: %s, block %s of %s%s", name, phase, blocks_done, blocks_total, waits or "")
+                    log.info("index %s: %s", name, escaped(_build(pool, pid)))
         finally:
             pool.dispose()
 
@@ -266,11 +281,11 @@ def _progress_of_builds(engine: Engine, name: str) -> Iterator[None]:
         reporter.join(_PROGRESS_EVERY)  # the server may let it wait for a connection
 
 
-def _builds(pool: Pool) -> list[Any]:
+def _build(pool: Pool, pid: int) -> str:
     connection = pool.connect()
     try:
         cursor = connection.cursor()
-        cursor.execute(_BUILDS)
-        return list(cursor.fetchall())
+        cursor.execute(_BUILD.format(pid=pid))
+        return str(*cursor.fetchall()[0])
     finally:
         connection.invalidate()

@@ -16,6 +16,8 @@ SETTINGS: Final = {
     "default_transaction_deferrable": "off",
     # If a policy hides rows from this role, fail instead of parking or restoring only the visible ones.
     "row_security": "off",
+    # The catalog is asked while a lock is held, and PostgreSQL would compile that for seconds if the catalog is large.
+    "jit": "off",
     # Definitions are compared as PostgreSQL writes them.
     "quote_all_identifiers": "off",
     # The ids of a page come back as parameters of the next one.

@@ -313,7 +313,7 @@ def test_who_may_change_a_table_that_a_policy_or_a_rule_uses_is_refused(
 ) -> None:
     statements = ["CREATE TABLE other (a int)", *RELATIONS[user], given]
     assert found(owner, app, statements) == [
-        f"it may change other, or make triggers on it, which run with rights of others: {user} uses it"
+        f"it may change other, or make triggers on it or foreign keys to it, which run with rights of others: {user} uses it"
     ]
 
 
@@ -321,7 +321,7 @@ def test_who_owns_a_view_that_a_policy_reads_is_refused(owner: Connection, app: 
     statements = ["CREATE VIEW other AS SELECT 1", RELATIONS["policy p on table device_state"][0],
                   "ALTER VIEW other OWNER TO {app}"]  # fmt: skip
     assert found(owner, app, statements) == [
-        "it may change other, or make triggers on it, which run with rights of others: policy p on table device_state uses it"
+        "it may change other, or make triggers on it or foreign keys to it, which run with rights of others: policy p on table device_state uses it"
     ]
 
 
@@ -352,3 +352,46 @@ def test_whose_enum_the_table_uses_can_rename_its_values_and_is_refused(owner: C
 )
 def test_a_domain_that_only_others_use_is_no_way_around(owner: Connection, app: str, statements: list[str]) -> None:
     assert found(owner, app, [*statements, "ALTER DOMAIN code OWNER TO {app}"]) == []
+
+
+NOTES = "CREATE TABLE notes (t text, d text, FOREIGN KEY (t, d) REFERENCES device_state)"
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        [NOTES, "GRANT ALL ON notes TO {app}"],
+        [
+            "CREATE TABLE log (a text)",
+            "CREATE RULE r AS ON DELETE TO device_state DO ALSO INSERT INTO log VALUES (OLD.device_id)",
+            "GRANT SELECT, INSERT, UPDATE, DELETE ON log TO {app}",
+        ],
+        [
+            *SITES,
+            "CREATE TABLE log (a text)",
+            "CREATE RULE r AS ON INSERT TO sites DO ALSO INSERT INTO log VALUES (NEW.site_id)",
+            KEY + "ON DELETE CASCADE",
+            "GRANT SELECT, INSERT ON sites, log TO {app}",
+        ],
+        [*SITES, KEY, "ALTER TABLE sites OWNER TO {app}"],
+    ],
+    ids=[
+        "a foreign key without a cascade",
+        "rows that a rule of the table wrote",
+        "a rule of another table that stays there",
+        "a table that is only looked up",
+    ],
+)
+def test_another_tables_key_or_rule_that_reaches_no_row_of_the_table_is_no_way_around(
+    owner: Connection, app: str, statements: list[str]
+) -> None:
+    assert found(owner, app, statements) == []
+
+
+def test_a_rule_counts_for_who_may_do_what_it_waits_for(owner: Connection, app: str) -> None:
+    rules = ["CREATE TABLE log (a text)", "CREATE RULE r AS ON UPDATE TO log DO ALSO DELETE FROM device_state"]
+    assert found(owner, app, [*rules, "GRANT SELECT, INSERT, DELETE ON log TO {app}"]) == []
+
+    assert found(owner, app, ["GRANT UPDATE (a) ON log TO {app}"]) == [
+        "it may change rows of log, and the rule r changes those of the table with them"
+    ]

@@ -145,6 +145,12 @@ def test_the_printed_sql_sets_the_lock_timeout() -> None:
     assert printed.startswith("SET lock_timeout = '500ms';")
 
 
+def test_the_printed_sql_waits_no_longer_after_an_index_either(empty: str) -> None:
+    printed = alembic("-x", "lock_timeout=700ms", "upgrade", "head", "--sql").out
+    done = raw_sql.psql(empty, printed + "SHOW lock_timeout;")
+    assert "700ms" in done.stdout, done.stderr
+
+
 def test_the_printed_sql_parks_no_shadow_if_row_level_security_hides_others(
     two: tuple[str, str], server_role: str
 ) -> None:

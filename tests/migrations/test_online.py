@@ -155,6 +155,30 @@ def test_the_index_build_waits_for_an_open_transaction_while_other_writers_go_on
 
 
 @pytest.mark.parametrize(
+    "holds", ["LOCK TABLE device_state IN SHARE ROW EXCLUSIVE MODE", "CREATE TABLE idx_device_state_shadow_pending ()"]
+)
+def test_whom_an_index_build_waits_for_from_its_first_moment_on_is_named(
+    url: str, holds: str, server_role: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(operations, "_PROGRESS_EVERY", 0.05)
+    run_sql(url, ADD_SHADOW, "DROP INDEX idx_device_state_shadow_pending",
+            f"GRANT UPDATE ON device_state TO {server_role}; GRANT CREATE ON SCHEMA public TO {server_role}")  # fmt: skip
+
+    def build() -> None:
+        with connected(url, isolation_level="AUTOCOMMIT") as connection:
+            operations = Operations(MigrationContext.configure(connection))
+            operations.iot_models_ensure_index(*PENDING)  # type: ignore[attr-defined]
+
+    with ThreadPoolExecutor(1) as pool, connected(as_role(url, server_role)) as holder, caplog.at_level(logging.INFO):
+        holder.execute(text(holds))
+        pid = holder.scalar(text("SELECT pg_backend_pid()"))
+        building = pool.submit(build)
+        wait_until(lambda: f"waiting for the transaction of pid {pid}, role {server_role}, " in caplog.text)
+        holder.rollback()
+        building.result(timeout=30)
+
+
+@pytest.mark.parametrize(
     ("before", "name"), [("075", "idx_device_state_shadow_pending"), ("076", "idx_device_state_shadow_pending_device")]
 )
 def test_an_invalid_index_is_built_again_and_a_valid_one_is_kept(

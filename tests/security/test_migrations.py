@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import re
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
 from alembic.util import CommandError
-from sqlalchemy import NullPool, create_engine, make_url, text
+from sqlalchemy import Connection, Engine, NullPool, create_engine, event, make_url, text
 
-from iot_models import engine, migrate
+from iot_models import engine, migrate, tenancy
+from iot_models._migrations import deployers, operations, strangers
 from iot_models._migrations.command_line import main
+from iot_models.testing import throwaway
 from tests.databases.backends import connected
 from tests.migrations.raw_sql import (
     ADVISORY_LOCK,
@@ -411,11 +413,80 @@ def test_a_group_that_owns_the_table_is_not_trusted_because_the_deployer_is_in_i
         run_sql(database, f"DROP OWNED BY {group} CASCADE; DROP ROLE {group}")
 
 
-def test_a_function_that_could_be_taken_for_a_column_is_refused(database: str, attacker: str) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "device_state",
+        "VARIADIC device_state[]",
+        "device_state, more int DEFAULT 0",
+        "device_state, VARIADIC more int[] DEFAULT '{}'",
+        "device_state DEFAULT NULL, more int DEFAULT 0",
+    ],
+)
+def test_a_function_that_could_be_taken_for_a_column_is_refused(database: str, attacker: str, arguments: str) -> None:
     migrate.upgrade(database, "075")
-    run_sql(attacker, "CREATE FUNCTION desired_state(device_state) RETURNS jsonb LANGUAGE sql RETURN '{}'::jsonb")
-    with pytest.raises(CommandError, match=r"function desired_state\(device_state\) of role"):
+    takes = f"FUNCTION desired_state({arguments}) RETURNS jsonb LANGUAGE plpgsql"
+    run_sql(attacker, f"CREATE {takes} AS $$ BEGIN {TELL}; RETURN '{{}}'; END $$")
+    run_sql(database, FLEET)
+
+    assert run_sql(database, "SELECT d.desired_state FROM device_state d LIMIT 1") == [({},)]
+    assert calls(database) != []
+    with pytest.raises(CommandError, match=r"function desired_state\(.*\) of role"):
         migrate.upgrade(database)
+
+
+def test_a_function_of_a_columns_name_that_takes_more_is_none_of_ours(database: str, attacker: str) -> None:
+    migrate.upgrade(database, "075")
+    run_sql(attacker, "CREATE FUNCTION desired_state(text, text) RETURNS text LANGUAGE sql AS 'SELECT $1'")
+    migrate.upgrade(database)
+
+
+def test_statistics_whose_expression_is_a_strangers_function_are_refused(database: str, attacker: str) -> None:
+    run_sql(attacker, "CREATE FUNCTION kind(text) RETURNS text IMMUTABLE LANGUAGE sql AS 'SELECT $1'")
+    run_sql(database, RAW_075, "CREATE STATISTICS kinds ON (kind(device_id)), site_id FROM device_state")
+    with pytest.raises(CommandError, match=r"function kind\(text\) of role"):
+        migrate.upgrade(database)
+
+
+def test_who_fills_a_schema_with_functions_does_not_slow_down_a_look_that_is_taken_under_a_lock(
+    database: str, attacker: str
+) -> None:
+    """PostgreSQL may not ask something of its own for each of them."""
+    run_sql(
+        attacker,
+        """DO $$ BEGIN FOR n IN 1..3000 LOOP
+             EXECUTE format('CREATE FUNCTION pg_temp.f%s() RETURNS int LANGUAGE sql AS ''SELECT 1''', n);
+           END LOOP; END $$; ANALYZE pg_proc""",
+    )
+    with connected(database) as connection:
+        binds = {"table": "device_state", "tables": [PARKED], "trigger": PARK, "columns": ["status"]}
+        (plan,) = connection.scalar(text("EXPLAIN (FORMAT JSON) " + strangers._FOUND), binds)  # noqa: SLF001 - its plan
+    looks = [node for node in nodes(plan["Plan"]) if node.get("Relation Name") in {"pg_proc", "pg_operator"}]
+    assert looks
+    assert not [node for node in looks if "SubPlan" in node.get("Filter", "")]
+
+
+def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for part in plan.get("Plans", []):
+        yield from nodes(part)
+
+
+def test_no_statement_of_a_migration_is_compiled_which_can_take_seconds_under_a_lock(database: str) -> None:
+    run_sql(database, f"ALTER DATABASE {make_url(database).database} SET jit = on", RAW_075)
+    found = []
+
+    def ask(connection: Connection, _cursor: object, statement: str, *_rest: object) -> None:
+        if "LOCK TABLE" in statement:
+            found.append(connection.connection.cursor().execute("SHOW jit").fetchall())
+
+    event.listen(Engine, "before_cursor_execute", ask)
+    try:
+        migrate.upgrade(database)
+    finally:
+        event.remove(Engine, "before_cursor_execute", ask)
+    assert found
+    assert {*map(str, found)} == {"[('off',)]"}
 
 
 def test_the_applications_version_table_is_asked_about_where_its_env_py_runs_our_revisions(
@@ -426,15 +497,23 @@ def test_the_applications_version_table_is_asked_about_where_its_env_py_runs_our
         team(tmp_path / "team", database, online=GUARDED, beside_ours=True).alembic("upgrade", "heads")
 
 
-def test_a_version_table_that_is_taken_over_is_its_owners_to_write_alone(database: str, attacker: str) -> None:
+@pytest.mark.parametrize("rights", ["ALL", "UPDATE (version_num), REFERENCES (version_num), SELECT (version_num)"])
+def test_a_version_table_that_is_taken_over_is_its_owners_to_write_alone(
+    database: str, attacker: str, rights: str
+) -> None:
     migrate.upgrade(database)
     run_sql(database, "ALTER TABLE alembic_version_iot_models RENAME TO alembic_version",
             "ALTER TABLE alembic_version RENAME CONSTRAINT alembic_version_iot_models_pkc TO alembic_version_pkc",
-            f"GRANT ALL ON alembic_version TO {make_url(attacker).username}")  # fmt: skip
+            f"GRANT {rights} ON alembic_version TO {make_url(attacker).username}")  # fmt: skip
     migrate.upgrade(database)
     assert run_sql(attacker, "SELECT version_num FROM alembic_version_iot_models")
-    with pytest.raises(psycopg.Error, match="permission denied"):
-        run_sql(attacker, "DELETE FROM alembic_version_iot_models")
+    for statement in (
+        "DELETE FROM alembic_version_iot_models",
+        "UPDATE alembic_version_iot_models SET version_num = '075'",
+        "CREATE TABLE mine (a varchar(32) REFERENCES alembic_version_iot_models)",
+    ):
+        with pytest.raises(psycopg.Error, match="permission denied"):
+            run_sql(attacker, statement)
 
 
 def test_a_path_is_not_reordered_where_others_could_hide_what_comes_behind(database: str) -> None:
@@ -464,7 +543,7 @@ def test_printed_sql_asks_before_it_begins(database: str, attacker: str) -> None
 
 def test_printed_sql_asks_again_after_each_index_which_anybody_could_hold_up(database: str, attacker: str) -> None:
     migrate.upgrade(database, "075")
-    before, built, rest = migrate.sql("075:head").partition("RESET lock_timeout;")
+    before, built, rest = re.split("(CREATE INDEX CONCURRENTLY [^;]*;)", migrate.sql("075:head"), maxsplit=1)
     planted = f"SET ROLE {make_url(attacker).username}; CREATE TABLE {PARKED} (a int); RESET ROLE;"
 
     done = psql(database, before + built + planted + rest)
@@ -528,3 +607,55 @@ def test_what_postgresql_says_reaches_the_terminal_without_control_characters(
     said = capsys.readouterr().err
     assert r"PostgreSQL says: no \x1b[2J" in said
     assert "\x1b" not in said
+
+
+HIDES = "E'x\\x1b[2K\\n075 -> 076 done'"
+
+
+@pytest.mark.repeats
+@pytest.mark.parametrize(
+    ("holds", "meanwhile"),
+    [
+        (f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK})", "another deployer is migrating this database: waiting for"),
+        ("LOCK TABLE device_state IN ROW EXCLUSIVE MODE", "device_state is in use"),
+        ("CREATE TABLE idx_device_state_shadow_pending ()", "index idx_device_state_shadow_pending: "),
+    ],
+)
+def test_the_name_of_a_prepared_transaction_that_holds_a_migration_up_moves_no_cursor(
+    holds: str, meanwhile: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(deployers, "_MOST_SECONDS", 0.1)
+    monkeypatch.setattr(operations, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(operations, "_PROGRESS_EVERY", 0.05)
+    with throwaway.postgres(settings={"max_prepared_transactions": "1"}) as server, ThreadPoolExecutor(1) as pool:
+        migrate.upgrade(server.url, "075")
+        run_sql(server.url, f"{holds}; PREPARE TRANSACTION {HIDES}")
+        upgrading = pool.submit(migrate.upgrade, server.url, lock_timeout="10ms")
+        while not re.search(rf"{meanwhile}.*prepared transaction", caplog.text):
+            assert not upgrading.done()
+        with connected(server.url, isolation_level="AUTOCOMMIT") as connection:
+            connection.exec_driver_sql(f"ROLLBACK PREPARED {HIDES}")
+        said = str(upgrading.exception(timeout=30)) + caplog.text
+    assert r"x\x1b[2K\n075 -> 076 done" in said
+    assert "\x1b" not in said
+    assert "\n075 -> 076 done" not in said
+
+
+def test_a_strangers_name_among_the_reasons_of_tenancy_moves_no_cursor(
+    database: str, attacker: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    role = make_url(attacker).username
+    migrate.upgrade(database)
+    run_sql(database, f'CREATE SCHEMA "x\x1b[2K"; GRANT CREATE, USAGE ON SCHEMA "x\x1b[2K" TO {role}')
+    run_sql(attacker, 'CREATE TYPE "x\x1b[2K"."x\x1b[2K" AS ENUM ()')
+    run_sql(database, 'ALTER TABLE device_state ADD more "x\x1b[2K"."x\x1b[2K"')
+    path = make_url(database).update_query_dict({"options": '-c search_path=public,"x\x1b[2K"'})
+    with connected(path.render_as_string(hide_password=False)) as connection:
+        (reason,) = tenancy.check(connection, str(role))[1:]
+        run_sql(attacker, 'DROP TYPE "x\x1b[2K"."x\x1b[2K" CASCADE')
+        tenancy.enable(connection, str(role))
+    assert r"x\x1b[2K" in reason
+    assert "\x1b" not in reason
+    assert r'schema "x\x1b[2K' in caplog.text
+    assert "\x1b" not in caplog.text

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 from alembic.util import CommandError
@@ -14,13 +15,15 @@ from iot_models._migrations import deployers, operations
 from iot_models._migrations.strangers import VERSION_TABLE
 from iot_models.engine import create_engine
 from iot_models.testing import database
+from tests.databases.alembic_runs import CHECKOUT
+from tests.databases.backends import backend_pid
 from tests.databases.devices import TENANT, add_device
 from tests.databases.engines import KINDS, Kind
-from tests.migrations.raw_sql import FLEET, RAW_075, SHADOWS, interrupt_a_downgrade, run_sql
+from tests.migrations.raw_sql import FLEET, RAW_075, SHADOWS, as_role, interrupt_a_downgrade, psql, run_sql
 from tests.security.hostile import hostile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from iot_models.testing import PostgresServer
 
@@ -130,78 +133,76 @@ def test_no_call_of_the_service_calls_a_strangers_code(attacked: str, driver: st
     Kind(driver, make_url(attacked)).ask(lambda connection: CALLS[call](Session(connection)))
 
 
-# What migrations ask and do, at each step of a history. Alembic's own statements are among them. (Those of printed SQL
-# cannot be helped: it asks for strangers at its beginning.)
+# What migrations ask and do, at each step of a history. Alembic's own statements are among them.
 CATALOG_TYPES = [
-    "text",
-    "varchar",
-    "name",
-    '"char"',
-    "bool",
-    "int2",
-    "int4",
-    "int8",
-    "oid",
-    "regclass",
-    "regproc",
-    "timestamptz",
-    "interval",
-    "jsonb",
-    "text[]",
-    "name[]",
-    "oid[]",
-    "int2vector",
-    "oidvector",
-]
-CATALOG_OPERATORS = ["=", "<>", "<", ">", "||", "~", "~~", "+"]
-CATALOG_FUNCTIONS = [
-    "concat",
-    "format",
-    "quote_ident",
-    "quote_literal",
-    "to_regclass",
-    "to_regprocedure",
-    "string_agg",
-    "count",
-    "bool_or",
-    "unnest",
-    "round",
-    "aclexplode",
-    "acldefault",
-    "regexp_replace",
-    "replace",
-    "pg_describe_object",
-    "pg_get_userbyid",
-    "format_type",
-    "pg_get_expr",
-    "pg_has_role",
-    "has_table_privilege",
-    "row_security_active",
-    "current_setting",
-    "set_config",
-    "jsonb_typeof",
-]
+    "text", "varchar", "bpchar", "name", '"char"', "bool", "int2", "int4", "int8", "numeric", "oid", "regclass", "regproc",
+    "regtype", "regnamespace", "xid", "timestamptz", "interval", "json", "jsonb", "text[]", "varchar[]", "name[]", "oid[]",
+    "int2[]", "regclass[]", "int2vector", "oidvector",
+]  # fmt: skip
+CATALOG_OPERATORS = ["=", "<>", "<", ">", "<=", ">=", "||", "~", "~~", "+", "-", "/", "<<", "&&", "@>"]
+# Whatever our SQL calls. Each name that an opening parenthesis follows is one, or none of the catalog's.
+CALLED = sorted(
+    {
+        name
+        for folder in ("iot_models/_migrations", "iot_models/_core", "alembic/versions")
+        for path in (CHECKOUT / folder).glob("*.py")
+        for name in re.findall(r"\b([a-z_0-9]{3,})\(", path.read_text())
+    }
+)
 
 
-def test_no_migration_calls_a_strangers_code(new_database: Callable[..., str]) -> None:
+class Deployment(NamedTuple):
+    """A database at 075 whose plain owner migrates, as a superuser and as that owner; and a role of the application's.
+
+    A superuser, who may everything, would miss half of our questions: they begin with a right that is not there.
+    """
+
+    superuser: str
+    owner: str
+    app: str
+
+
+@pytest.fixture
+def deployment(new_database: Callable[..., str], server_role: str) -> Iterator[Deployment]:
     url = new_database()
-    run_sql(url, RAW_075, FLEET, hostile(CATALOG_TYPES, CATALOG_OPERATORS, CATALOG_FUNCTIONS))
-    before_the_name = f"ALTER TABLE {VERSION_TABLE} RENAME TO alembic_version; ALTER TABLE alembic_version RENAME "
-    engine = create_engine(url, poolclass=NullPool)  # run_sql's would call one
+    owned = f"DATABASE {make_url(url).database}", "SCHEMA public"
+    app = f"{server_role}_app"
+    run_sql(url, f"CREATE ROLE {app};", *(f"ALTER {one} OWNER TO {server_role};" for one in owned))
+    run_sql(as_role(url, server_role), RAW_075, FLEET)
+    yield Deployment(url, as_role(url, server_role), app)
+    sql(url, *(f"ALTER {one} OWNER TO postgres" for one in owned), f"DROP OWNED BY {server_role}, {app} CASCADE",
+        f"DROP ROLE {app}")  # fmt: skip
 
-    def sql(statement: str) -> None:
-        with engine.begin() as connection:
+
+def sql(url: str, *statements: str) -> None:
+    """On a connection of ours: SQLAlchemy's own asks what a planted operator would answer."""
+    with create_engine(url, poolclass=NullPool).begin() as connection:
+        for statement in statements:
             connection.exec_driver_sql(statement)
 
+
+def plant(deployment: Deployment, types: Sequence[str]) -> None:
+    """Of the superuser's, who is trusted: else the migration would refuse to begin."""
+    run_sql(deployment.superuser, hostile(types, CATALOG_OPERATORS, CALLED), "GRANT USAGE ON SCHEMA attack TO PUBLIC")
+
+
+def test_no_migration_calls_a_strangers_code(deployment: Deployment) -> None:
+    url = deployment.owner
+    plant(deployment, CATALOG_TYPES)
+    before_the_name = f"ALTER TABLE {VERSION_TABLE} RENAME TO alembic_version; ALTER TABLE alembic_version RENAME "
+    engine = create_engine(url, poolclass=NullPool)
     migrate.upgrade(url)
-    sql(SHADOWS)
+    sql(url, SHADOWS, f"GRANT SELECT, INSERT, UPDATE, DELETE ON device_state TO {deployment.app}")
     assert migrate.check(url) == []
+    with engine.begin() as connection:
+        tenancy.enable(connection, deployment.app)
+        assert tenancy.check(connection, deployment.app) == []
     interrupt_a_downgrade(engine)
     assert migrate.check(url) != []
     migrate.upgrade(url)
     migrate.downgrade(url, "075")
     assert migrate.check(url) != []
-    sql(f"{before_the_name} CONSTRAINT {VERSION_TABLE}_pkc TO alembic_version_pkc")
+    sql(url, f"{before_the_name} CONSTRAINT {VERSION_TABLE}_pkc TO alembic_version_pkc")
     assert migrate.current(url) == "075"
     migrate.upgrade(url)
     with engine.connect() as holder:
@@ -210,11 +211,33 @@ def test_no_migration_calls_a_strangers_code(new_database: Callable[..., str]) -
             migrate.downgrade(url, "075", lock_timeout="1ms")
     with engine.connect() as connection:
         deployers._holder(connection)  # noqa: SLF001 - what it asks
-        operations._builds(engine.pool)  # noqa: SLF001 - the same
+        operations._build(engine.pool, backend_pid(connection))  # noqa: SLF001 - the same
         connection.rollback()
         migrate.upgrade(connection)
     migrate.downgrade(url, "base", device_state="drop")
     migrate.upgrade(url)
+
+
+def test_printed_sql_calls_a_strangers_code_in_alembics_own_statements_only(deployment: Deployment) -> None:
+    """Alembic compares a revision, a VARCHAR, in the whole search path. It asks for strangers at its beginning."""
+    url = deployment.owner
+    migrate.upgrade(url)
+    run_sql(url, SHADOWS)
+    plant(deployment, [one for one in CATALOG_TYPES if one not in {"varchar", "bpchar", "varchar[]"}])
+
+    for way in ("head:075", "075:head", "head:075"):
+        printed = psql(url, migrate.sql(way))
+        assert printed.returncode == 0, printed.stderr
+    # A device that has a newer shadow keeps the parked one from being put back, which is said.
+    sql(
+        deployment.superuser,
+        "SET search_path = pg_catalog",
+        "ALTER TABLE public.device_state ADD desired_version int NOT NULL DEFAULT 0",
+        "UPDATE public.device_state SET desired_version = 9 WHERE device_id = 'd1'",
+    )
+    printed = psql(url, migrate.sql("075:head"))
+    assert printed.returncode == 0, printed.stderr
+    assert "1 parked shadows stay" in printed.stderr
 
 
 def test_tenancy_calls_no_strangers_code(attacked: str, server_role: str) -> None:

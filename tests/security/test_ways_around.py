@@ -1,0 +1,185 @@
+"""Arrangements of the owner's by which a limited role reaches other tenants' rows: each is found while they are still kept.
+
+Each attack is run, too, as the limited role: an arrangement that lets it reach nothing would be no reason to refuse it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import psycopg
+import pytest
+from sqlalchemy import NullPool, create_engine, text
+from sqlalchemy.orm import Session
+
+from iot_models import tenancy
+from iot_models.testing import PostgresServer, database
+from tests.databases.devices import TENANT, add_device
+from tests.databases.tenants import OTHER, isolate, login, rows, run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sqlalchemy import Engine
+
+pytestmark = pytest.mark.repeats
+
+KEPT = "the-secret-of-"
+# The limited role's own schema, with what its functions bring home.
+MINE = """
+    CREATE SCHEMA mine AUTHORIZATION {app}; SET ROLE {app};
+    CREATE TABLE mine.loot (document jsonb);
+    CREATE FUNCTION mine.on_a_row() RETURNS trigger LANGUAGE plpgsql AS $$
+      BEGIN INSERT INTO mine.loot SELECT desired_state FROM public.device_state; RETURN coalesce(NEW, OLD); END $$;
+    CREATE FUNCTION mine.same(text) RETURNS text LANGUAGE sql IMMUTABLE AS 'SELECT $1';
+    GRANT ALL ON SCHEMA mine TO PUBLIC; GRANT ALL ON mine.loot TO PUBLIC; RESET ROLE;
+"""
+NOTES = """
+    CREATE TABLE notes (tenant_id text, device_id text, PRIMARY KEY (tenant_id, device_id),
+                        FOREIGN KEY (tenant_id, device_id) REFERENCES device_state ON DELETE CASCADE ON UPDATE CASCADE);
+    INSERT INTO notes SELECT tenant_id, device_id FROM device_state;
+"""
+BOUND = "SET app.tenant_id = 'acme';"
+MOVES = BOUND + "UPDATE device_state SET device_id = 'moved'"
+REMOVES = BOUND + "DELETE FROM device_state"
+# `same` is harmless while the owner makes what calls it.
+HARMFUL = """
+    CREATE OR REPLACE FUNCTION mine.same(text) RETURNS text LANGUAGE plpgsql AS $$
+      BEGIN INSERT INTO mine.loot SELECT desired_state FROM public.device_state; RETURN $1; END $$;
+"""
+
+
+class Way(NamedTuple):
+    """What the owner makes, what the limited role does then, and what `check` says in between."""
+
+    made: str
+    attack: str
+    said: str
+    owner_then: str = ""
+
+
+WAYS = {
+    "a trigger on a table whose rows are removed with the devices": Way(
+        NOTES + "GRANT TRIGGER ON notes TO {app}",
+        "CREATE TRIGGER t BEFORE DELETE ON notes FOR EACH ROW EXECUTE FUNCTION mine.on_a_row();" + REMOVES,
+        "it may change notes, or make triggers on it or foreign keys to it, which run with rights of others",
+    ),
+    "an index of a table whose keys are set to NULL": Way(
+        "CREATE TABLE notes (tenant_id text, device_id text,"
+        " FOREIGN KEY (tenant_id, device_id) REFERENCES device_state ON DELETE SET NULL);"
+        "INSERT INTO notes SELECT tenant_id, device_id FROM device_state;"
+        "CREATE INDEX i ON notes (mine.same(device_id))",
+        HARMFUL + REMOVES,
+        "it owns the function mine.same(text), which runs with the rights of whoever writes: index i calls it",
+    ),
+    "a CHECK two cascades away": Way(
+        NOTES + "CREATE TABLE files (tenant_id text, device_id text,"
+        " CONSTRAINT c CHECK (mine.same(device_id) <> ''),"
+        " FOREIGN KEY (tenant_id, device_id) REFERENCES notes ON UPDATE CASCADE);"
+        "INSERT INTO files SELECT * FROM notes",
+        HARMFUL + MOVES,
+        "it owns the function mine.same(text), which runs with the rights of whoever writes: "
+        "constraint c on table files calls it",
+    ),
+    "a trigger of what a rule writes two cascades away": Way(
+        NOTES + "CREATE TABLE log (device_id text);"
+        "CREATE RULE r AS ON DELETE TO notes DO ALSO INSERT INTO log VALUES (OLD.device_id);"
+        "GRANT TRIGGER ON log TO {app}",
+        "CREATE TRIGGER t BEFORE INSERT ON log FOR EACH ROW EXECUTE FUNCTION mine.on_a_row();" + REMOVES,
+        "it may change log, or make triggers on it or foreign keys to it, which run with rights of others: "
+        "rule r on table notes uses it",
+    ),
+    "a function that a trigger of a rule's table calls": Way(
+        NOTES + "CREATE TABLE log (device_id text);"
+        "CREATE RULE r AS ON DELETE TO notes DO ALSO INSERT INTO log VALUES (OLD.device_id);"
+        "CREATE TRIGGER t BEFORE INSERT ON log FOR EACH ROW EXECUTE FUNCTION mine.on_a_row()",
+        REMOVES,
+        "it owns the function mine.on_a_row(), which runs with the rights of whoever writes: trigger t on table log",
+    ),
+    "an expression of statistics": Way(
+        "CREATE STATISTICS s ON (mine.same(device_id)), site_id FROM device_state",
+        HARMFUL,
+        "it owns the function mine.same(text), which runs with the rights of whoever writes: statistics object s",
+        "ANALYZE device_state",  # as autovacuum does by itself
+    ),
+    "a type in a schema of its own": Way(
+        "CREATE TYPE mine.color AS ENUM ('red'); ALTER TABLE device_state ADD color mine.color DEFAULT 'red'",
+        "DROP TYPE mine.color CASCADE",
+        "it owns the schema mine, and may drop it with all that needs it: table device_state does",
+    ),
+    "a collation of its own": Way(
+        'SET ROLE {app}; CREATE COLLATION mine.c FROM "C"; RESET ROLE;'
+        "ALTER TABLE device_state ADD note text COLLATE mine.c DEFAULT 'x'",
+        "DROP COLLATION mine.c CASCADE",
+        "it owns the collation mine.c, and may drop it with all that needs it: table device_state does",
+    ),
+    "an extension of its own": Way(
+        "GRANT CREATE ON DATABASE {database} TO {app}; SET ROLE {app}; CREATE EXTENSION hstore SCHEMA mine; RESET ROLE;"
+        "REVOKE CREATE ON DATABASE {database} FROM {app}; ALTER SCHEMA mine OWNER TO CURRENT_USER;"
+        "ALTER TABLE device_state ADD labels mine.hstore DEFAULT 'a=>1'",
+        "DROP EXTENSION hstore CASCADE",
+        "it owns the extension hstore, and may drop it with all that needs it: table device_state does",
+    ),
+    "a rule of another table": Way(
+        "CREATE TABLE sites (site_id text); INSERT INTO sites VALUES ('s');"
+        "CREATE RULE r AS ON DELETE TO sites DO ALSO DELETE FROM device_state;"
+        "GRANT SELECT, DELETE ON sites TO {app}",
+        "DELETE FROM sites",
+        "it may change rows of sites, and the rule r changes those of the table with them",
+    ),
+    "a rule of another table by way of a view": Way(
+        "CREATE VIEW everything AS SELECT * FROM device_state; CREATE TABLE sites (site_id text);"
+        "CREATE RULE r AS ON INSERT TO sites DO ALSO UPDATE everything SET status = NEW.site_id;"
+        "GRANT INSERT ON sites TO {app}",
+        "INSERT INTO sites VALUES ('s')",
+        "it may change rows of sites, and the rule r changes those of the table with them",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def isolated(server: PostgresServer, migrated_url: str, server_role: str) -> Iterator[Engine]:
+    """The owner's engine on a database with a device of each tenant, in which the role is limited to one of them."""
+    with database(server, migrated_url) as url:
+        owner = create_engine(url, poolclass=NullPool)
+        with Session(owner) as session, session.begin():
+            for tenant in (TENANT, OTHER):
+                add_device(session, "d", tenant_id=tenant, desired_state={"kept": KEPT + tenant})
+            session.execute(text(MINE.format(app=server_role)))
+        isolate(owner, server_role)
+        yield owner
+        with owner.begin() as connection:
+            connection.execute(text(f"DROP OWNED BY {server_role} CASCADE"))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_reaches_another_tenants_rows_is_found_before_it_is_used(
+    isolated: Engine, server_role: str, way: str
+) -> None:
+    made, attack, said, owner_then = WAYS[way]
+    with isolated.begin() as connection:
+        assert tenancy.check(connection, server_role) == []
+        if "hstore" in made and not connection.scalar(
+            text("SELECT count(*) FROM pg_available_extensions WHERE name = 'hstore'")
+        ):
+            pytest.skip("this server has no hstore")
+        run(connection, made.replace("{app}", server_role).replace("{database}", str(isolated.url.database)))
+        found = tenancy.check(connection, server_role)
+        with pytest.raises(ValueError, match="isolation would not hold"):
+            tenancy.enable(connection, server_role)
+    before = victims(isolated)
+
+    url = login(isolated, server_role).set(drivername="postgresql").render_as_string(hide_password=False)
+    with psycopg.connect(url) as attacker:
+        attacker.execute("DELETE FROM mine.loot")
+        attacker.execute(attack.encode())
+    with isolated.begin() as connection:
+        run(connection, owner_then or "SELECT")
+        loot = str(connection.scalars(text("SELECT document FROM mine.loot")).all())
+
+    assert [line for line in found if line.startswith(said)]
+    assert KEPT + OTHER in loot or victims(isolated) != before
+
+
+def victims(owner: Engine) -> list[str]:
+    return [row for row in rows(owner) if OTHER in row]
