@@ -492,7 +492,7 @@ BREAKS = [
     ),
     Break(
         "a stranger's name moves the cursor",
-        "iot_models/_migrations/obstacles.py",
+        "iot_models/_core/shown_names.py",
         "one if one.isprintable() else",
         "one if True else",
         ("tests/security/test_migrations.py",),
