@@ -15,8 +15,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# What `make quick` covers at 100 %, lines and branches: not what _core holds for engines, tenancy and migrations, which have tests
-# of their own.
+# What `make quick` covers at 100 %, lines and branches: not what _core holds for engines, tenancy and migrations, which have
+# tests of their own.
 CORE := iot_models/models.py,iot_models/service.py,iot_models/reports.py,iot_models/shadow.py,iot_models/twin.py,iot_models/errors.py,iot_models/_core/*
 ELSEWHERE := iot_models/_core/asyncpg_options.py,iot_models/_core/server_settings.py,iot_models/_core/shown_names.py,iot_models/_core/ways_around.py
 

@@ -17,6 +17,7 @@ from sqlalchemy import Column, Engine, Integer, MetaData, NullPool, Table, creat
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from iot_models import migrate
+from iot_models._migrations import operations
 from iot_models._migrations.runner import revisions
 from iot_models.models import TABLE, Base
 from tests.databases.async_engines import async_engine, url_for
@@ -259,7 +260,8 @@ def test_an_env_py_that_does_not_import_this_package_is_told_so(joined: Team, mo
         joined.alembic("upgrade", "iot_models@head")
 
 
-def test_a_lock_is_waited_for_as_long_as_the_option_says(joined: Team) -> None:
+def test_a_lock_is_waited_for_as_long_as_the_option_says(joined: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operations, "_FIRST_PAUSE", 0.001)
     joined.alembic("upgrade", "heads")
     with connected(joined.url) as reader:
         reader.execute(text("SELECT FROM device_state"))
