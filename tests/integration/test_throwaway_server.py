@@ -224,7 +224,6 @@ def test_the_socket_stays_out_of_a_folder_that_is_open_to_root_only(temporary: P
     assert f"\n{SHORT}/iot_models_" in error_of(binaries=fake_postgres(tmp_path, initdb="pwd; exit 1"))
 
 
-@pytest.mark.repeats
 def test_binaries_that_the_user_of_the_server_cannot_run_are_copied(temporary: Path, tmp_path: Path) -> None:
     package = wheel_binaries().parents[1]
     for source in (package, package.with_name(f"{package.name}.libs")):
@@ -366,7 +365,6 @@ def test_windows_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Windows" in error_of()
 
 
-@pytest.mark.repeats
 @pytest.mark.usefixtures("temporary")
 def test_a_setting_that_the_server_refuses_is_quoted_in_the_server_s_words() -> None:
     message = error_of(settings={"work_mem": "plenty"})

@@ -105,7 +105,6 @@ def test_the_command_upgrades_checks_and_downgrades_a_database(empty: str) -> No
     assert tables_of(empty) == {"alembic_version_iot_models"}
 
 
-@pytest.mark.repeats
 def test_ctrl_c_ends_with_one_line_and_the_next_run_continues(empty: str) -> None:
     engine = create_engine(empty, poolclass=NullPool)
     with engine.connect() as other_deployer:
