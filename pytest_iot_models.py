@@ -53,8 +53,13 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
         return said
 
     report.sections = [(name, hidden(content)) for name, content in report.sections]
-    if report.longrepr is not None and (shown := hidden(said := str(report.longrepr))) != said:
+    if isinstance(report.longrepr, tuple):  # of a skip: the file, the line and the reason
+        path, line, reason = report.longrepr
+        report.longrepr = (path, line, hidden(reason))
+    elif report.longrepr is not None and (shown := hidden(said := str(report.longrepr))) != said:
         report.longrepr = shown
+    if hasattr(report, "wasxfail"):
+        report.wasxfail = hidden(report.wasxfail)
     return report
 
 

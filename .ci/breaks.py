@@ -236,8 +236,8 @@ BREAKS = [
     Break(
         "a device is converged where @> says so, which takes arrays for sets",
         "iot_models/_core/conditions.py",
-        """  WHEN NOT {desired} @? 'strict $.** ? (@.type() == "array")'::jsonpath THEN true""",
-        "  WHEN true THEN true",
+        """  WHEN NOT {desired} @? 'strict $.** ? (@.type() == "array")'::jsonpath THEN""",
+        "  WHEN true THEN",
         (FLEET,),
     ),
     Break(

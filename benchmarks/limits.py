@@ -37,6 +37,7 @@ DEAR: dict[str, Callable[[int], dict[str, Any]]] = {
     "objects in objects": lambda n: {f"{number:x}": {"": {"": {"": {"": {"": {"": {}}}}}}} for number in range(n)},
     "numbers with 324 places": lambda n: {"a": [5e-324] * n},
     "what JSON escapes": lambda n: {"a": "\x01" * n},
+    "two long arrays, one of them in reverse": lambda n: {"a": {"b": [*range(n)], "c": [*range(n, 0, -1)]}},
     "objects beside an array": lambda n: {"": []} | {f"{number:x}": {} for number in range(n)},
 }
 # Of these, reported has each float as a whole number.

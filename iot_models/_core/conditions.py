@@ -90,15 +90,16 @@ class _Converged(FunctionElement[bool]):
     inherit_cache = True
 
 
-# Containment decides most rows. It takes arrays for sets, so where desired has an array, the documents are looked at
-# again: with ||, which is exact for the top level, and then pair by pair. `pair` holds a desired and a reported value
-# that are different; two objects are taken apart, and any other pair says that something is lacking. What || '{}' gives
-# is in memory: of the stored value itself, -> would decompress the whole document for each key.
+# Containment decides where desired has no array: it takes arrays for sets, and compares each element with each. Else ||
+# may decide, which is exact for the top level, and then the documents are compared pair by pair. `pair` holds a desired
+# and a reported value that are different; two objects are taken apart, and any other pair says that something is
+# lacking. What || '{}' gives is in memory: of the stored value itself, -> would decompress the whole document for each
+# key.
 _CONVERGED: Final = """
 CASE
   WHEN {desired} IS NULL OR {reported} IS NULL THEN NULL
-  WHEN NOT (jsonb_typeof({desired}) = 'object' AND {reported} @> {desired}) THEN false
-  WHEN NOT {desired} @? 'strict $.** ? (@.type() == "array")'::jsonpath THEN true
+  WHEN jsonb_typeof({desired}) <> 'object' OR jsonb_typeof({reported}) <> 'object' THEN false
+  WHEN NOT {desired} @? 'strict $.** ? (@.type() == "array")'::jsonpath THEN {reported} @> {desired}
   WHEN {reported} || {desired} = {reported} THEN true
   ELSE NOT EXISTS (
     WITH RECURSIVE pair (wanted, actual) AS (

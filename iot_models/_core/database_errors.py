@@ -36,7 +36,7 @@ _CLIENT_ENCODING: Final = (
 # A constraint's error quotes the row, or the key that is there twice. The words are in the server's language. A key is
 # shown if it is made of columns only, and of none that holds a document.
 _KEY: Final = re.compile(r"[^()]*\((?!(?:.*, )?(?:desired_state|reported_state|state)\b)[\w, ]+\)=")
-_INTEGRITY: Final = "23"
+_ABOUT_A_ROW: Final = ("23", "44")  # constraints, and the WITH CHECK OPTION of a view
 _LOST: Final = (
     "The connection is lost, and its transaction is not committed: roll back, and run all of it again. In AUTOCOMMIT "
     "mode the last statement may be written: read before you write again."
@@ -54,8 +54,8 @@ _BY_SQLSTATE: Final[Mapping[str | None, str]] = {
         "primary. A URL that names several hosts finds it with target_session_attrs=read-write."
     ),
     LOCK_NOT_AVAILABLE: (
-        "Another transaction holds a row of this statement for longer than lock_timeout. Nothing of the statement is "
-        "written: roll back, to the savepoint if there is one, and try again."
+        "Another transaction holds a row of this statement, or the table, for longer than lock_timeout. Nothing of the "
+        "statement is written: roll back, to the savepoint if there is one, and try again."
     ),
     "57014": (  # query_canceled
         "Cancelled, or longer than statement_timeout: a row that is locked, or a batch that is too large. Nothing of "
@@ -99,7 +99,7 @@ def hide_row(context: ExceptionContext) -> None:
     found = context.sqlalchemy_exception
     detail = getattr(getattr(original, "diag", None), "message_detail", None) or getattr(asyncpgs, "detail", None)
     state = sqlstate(found) if isinstance(found, DBAPIError) else None
-    if not detail or not (state or "").startswith(_INTEGRITY) or _KEY.match(detail):
+    if not detail or not (state or "").startswith(_ABOUT_A_ROW) or _KEY.match(detail):
         return
     quoted = re.compile(rf"\n[^\n:]+: +{re.escape(detail)}")
     for error in filter(None, (found, original, asyncpgs)):

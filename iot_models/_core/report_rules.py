@@ -175,7 +175,7 @@ def fold(
                 try:
                     document, now = _applied(report, now, tenant_id, device_id, limits)
                 except (InvalidDocument, UnreadableShadow) as error:
-                    log.warning("the patch of a report is not applied: %s: %s", device_id, error)
+                    log.warning("the patch of a report of %r is not applied: %s", device_id, error)
                     status = ReportStatus.INVALID
                 else:
                     current[device_id] = now

@@ -123,7 +123,10 @@ _RELATED_TABLES: Final = """
        UNION
        SELECT before.oid, before.event, before.columns, coalesce(cause.link, before.link)
          FROM cause CROSS JOIN LATERAL (
-           SELECT confrelid, rule.event, CASE WHEN rule.event = 'UPDATE' THEN confkey END,
+           SELECT confrelid, rule.event, CASE WHEN rule.event = 'UPDATE' AND NOT EXISTS (
+                    -- PostgreSQL computes it from other columns.
+                    SELECT FROM pg_attribute WHERE attrelid = confrelid AND attnum = ANY (confkey)
+                       AND NOT CAST(attgenerated AS text) = '') THEN confkey END,
                   pg_catalog.format('the foreign key %I', conname)
              FROM pg_constraint CROSS JOIN LATERAL (
                   VALUES (CAST('DELETE' AS text), CAST(confdeltype AS text)), ('UPDATE', CAST(confupdtype AS text))
@@ -135,6 +138,10 @@ _RELATED_TABLES: Final = """
            UNION ALL
            SELECT inhparent, cause.event, NULL, cause.link
              FROM pg_inherits WHERE inhrelid = cause.oid AND cause.event IS NOT NULL
+           UNION ALL
+           -- An UPDATE of the partition key deletes the row from its partition.
+           SELECT inhparent, 'UPDATE', NULL, cause.link
+             FROM pg_inherits WHERE inhrelid = cause.oid AND cause.event = 'DELETE'
            UNION ALL
            -- What a rule does to the table that it uses is not known. The rules of the table itself are its own.
            SELECT ev_class,
@@ -184,12 +191,20 @@ _CODE: Final = """
               AND refclassid = CAST(CAST('pg_class' AS regclass) AS oid)
            UNION ALL
            SELECT inhrelid, changed.user_class, changed.user_id FROM pg_inherits WHERE inhparent = changed.oid
+           UNION ALL
+           -- Whoever owns the parent of a partition can make an index on both.
+           SELECT inhparent, changed.user_class, changed.user_id FROM pg_inherits
+            WHERE inhrelid = changed.oid AND NOT EXISTS (SELECT FROM family WHERE family.oid = changed.oid)
            ) AS next (oid, user_class, user_id)
         WHERE NOT EXISTS (SELECT FROM family WHERE family.oid = next.oid)),
      -- These tables, their columns, triggers, constraints, indexes, defaults, statistics, policies and rules, and all
      -- that they use.
      used (classid, objid, user_class, user_id) AS (
        SELECT CAST(CAST('pg_class' AS regclass) AS oid), oid, user_class, user_id FROM changed
+       UNION
+       -- Event triggers run with the rights of whoever migrates, or logs in.
+       SELECT CAST(CAST('pg_event_trigger' AS regclass) AS oid), oid,
+              CAST(CAST('pg_event_trigger' AS regclass) AS oid), oid FROM pg_event_trigger
        UNION
        SELECT classid, objid, classid, objid
          FROM changed JOIN pg_depend ON refclassid = CAST(CAST('pg_class' AS regclass) AS oid)
@@ -214,7 +229,7 @@ _CODE: Final = """
            -- The tables of a policy or a rule, and the functions of a view.
            SELECT refclassid, refobjid FROM pg_depend
             WHERE classid = used.classid AND objid = used.objid AND CAST(deptype AS text) = 'n'
-              AND classid = ANY (CAST(CAST('{pg_rewrite,pg_policy}' AS regclass[]) AS oid[]))
+              AND classid = ANY (CAST(CAST('{pg_rewrite,pg_policy,pg_proc,pg_attrdef}' AS regclass[]) AS oid[]))
               AND refclassid = CAST(CAST('pg_class' AS regclass) AS oid)
               AND NOT EXISTS (SELECT FROM family WHERE family.oid = refobjid)
            UNION ALL
@@ -222,6 +237,12 @@ _CODE: Final = """
             WHERE refclassid = used.classid AND refobjid = used.objid AND CAST(deptype AS text) = 'i'
               AND refclassid = CAST(CAST('pg_class' AS regclass) AS oid)
               AND classid = CAST(CAST('pg_rewrite' AS regclass) AS oid)
+           UNION ALL
+           -- The planner may take an operator's commutator or negator for it.
+           SELECT used.classid, other.oid
+             FROM pg_operator o CROSS JOIN LATERAL (VALUES (oprcom), (oprnegate)) AS other (oid)
+            WHERE used.classid = CAST(CAST('pg_operator' AS regclass) AS oid) AND o.oid = used.objid
+              AND NOT other.oid = CAST(0 AS oid)
            UNION ALL
            -- The columns of a composite type.
            SELECT CAST(CAST('pg_class' AS regclass) AS oid), typrelid FROM pg_type
@@ -247,7 +268,8 @@ _CODE: Final = """
        FROM target CROSS JOIN used JOIN pg_class c ON c.oid = objid
             JOIN role ON role.oid = c.relowner OR has_table_privilege(role.oid, c.oid, 'TRIGGER')
                       OR has_any_column_privilege(role.oid, c.oid, 'REFERENCES')
-      WHERE classid = CAST(CAST('pg_class' AS regclass) AS oid) AND CAST(c.relkind AS text) IN ('r', 'p', 'v', 'm', 'f')
+      WHERE classid = CAST(CAST('pg_class' AS regclass) AS oid)
+        AND CAST(c.relkind AS text) IN ('r', 'p', 'v', 'm', 'f', 'S')
         AND NOT role.oid = target.relowner AND NOT EXISTS (SELECT FROM kin WHERE kin.oid = c.oid)
         AND NOT (user_class = classid AND user_id = objid)
      UNION ALL

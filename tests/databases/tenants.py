@@ -35,8 +35,10 @@ def two_tenants(owner: Engine) -> None:
 
 
 def isolate(owner: Engine, role: str) -> None:
+    # Two transactions: autovacuum waits for one that grants, and the lock that `enable` takes waits for autovacuum.
     with owner.begin() as connection:
         connection.execute(text(f"GRANT {PRIVILEGES} ON device_state TO {role}"))
+    with owner.begin() as connection:
         tenancy.enable(connection, role)
 
 
@@ -44,7 +46,7 @@ def clear(owner: Engine) -> None:
     """Leave the table as other tests expect it: empty, without a policy."""
     with owner.begin() as connection:
         connection.execute(text("TRUNCATE device_state"))
-        connection.execute(text("DROP POLICY iot_models_tenant ON device_state"))
+        connection.execute(text("DROP POLICY IF EXISTS iot_models_tenant ON device_state"))
         connection.execute(text("ALTER TABLE device_state DISABLE ROW LEVEL SECURITY"))
 
 
@@ -56,18 +58,21 @@ def login(owner: Engine, role: str) -> URL:
 @contextmanager
 def application(owner: Engine, role: str) -> Iterator[Engine]:
     """Both tenants' devices, and an engine of the isolated role with one connection, which everybody gets in turn."""
-    two_tenants(owner)
-    isolate(owner, role)
     engine = create_engine(login(owner, role), pool_size=1, max_overflow=0, pool_timeout=2)
-    yield engine
-    engine.dispose()
-    clear(owner)
+    try:
+        two_tenants(owner)
+        isolate(owner, role)
+        yield engine
+    finally:
+        engine.dispose()
+        clear(owner)
 
 
 @contextmanager
 def rolled_back(owner: Engine, role: str) -> Iterator[Connection]:
     """The owner, in a transaction whose roles, grants and policies are rolled back too; a row of each tenant."""
     with owner.connect() as connection, connection.begin() as transaction:
+        run(connection, "LOCK TABLE device_state")  # before the grant: see isolate
         for tenant in (TENANT, OTHER):
             run(connection, f"INSERT INTO device_state (tenant_id, site_id, device_id) VALUES ('{tenant}', 's', 'd')")
         run(connection, f"GRANT {PRIVILEGES} ON device_state TO {role}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import traceback
 from typing import TYPE_CHECKING, Any
 
@@ -256,6 +257,21 @@ def test_an_error_of_a_migration_shows_no_document(shadow_database: str, capsys:
     assert SECRET not in said
 
 
+def test_the_error_of_a_view_that_does_not_take_a_row_shows_no_document(own_engine: Engine) -> None:
+    engine = create_engine(own_engine.url, poolclass=NullPool)
+    with engine.begin() as connection:
+        connection.execute(
+            text("CREATE VIEW ours AS SELECT * FROM device_state WHERE tenant_id = 'acme' WITH CHECK OPTION")
+        )
+        insert = text(
+            "INSERT INTO ours (tenant_id, site_id, device_id, desired_state) VALUES ('x', 's', 'd', CAST(:d AS jsonb))"
+        )
+        said = said_by(lambda: connection.execute(insert, {"d": json.dumps(DOCUMENT)}))
+
+    assert "violates check option" in said
+    assert SECRET not in said
+
+
 def test_what_else_a_constraints_error_says_stays(own_engine: Engine) -> None:
     engine = create_engine(own_engine.url, poolclass=NullPool)
     with Session(engine) as session:
@@ -330,6 +346,27 @@ def test_an_assertion_that_compares_the_url_does_not_show_the_password(
     assert "iot:***@127.0.0.1:9" in said
     assert SECRET not in said
     assert "assert 1 == 2" in said
+
+
+def test_the_reason_of_a_test_that_is_left_out_does_not_show_the_password(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IOT_MODELS_TEST_DATABASE_URL", NOWHERE)
+    pytester.makepyfile("""
+        import os, pytest
+
+        def test_skipped():
+            pytest.skip("no server at " + os.environ["IOT_MODELS_TEST_DATABASE_URL"])
+
+        def test_expected_to_fail():
+            pytest.xfail("no server at " + os.environ["IOT_MODELS_TEST_DATABASE_URL"])
+    """)
+    result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-ra")
+
+    result.assert_outcomes(skipped=1, xfailed=1)
+    said = result.stdout.str()
+    assert said.count("no server at postgresql://iot:***@127.0.0.1:9") == 2
+    assert SECRET not in said
 
 
 @pytest.mark.parametrize(

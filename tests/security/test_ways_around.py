@@ -31,7 +31,7 @@ MINE = """
     CREATE TABLE mine.loot (document jsonb);
     CREATE FUNCTION mine.on_a_row() RETURNS trigger LANGUAGE plpgsql AS $$
       BEGIN INSERT INTO mine.loot SELECT desired_state FROM public.device_state; RETURN coalesce(NEW, OLD); END $$;
-    CREATE FUNCTION mine.same(text) RETURNS text LANGUAGE sql IMMUTABLE AS 'SELECT $1';
+    CREATE FUNCTION mine.same(text) RETURNS text LANGUAGE plpgsql IMMUTABLE AS 'BEGIN RETURN $1; END';
     GRANT ALL ON SCHEMA mine TO PUBLIC; GRANT ALL ON mine.loot TO PUBLIC; RESET ROLE;
 """
 NOTES = """
@@ -133,6 +133,45 @@ WAYS = {
         "GRANT INSERT ON sites TO {app}",
         "INSERT INTO sites VALUES ('s')",
         "it may change rows of sites, and the rule r changes those of the table with them",
+    ),
+    "an UPDATE of what a generated key is computed from": Way(
+        "CREATE TABLE sites (name text, key text GENERATED ALWAYS AS (name || '!') STORED UNIQUE);"
+        "INSERT INTO sites VALUES ('berlin'); ALTER TABLE device_state ADD key text DEFAULT 'berlin!'"
+        " REFERENCES sites (key) ON UPDATE CASCADE; GRANT SELECT, UPDATE (name) ON sites TO {app}",
+        "UPDATE sites SET name = 'moved'",
+        "it may change rows of sites, and the foreign key device_state_key_fkey changes those of the table with them",
+    ),
+    "an UPDATE that moves a row to another partition": Way(
+        "CREATE TABLE sites (kind text, id int) PARTITION BY LIST (kind);"
+        "CREATE TABLE new PARTITION OF sites (PRIMARY KEY (id)) FOR VALUES IN ('new');"
+        "CREATE TABLE old PARTITION OF sites FOR VALUES IN ('old'); INSERT INTO sites VALUES ('new', 1);"
+        "ALTER TABLE device_state ADD site int DEFAULT 1 REFERENCES new ON DELETE CASCADE;"
+        "GRANT SELECT, UPDATE (kind) ON sites TO {app}",
+        "UPDATE sites SET kind = 'old'",
+        "it may change rows of sites, and the foreign key device_state_site_fkey changes those of the table with them",
+    ),
+    "a view that a function of a default reads": Way(
+        "SET ROLE {app}; CREATE VIEW mine.v AS SELECT 1 AS n; RESET ROLE;"
+        "CREATE FUNCTION n() RETURNS int LANGUAGE sql BEGIN ATOMIC SELECT n FROM mine.v; END;"
+        "ALTER TABLE device_state ADD n int; ALTER TABLE device_state ALTER n SET DEFAULT n()",
+        HARMFUL + "CREATE OR REPLACE VIEW mine.v AS SELECT length(mine.same('x')) AS n",
+        "it may change mine.v, or make triggers on it or foreign keys to it, which run with rights of others",
+        "INSERT INTO device_state (tenant_id, site_id, device_id) VALUES ('acme', 's', 'more')",
+    ),
+    "an event trigger": Way(
+        "SET ROLE {app}; CREATE FUNCTION mine.on_ddl() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN END'; RESET ROLE;"
+        "CREATE EVENT TRIGGER e ON ddl_command_end EXECUTE FUNCTION mine.on_ddl()",
+        """CREATE OR REPLACE FUNCTION mine.on_ddl() RETURNS event_trigger LANGUAGE plpgsql AS
+           'BEGIN INSERT INTO mine.loot SELECT desired_state FROM public.device_state; END'""",
+        "it owns the function mine.on_ddl(), which runs with the rights of whoever writes: event trigger e",
+        "COMMENT ON COLUMN device_state.status IS 'a migration'",
+    ),
+    "the parent of a partition": Way(
+        NOTES + "SET ROLE {app}; CREATE TABLE mine.parent (tenant_id text NOT NULL, device_id text NOT NULL)"
+        " PARTITION BY LIST (tenant_id); RESET ROLE; ALTER TABLE mine.parent ATTACH PARTITION notes DEFAULT;"
+        "GRANT CREATE ON SCHEMA public TO {app}",
+        "CREATE INDEX ON mine.parent (mine.same(device_id));" + HARMFUL + MOVES,
+        "it may change mine.parent, or make triggers on it or foreign keys to it, which run with rights of others",
     ),
 }  # fmt: skip
 
