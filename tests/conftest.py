@@ -59,15 +59,17 @@ def pytest_configure_node(node: Any) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the properties, and what is large, as tests that run code which others cover, too; let those run last.
 
-    What is made once in a process, as a statement is, is made where it is measured then. Of a parallel run each worker
-    takes an equal part of the list, from its beginning.
+    What is made once in a process, as a statement is, is made where it is measured then. First come those that only run
+    other processes: they take longest, and one of them at the end would let the other workers wait. Of a parallel run
+    each worker takes an equal part of the list, from its beginning.
     """
     for item in items:
         # Hypothesis sets a marker of its own, but later.
         if is_hypothesis_test(getattr(item, "obj", None)) or item.get_closest_marker("large"):
             item.add_marker("repeats")
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    kinds = [[item for item in items if bool(item.get_closest_marker("repeats")) == kind] for kind in (False, True)]
+    turns = [0 if "packaging" in item.path.parts else 1 + bool(item.get_closest_marker("repeats")) for item in items]
+    kinds = [[item for item, turn in zip(items, turns, strict=True) if turn == kind] for kind in range(3)]
     items[:] = [
         item
         for worker in range(workers)
