@@ -51,9 +51,9 @@ class ReportOutcome:
         device_id: As the report gave it.
         status: `accepted`: written. `late`: a newer version was acknowledged already, drop the message.
             `unknown_version`: acknowledges what was never asked, let the device fetch its shadow again.
-            `unknown_device`: the tenant has no such device. `invalid`: the document cannot be stored, or a patch
-            cannot be applied to what is stored, or `acked_version` is no version, or `device_id` no text; without a
-            patch, it says so whether there is such a device or not.
+            `unknown_device`: the tenant has no such device. `invalid`: the document cannot be stored, or the report
+            acknowledges in both ways, or `acked_version` is no version, or `device_id` no text; says so whether there
+            is such a device or not. Also if a patch does not fit the document that is stored.
         desired_version: As it is after this report; None if the tenant has no such device.
         reported_version: The same.
     """

@@ -318,16 +318,8 @@ def _newest_if_converged(judged: CTE, *, otherwise: ColumnElement[int]) -> Colum
 
 def _locked_row() -> CTE:
     """The row of the bound device, locked, with its desired document."""
-    return (
-        select(_LOCKED.c.device_id, _LOCKED.c.desired_state)
-        .where(
-            _LOCKED.c.tenant_id == bindparam("tenant", type_=PlainText()),
-            _LOCKED.c.device_id == bindparam("device", type_=PlainText()),
-        )
-        .with_for_update(key_share=True)
-        .cte("locked")
-        .prefix_with("MATERIALIZED")
-    )
+    of_device = _LOCKED.c.device_id == bindparam("device", type_=PlainText())
+    return _lock(select(_LOCKED.c.device_id, _LOCKED.c.desired_state).where(of_device))
 
 
 def _rows_of(name: str, **arrays: TypeEngine[Any]) -> TableValuedAlias:
@@ -344,15 +336,18 @@ def _locked(of: TableValuedAlias, *guard: ColumnElement[bool], carrying: Sequenc
 
     The guard is evaluated on a row as it is when it is locked.
     """
-    return (
+    return _lock(
         select(_LOCKED.c.device_id, *carrying)
         .join_from(_LOCKED, of, _LOCKED.c.device_id == of.c.devices)
-        .where(_LOCKED.c.tenant_id == bindparam("tenant", type_=PlainText()), *guard)
+        .where(*guard)
         .order_by(_LOCKED.c.device_id)
-        .with_for_update(key_share=True, of=_LOCKED)
-        .cte("locked")
-        .prefix_with("MATERIALIZED")
     )
+
+
+def _lock(rows: ShadowSelect) -> CTE:
+    """These rows of the bound tenant, locked as `locked_document` does."""
+    of_tenant = _LOCKED.c.tenant_id == bindparam("tenant", type_=PlainText())
+    return rows.where(of_tenant).with_for_update(key_share=True, of=_LOCKED).cte("locked").prefix_with("MATERIALIZED")
 
 
 @cache
