@@ -103,6 +103,16 @@ _RIGHTS: Final = """
                              subject, catalog, catalog, quote_ident(CAST(rolname AS text)))
       FROM role CROSS JOIN (VALUES (CAST('pg_statistic' AS text)), ('pg_statistic_ext_data')) AS v (catalog)
      WHERE NOT rolsuper AND has_any_column_privilege(role.oid, 'pg_catalog.' || catalog, 'SELECT')
+    UNION ALL
+    SELECT pg_catalog.format('%s may read the passwords of all roles as they are stored (REVOKE SELECT ON pg_authid '
+                             'FROM %s, PUBLIC)', subject, quote_ident(CAST(rolname AS text)))
+      FROM role WHERE NOT rolsuper AND has_column_privilege(role.oid, 'pg_catalog.pg_authid', 'rolpassword', 'SELECT')
+    UNION ALL
+    -- With another type, its operator decides which rows are the tenant's.
+    SELECT pg_catalog.format('the column tenant_id has the type %s (ALTER TABLE %s ALTER tenant_id TYPE text)',
+                             pg_catalog.format_type(atttypid, atttypmod), target.name)
+      FROM target JOIN pg_attribute ON attrelid = target.oid
+     WHERE attname = 'tenant_id' AND NOT atttypid = CAST(CAST('text' AS regtype) AS oid)
 """
 
 _RELATED_TABLES: Final = """
@@ -112,6 +122,9 @@ _RELATED_TABLES: Final = """
       FROM target JOIN kin ON NOT kin.oid = target.oid JOIN pg_class c ON c.oid = kin.oid
       JOIN role ON role.oid = c.relowner OR has_table_privilege(role.oid, c.oid, 'DELETE, TRUNCATE, TRIGGER')
                 OR has_any_column_privilege(role.oid, c.oid, 'SELECT, INSERT, UPDATE, REFERENCES')
+                -- Before PostgreSQL 17 there is no such privilege, and asking for it would be an error.
+                OR EXISTS (SELECT FROM aclexplode(c.relacl)
+                            WHERE privilege_type = 'MAINTAIN' AND (grantee = CAST(0 AS oid) OR grantee = role.oid))
      WHERE NOT rolsuper AND NOT role.oid = target.relowner
     UNION ALL
     (WITH RECURSIVE

@@ -217,6 +217,8 @@ def _obstacles(connection: Connection, plan: Plan) -> Iterator[Obstacle]:
         yield from _in_the_way_of_columns(connection, plan, parked=parked)
     else:
         yield from _dependents(connection, plan)
+        if plan.has_shadows and not plan.discard:
+            yield from _children(connection)
         if plan.has_table and not plan.drop and not hidden:
             yield from _rows(connection, parked=parked)
 
@@ -371,6 +373,19 @@ def row_security_hides(connection: Connection, table: str) -> bool:
             {"table": table},
         )
     )
+
+
+_CHILDREN: Final = text("""
+    SELECT pg_catalog.format('ALTER TABLE %s NO INHERIT %s', inhrelid::regclass, inhparent::regclass) FROM pg_inherits
+     WHERE inhparent = to_regclass(CAST(:table AS text))::oid ORDER BY 1
+""")
+
+
+def _children(connection: Connection) -> Iterator[Obstacle]:
+    """Tables whose rows PostgreSQL shows in `device_state`, and whose shadows its foreign key does not let us park."""
+    if children := connection.scalars(_CHILDREN, {"table": TABLE}).all():
+        fact = f"tables inherit from {TABLE}, and the shadows of their rows cannot be parked"
+        yield Obstacle(fact, children, "take each of them out of the inheritance; its rows keep their columns")
 
 
 def _rows(connection: Connection, *, parked: bool) -> Iterator[Obstacle]:

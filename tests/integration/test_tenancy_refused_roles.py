@@ -106,6 +106,9 @@ WAYS = {
         "GRANT SELECT (starelid, staattnum, stavalues1) ON pg_statistic TO {app}",
         "GRANT SELECT (stxoid, stxdmcv) ON pg_statistic_ext_data TO PUBLIC",
     ],
+    "it may read the passwords of all roles as they are stored (REVOKE SELECT ON pg_authid FROM {app}, PUBLIC)": [
+        "GRANT SELECT (rolname, rolpassword) ON pg_authid TO {app}"
+    ],
     "it may set parameters of the whole server (REVOKE ALTER SYSTEM ON PARAMETER archive_command FROM {app})": [
         "GRANT ALTER SYSTEM ON PARAMETER archive_command TO {app}"
     ],
@@ -176,8 +179,21 @@ def test_who_may_clear_the_tables_statistics_is_refused(owner: Connection, app: 
     if owner.scalar(text("SELECT current_setting('server_version_num')::int < 170000")):
         pytest.skip("PostgreSQL 17 is the first with MAINTAIN")
     run(owner, f"GRANT MAINTAIN ON device_state TO {app}")
+    run(owner, f"CREATE TABLE child () INHERITS (device_state); GRANT MAINTAIN ON child TO {app}")
 
-    with pytest.raises(ValueError, match=rf"\(REVOKE MAINTAIN ON device_state FROM {app}\)"):
+    with pytest.raises(ValueError) as caught:
+        tenancy.enable(owner, app)
+
+    assert f"(REVOKE MAINTAIN ON device_state FROM {app})" in str(caught.value)
+    assert f"(REVOKE ALL ON child FROM {app})" in str(caught.value)
+
+
+def test_a_tenant_id_of_a_type_with_an_equality_of_its_own_is_refused(owner: Connection, app: str) -> None:
+    run(owner, "ALTER TABLE device_state ALTER tenant_id TYPE varchar")
+
+    with pytest.raises(
+        ValueError, match=r"type character varying \(ALTER TABLE device_state ALTER tenant_id TYPE text"
+    ):
         tenancy.enable(owner, app)
 
 

@@ -240,6 +240,16 @@ def test_an_upgrade_names_the_rules_that_would_keep_shadows_from_being_put_back(
     assert rows_of(shadow_fleet_at_head) == before
 
 
+def test_a_downgrade_names_the_tables_whose_rows_it_could_not_park(shadow_fleet_at_head: str) -> None:
+    run_sql(shadow_fleet_at_head, "CREATE TABLE kid () INHERITS (device_state)")
+    before = state(shadow_fleet_at_head)
+    with pytest.raises(CommandError, match=r"(?s)cannot be parked; nothing.*ALTER TABLE kid NO INHERIT device_state"):
+        migrate.downgrade(shadow_fleet_at_head, "075")
+    assert state(shadow_fleet_at_head) == before
+    run_sql(shadow_fleet_at_head, "ALTER TABLE kid NO INHERIT device_state")
+    migrate.downgrade(shadow_fleet_at_head, "075")
+
+
 def test_an_upgrade_names_what_depends_on_the_parked_shadows(shadow_fleet_at_head: str) -> None:
     migrate.downgrade(shadow_fleet_at_head, "075")
     run_sql(shadow_fleet_at_head, f"CREATE VIEW parked AS SELECT 1 AS one FROM {PARKED}")
