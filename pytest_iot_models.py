@@ -27,24 +27,33 @@ if TYPE_CHECKING:
     from iot_models.testing.sample_fleet import SampleFleet
 
 _USED = pytest.StashKey[str]()
+_HIDDEN = pytest.StashKey[set[str]]()
 
 
 _PASSWORD = re.compile(r"://[^:/]*:([^@]+)@|[?&](?:ssl)?password=([^&]+)")
 
 
-def _passwords() -> list[str]:
+def _passwords() -> set[str]:
     """Those in IOT_MODELS_TEST_DATABASE_URL, as they are written there, as they are, and as SQLAlchemy writes them."""
     found = ["".join(groups) for groups in _PASSWORD.findall(os.environ.get("IOT_MODELS_TEST_DATABASE_URL", ""))]
     plain = [unquote(password) for password in found]
     encoded = [quote(password, safe=safe) for password in plain for safe in ("", " +", "/")]
-    return sorted({*found, *plain, *encoded}, key=len, reverse=True)
+    return {*found, *plain, *encoded}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Remember the passwords: a test may change the variable, or the whole environment."""
+    config.stash[_HIDDEN] = _passwords()
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Hide the passwords of IOT_MODELS_TEST_DATABASE_URL in the report of a test, and in what the test printed."""
     report = yield
-    if not (passwords := _passwords()):
+    known = item.config.stash[_HIDDEN]
+    known.update(_passwords())  # a test may have set another one
+    passwords = sorted(known, key=len, reverse=True)
+    if not passwords:
         return report
 
     def hidden(said: str) -> str:
@@ -128,7 +137,7 @@ def shadow_session(shadow_engine: Engine) -> Iterator[Session]:
 
 @pytest.fixture
 def shadow_fleet(shadow_session: Session) -> SampleFleet:
-    """Ten devices in `shadow_session`: one in each of five states, and five of another tenant. Returns their ids."""
+    """Twelve devices in `shadow_session`: one in each of six states, and six of another tenant. Returns their ids."""
     from iot_models.testing.sample_fleet import add_sample_fleet  # noqa: PLC0415
 
     fleet = add_sample_fleet(shadow_session)

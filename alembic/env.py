@@ -17,7 +17,11 @@ from iot_models._migrations.deployers import wait_for_other_deployers
 from iot_models._migrations.environment import given_back, look_ahead, preamble, ready
 from iot_models._migrations.history import revisions
 from iot_models._migrations.obstacles import refuse_another_version_table
-from iot_models._migrations.operations import ensure_version_table, undo_interrupted_downgrade
+from iot_models._migrations.operations import (
+    ensure_version_table,
+    keep_for_the_owner,
+    undo_interrupted_downgrade,
+)
 from iot_models._migrations.options import require_known
 from iot_models._migrations.search_path import narrowed
 from iot_models._migrations.strangers import VERSION_TABLE
@@ -83,7 +87,8 @@ def _run(connection: Connection, options: dict[str, str]) -> None:
         taken_over = table != VERSION_TABLE
         if taken_over:
             version_table.take_over(connection)
-        ensure_version_table(connection, taken_over=taken_over)
+        ensure_version_table(connection)
+        keep_for_the_owner(migration)
         connection.commit()
         if taken_over:
             _configure(connection, schema, VERSION_TABLE)

@@ -7,6 +7,7 @@ import itertools
 import json
 import time
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -189,8 +190,14 @@ def _patches(stack: ExitStack, url: str) -> dict[str, Callable[[list[str]], None
                 device.shadow_updated_at = func.now()
                 session.flush()
 
-    def ours(devices: list[str]) -> None:
+    def ours(devices: list[str], *, history: bool = True) -> None:
         with Session(engine) as session, session.begin():
-            assert len(ShadowService(session, TENANT).patch_desired_many(devices, patch())) == len(devices)
+            service = ShadowService(session, TENANT, history=history)
+            assert len(service.patch_desired_many(devices, patch())) == len(devices)
 
-    return {"psycopg by hand, two statements": by_hand, "ORM, loop": loop, "ours, one call": ours}
+    return {
+        "psycopg by hand, two statements": by_hand,
+        "ORM, loop": loop,
+        "ours, one call": ours,
+        "ours, no history": partial(ours, history=False),
+    }

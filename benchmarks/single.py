@@ -53,15 +53,16 @@ def measure(url: str, setting: str, tools: Path, rounds: int, progress: Progress
 
 def _ours(stack: ExitStack, url: str) -> Works:
     found: Works = {}
-    for name, prefix, autocommit, long in (
-        ("ours, session per write", "per", False, False),
-        ("ours, session per write, AUTOCOMMIT", "perauto", True, False),
-        ("ours, long session", "long", False, True),
-        ("ours, long session, AUTOCOMMIT", "longauto", True, True),
+    for name, prefix, autocommit, long, history in (
+        ("ours, session per write", "per", False, False, True),
+        ("ours, session per write, AUTOCOMMIT", "perauto", True, False, True),
+        ("ours, long session", "long", False, True, True),
+        ("ours, long session, AUTOCOMMIT", "longauto", True, True, True),
+        ("ours, long session, AUTOCOMMIT, no history", "nohistory", True, True, False),
     ):
         engine = engine_of(stack, url, autocommit=autocommit)
         works = (
-            _long(stack.enter_context(Session(engine)), Devices(prefix), commit=not autocommit)
+            _long(stack.enter_context(Session(engine)), Devices(prefix), commit=not autocommit, history=history)
             if long
             else _per_write(engine, Devices(prefix))
         )
@@ -69,8 +70,8 @@ def _ours(stack: ExitStack, url: str) -> Works:
     return found
 
 
-def _long(session: Session, devices: Devices, *, commit: bool) -> dict[str, Callable[[], float]]:
-    service = ShadowService(session, TENANT)
+def _long(session: Session, devices: Devices, *, commit: bool, history: bool) -> dict[str, Callable[[], float]]:
+    service = ShadowService(session, TENANT, history=history)
     end = session.commit if commit else lambda: None
 
     def get() -> None:

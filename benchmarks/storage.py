@@ -30,6 +30,12 @@ SIZES = """
     SELECT indexrelid::regclass::text, pg_relation_size(indexrelid), indpred IS NOT NULL
       FROM pg_index WHERE indrelid = 'device_state'::regclass
 """
+HISTORY_SIZES = """
+    SELECT 'device_shadow_history with TOAST', pg_table_size('device_shadow_history')
+     UNION ALL
+    SELECT indexrelid::regclass::text, pg_relation_size(indexrelid)
+      FROM pg_index WHERE indrelid = 'device_shadow_history'::regclass
+"""
 HEARTBEAT = """
     UPDATE device_state SET last_heartbeat_at = now(), last_seen_at = now() WHERE tenant_id = %s AND device_id = %s
 """
@@ -72,7 +78,15 @@ def measure(url: str, devices: int, progress: Progress) -> list[Figure]:
         stack.callback(engine.dispose)
         works = _service_works(stack.enter_context(Session(engine)), chosen)
         figures += _wal(connection, works, len(chosen), setting, progress)
+        figures += _history(connection, setting)
     return figures
+
+
+def _history(connection: Connection, setting: str) -> Iterator[Figure]:
+    """What a version takes, of those that the writes before have recorded."""
+    (versions,) = connection.execute("SELECT count(*) FROM device_shadow_history").fetchone() or (0,)
+    for name, size in connection.execute(HISTORY_SIZES).fetchall():
+        yield Figure(SECTION, "size a version", str(name), setting, "bytes", (size / versions,))
 
 
 def _sizes(connection: Connection, devices: int, setting: str) -> Iterator[Figure]:

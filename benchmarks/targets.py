@@ -55,7 +55,15 @@ def _writes(run: Run, setting: str) -> Iterator[Target]:
     one = "one device"
     hand = run.figure(one, "replace desired", "psycopg by hand, autocommit", setting)
     long = run.figure(one, "replace desired", "ours, long session, AUTOCOMMIT", setting)
-    yield Target("a write, long session on AUTOCOMMIT: of psycopg by hand", setting, 0.75, ratio(hand, long))
+    bare = run.figure(one, "replace desired", "ours, long session, AUTOCOMMIT, no history", setting)
+    yield Target(
+        "a write, long session on AUTOCOMMIT, no history: of psycopg by hand", setting, 0.75, ratio(hand, bare)
+    )
+    yield Target("a write with its history: of one without", setting, 1.15, ratio(long, bare), at_most=True)
+    of_1000 = [
+        run.figure("batches", f"patches, {setting}", name, "1,000") for name in ("ours, one call", "ours, no history")
+    ]
+    yield Target("1,000 patches with their history: of as many without", setting, 1.3, ratio(*of_1000), at_most=True)
     orm = run.figure(one, "replace desired", "ORM, session per write", setting)
     short = run.figure(one, "replace desired", "ours, session per write", setting)
     yield Target("a session per write: times the ORM", setting, 1.6, ratio(orm, short))

@@ -1,5 +1,7 @@
 """The main job on a real PostgreSQL: a fleet is migrated, its shadows are used, a migration is rolled back.
 
+At the end, a wrong write is undone, a device refuses a write, and a request is sent twice.
+
     make demo
 
 It runs on the throwaway server, or in a database of its own on the server at IOT_MODELS_TEST_DATABASE_URL. The figures
@@ -15,6 +17,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -28,7 +31,7 @@ from iot_models.engine import normalize_url
 from iot_models.testing import throwaway
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from sqlalchemy import Engine
 
@@ -84,6 +87,7 @@ def main() -> None:
         after = _shadows(engine)
         same = sum(before.get(key) == shadow for key, shadow in after.items())
         console.print(f"{same:,} of {len(before):,} shadows are what they were before, to the last digit.")
+        _who_wrote_what(console, engine)
         engine.dispose()
 
 
@@ -182,10 +186,8 @@ def _alembic(console: Console, url: str, *arguments: str) -> None:
 def _life_of_a_shadow(console: Console, engine: Engine) -> None:
     console.rule("The life of a shadow")
     with Session(engine) as session, session.begin():
-        shadows = ShadowService(session, _TENANT)
-
-        def tell(writer: str, shadow: Shadow) -> None:
-            console.print(f"{writer:<9} {shadow.explain()}", soft_wrap=True)
+        shadows = ShadowService(session, _TENANT, actor="operator")
+        tell, refused = partial(_tell, console), partial(_refused, console)
 
         comfort = {"target_c": 21.5, "mode": "auto", "schedule": {"mon-fri": ["06:30", "22:00"]}}
         for device_id in ("thermostat-0000", "thermostat-0001", "thermostat-0002"):
@@ -196,14 +198,6 @@ def _life_of_a_shadow(console: Console, engine: Engine) -> None:
         tell("device", shadows.replace_reported("thermostat-0000", comfort | {"temp_c": 19.8}, acked_version=1))
         tell("device", shadows.patch_reported("thermostat-0001", {"temp_c": 18.4, "mode": "auto"}))
         tell("device", shadows.replace_reported("plug-0000", {"relay": False, "max_power_w": 2300}, acked_version=1))
-
-        def refused(writer: str, write: Any) -> None:
-            try:
-                write()
-            except IotModelsError as error:
-                kind = "red" if isinstance(error, VersionConflict) else "magenta"
-                console.print(f"{writer:<9} [{kind}]{type(error).__name__}[/{kind}]: ", end="")
-                console.print(str(error), markup=False, soft_wrap=True)
 
         gateway = "gateway-0000"
         version = shadows.get(gateway).desired_version
@@ -221,6 +215,55 @@ def _life_of_a_shadow(console: Console, engine: Engine) -> None:
         _table(console, list(shadows.get_many(names).values()))
         console.print(f"{shadows.count_pending()} of the tenant's devices are pending: "
                       + ", ".join(shadow.device_id for shadow in shadows.pending()))  # fmt: skip
+
+
+def _who_wrote_what(console: Console, engine: Engine) -> None:
+    console.rule("Who wrote what: a restore, a refusal, a repeated request")
+    with Session(engine) as session, session.begin():
+        anna = ShadowService(session, _TENANT, actor="anna")
+        night_job = ShadowService(session, _TENANT, actor="night-job")
+        devices = ShadowService(session, _TENANT)
+        tell, refused = partial(_tell, console), partial(_refused, console)
+
+        warm, mild, plug = "thermostat-0000", "thermostat-0001", "plug-0000"
+        wrong = night_job.patch_desired(warm, {"target_c": 5}, reason="nobody is here at night")
+        tell("night-job", wrong)
+        tell("device", devices.patch_reported(warm, {"target_c": 5}, acked_version=wrong.desired_version))
+        console.print("It is cold. Anna looks up who did it (a rollback keeps the history), and restores version 2.")
+        for version in anna.history(warm, limit=3):
+            why = f" ({version.reason})" if version.reason else ""
+            line = f"version {version.version} by {version.actor}{why}: {json.dumps(version.desired)}"
+            console.print(line, markup=False, soft_wrap=True)
+        restored = anna.restore_desired(warm, 2, reason="the night shift is here")
+        tell("anna", restored)
+        tell("device", devices.patch_reported(warm, {"target_c": 23}, acked_version=restored.desired_version))
+
+        console.print(f"Anna asks {mild} for a mode that it does not have.")
+        turbo = anna.patch_desired(mild, {"mode": "turbo"})
+        tell("anna", turbo)
+        tell("device", devices.refuse_desired(mild, turbo.desired_version, "mode 'turbo' is not supported"))
+        for shadow in anna.refused():
+            console.print(f"Refused: {shadow.device_id}, version {shadow.desired_version}: {shadow.refusal}")
+        tell("anna", anna.patch_desired(mild, {"mode": "auto"}))
+        console.print(f"A new version ends the refusal: {anna.count_refused()} devices refuse what is desired.")
+
+        console.print("Anna's request is written, but the answer is lost. She sends it again, with its request_id.")
+        for _ in range(2):
+            tell("anna", anna.patch_desired(plug, {"max_power_w": 2000}, request_id="request-1"))
+        refused("anna", lambda: anna.patch_desired(plug, {"max_power_w": 3000}, request_id="request-1"))
+
+
+def _tell(console: Console, writer: str, shadow: Shadow) -> None:
+    console.print(f"{writer:<9} {shadow.explain()}", soft_wrap=True)
+
+
+def _refused(console: Console, writer: str, write: Callable[[], object]) -> None:
+    try:
+        write()
+    except IotModelsError as error:
+        kind = "red" if isinstance(error, VersionConflict) else "magenta"
+        console.print(f"{writer:<9} [{kind}]{type(error).__name__}[/{kind}]: ", end="")
+        console.print(str(error), markup=False, soft_wrap=True)
 
 
 def _table(console: Console, shadows: list[Shadow]) -> None:

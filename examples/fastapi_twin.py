@@ -4,6 +4,7 @@
     uvicorn --app-dir examples fastapi_twin:app
 
 The ETag is `desired_version`, for If-Match. A report changes the twin but not its ETag: do not use it to answer 304.
+A client that got no answer sends its write again, with the same Idempotency-Key: it is written once.
 http://127.0.0.1:8000/docs shows the bodies, answers and errors.
 """
 
@@ -13,9 +14,10 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Header, HTTPException, Request, Response
+from fastapi import Depends, FastAPI, Header, HTTPException, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, StringConstraints, ValidationError
 from sqlalchemy import exc
 from sqlalchemy.orm import Session
 from starlette.requests import ClientDisconnect
@@ -31,11 +33,14 @@ engine = create_engine(
 )
 BUSY = {"40P01": "deadlock", "55P03": "lock_timeout", "57014": "statement_timeout"}
 MAX_BODY = 131_072  # bytes on the wire: room for a document of 32 KiB with indentation and \u escapes
+TEXT = r"^[^\x00]*\w[^\x00]*$"  # a letter or a digit, and no zero character: PostgreSQL stores none
+Id = Annotated[str, StringConstraints(max_length=255, pattern=TEXT)]
+Words = Annotated[str, StringConstraints(max_length=1000, pattern=TEXT)]
 
 
 def each_header_once(request: Request) -> None:
     # A proxy that adds its X-Tenant-Id to the one that the client sent, instead of replacing it, leaves open who asks.
-    for name in ("X-Tenant-Id", "X-Device-Id", "If-Match"):
+    for name in ("X-Tenant-Id", "X-User", "X-Device-Id", "If-Match", "Idempotency-Key"):
         if len(request.headers.getlist(name)) > 1:
             raise HTTPException(400, f"{name} must be there once")
 
@@ -43,13 +48,17 @@ def each_header_once(request: Request) -> None:
 app = FastAPI(title="Device twins", dependencies=[Depends(each_header_once)])
 
 
-# REAL AUTHENTICATION GOES HERE, in the next two functions: take the tenant from the operator's verified token, and the
-# tenant and the device from the device's certificate or key. As they are here, they trust the headers: only a proxy
-# that authenticates, and sets these headers itself, may reach this application.
+# REAL AUTHENTICATION GOES HERE, in the next three functions: take the tenant and the user from the operator's login, by
+# its verified token, and the tenant and the device from the device's certificate or key. As they are here, they trust
+# the headers: only a proxy that authenticates, and sets these headers itself, may reach this application.
 def tenant(x_tenant_id: Annotated[str, Header(alias="X-Tenant-Id")] = "") -> str:
     if not x_tenant_id:
         raise HTTPException(401, "X-Tenant-Id is missing")
     return x_tenant_id
+
+
+def current_user(x_user: Annotated[Id | None, Header(alias="X-User")] = None) -> str | None:
+    return x_user  # stands in the history of each desired write; a real service takes it from its login
 
 
 def device(x_device_id: Annotated[str, Header(alias="X-Device-Id")] = "") -> str:
@@ -58,9 +67,11 @@ def device(x_device_id: Annotated[str, Header(alias="X-Device-Id")] = "") -> str
     return x_device_id
 
 
-def shadows(tenant_id: Annotated[str, Depends(tenant)]) -> Iterator[ShadowService]:
+def shadows(
+    tenant_id: Annotated[str, Depends(tenant)], user: Annotated[str | None, Depends(current_user)]
+) -> Iterator[ShadowService]:
     with Session(engine) as session, session.begin():
-        yield ShadowService(session, tenant_id)
+        yield ShadowService(session, tenant_id, actor=user)
 
 
 def expected_version(if_match: Annotated[str, Header(alias="If-Match")] = "") -> int | None:
@@ -95,6 +106,8 @@ Shadows = Annotated[ShadowService, Depends(shadows, scope="function")]
 DeviceId = Annotated[str, Depends(device)]
 Version = Annotated[int | None, Depends(expected_version)]
 Body = Annotated[Any, Depends(json_body)]
+RequestId = Annotated[Id | None, Header(alias="Idempotency-Key")]
+Reason = Annotated[Words | None, Query()]  # in the query, because a header takes few languages
 
 
 # What /docs and /openapi.json show. The answers are made below, and not checked against these a second time.
@@ -109,6 +122,7 @@ class Twin(BaseModel):
     desired_version: int
     reported_version: int
     sync_status: SyncStatus
+    refusal: str | None
     shadow_updated_at: datetime | None
 
 
@@ -130,6 +144,37 @@ class Report(BaseModel):
     ack_if_converged: bool = False
 
 
+class DesiredVersion(BaseModel):
+    """What the device was to be at one version; who wrote it, when and why. `desired` is null where it was removed."""
+
+    device_id: str
+    version: int
+    desired: dict[str, Any] | None
+    written_at: datetime | None
+    actor: str | None
+    reason: str | None
+    request_id: str | None
+
+
+class Place(BaseModel):
+    """Where a new device is."""
+
+    site_id: Id
+
+
+class Restore(BaseModel):
+    """The desired_version whose document is written again."""
+
+    version: int
+
+
+class Refusal(BaseModel):
+    """The desired_version that the device will not apply, and why."""
+
+    version: int
+    reason: Words
+
+
 class Refused(BaseModel, extra="allow"):
     """An error, with its attributes beside its name: an InvalidDocument has `path` and `reason`."""
 
@@ -138,7 +183,7 @@ class Refused(BaseModel, extra="allow"):
 
 
 class HeaderRefused(BaseModel):
-    """A header that is missing, or that cannot be understood."""
+    """A header, a parameter or a field of the body that is missing, or that cannot be understood."""
 
     detail: str
 
@@ -146,24 +191,27 @@ class HeaderRefused(BaseModel):
 ETAG = {"ETag": {"description": "desired_version", "schema": {"type": "string"}, "example": '"7"'}}
 RETRY_AFTER = {"Retry-After": {"description": "in seconds", "schema": {"type": "integer"}, "example": 1}}
 ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"description": "A header or the body is not valid", "model": Refused | HeaderRefused},
+    400: {"description": "A header, a parameter or the body is not valid", "model": Refused | HeaderRefused},
     401: {"description": "X-Tenant-Id or X-Device-Id is missing", "model": HeaderRefused},
-    404: {"description": "The tenant has no such device", "model": Refused},
+    404: {"description": "The tenant has no such device, or the device no such version", "model": Refused},
     503: {"description": "The device is being written; try again", "model": Refused, "headers": RETRY_AFTER},
     "default": {"description": "An error of the server, in plain text"},
 }
 TOO_LARGE = {413: {"description": "The document is too large", "model": Refused}}
 READ = ERRORS | {200: {"description": "The twin", "model": Twin, "headers": ETAG}}
+READ_HISTORY = ERRORS | {200: {"description": "Versions, the newest first", "model": list[DesiredVersion]}}
+READ_VERSION = ERRORS | {200: {"description": "The version", "model": DesiredVersion}}
 READ_DELTA = ERRORS | {200: {"description": "What reported lacks", "model": Delta, "headers": ETAG}}
 REPORT = READ | TOO_LARGE | {409: {"description": "An older report came late: drop it", "model": Refused}}
-PATCH = (
-    READ
-    | TOO_LARGE
-    | {
-        409: {"description": "If-Match is not the current ETag, which is sent", "model": Refused, "headers": ETAG},
-        428: {"description": "If-Match is missing", "model": HeaderRefused},
-    }
-)
+CONFLICT = "If-Match is not the current ETag, which is sent; or the Idempotency-Key is of another request, without ETag"
+GUARDED: dict[int | str, dict[str, Any]] = {
+    409: {"description": CONFLICT, "model": Refused, "headers": ETAG},
+    428: {"description": "If-Match is missing", "model": HeaderRefused},
+}
+WRITE = READ | TOO_LARGE | GUARDED
+REGISTER = READ | TOO_LARGE
+del REGISTER[404]
+REMOVE = ERRORS | GUARDED | {204: {"description": "The device is removed; its history stays"}}
 
 
 def body(example: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
@@ -171,6 +219,9 @@ def body(example: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
 
 
 PATCH_BODY = body({"target_c": 21.5, "mode": None}, {"type": "object", "title": "RFC 7396 merge patch: null removes"})
+RESTORE_BODY = body({"version": 3}, Restore.model_json_schema())
+PLACE_BODY = body({"site_id": "berlin"}, Place.model_json_schema())
+REFUSAL_BODY = body({"version": 7, "reason": "mode 'turbo' is not supported"}, Refusal.model_json_schema())
 REPORT_BODY = body({"reported": {"target_c": 21.5}, "acked_version": 7}, Report.model_json_schema())
 
 
@@ -178,9 +229,17 @@ def twin(shadow: Shadow) -> Response:
     return JSONResponse(shadow.to_dict(), headers={"ETag": shadow.etag})
 
 
+@app.exception_handler(RequestValidationError)  # a header or a parameter
+@app.exception_handler(ValidationError)  # a body
+def not_understood(_: Request, error: RequestValidationError | ValidationError) -> Response:
+    wrong = error.errors()[0]
+    return JSONResponse({"detail": f"{' '.join(map(str, wrong['loc'])) or 'body'}: {wrong['msg']}"}, 400)
+
+
 @app.exception_handler(IotModelsError)
 def refused(_: Request, error: IotModelsError) -> Response:
-    body = json.dumps({"error": type(error).__name__, "message": str(error), **vars(error)}, default=str)
+    values = {name: value for name, value in vars(error).items() if not name.startswith("_")}
+    body = json.dumps({"error": type(error).__name__, "message": str(error), **values}, default=str)
     headers = {"ETag": f'"{error.actual}"'} if isinstance(error, VersionConflict) else None
     return Response(body, error.http_status, headers, "application/json")
 
@@ -210,10 +269,33 @@ def refuse_wrapped(patch: Any) -> None:
             raise InvalidDocument(pointer, 'send the patch itself, as in {"target_c": 21.5}, and not wrapped')
 
 
-@app.patch("/devices/{device_id}/twin/desired", responses=PATCH, openapi_extra=PATCH_BODY)
-def patch_desired(shadows: Shadows, device_id: str, version: Version, patch: Body) -> Response:
+@app.patch("/devices/{device_id}/twin/desired", responses=WRITE, openapi_extra=PATCH_BODY)
+def patch_desired(
+    shadows: Shadows, device_id: str, version: Version, patch: Body, reason: Reason = None, key: RequestId = None
+) -> Response:
     refuse_wrapped(patch)
-    return twin(shadows.patch_desired(device_id, patch, expected_version=version))
+    return twin(shadows.patch_desired(device_id, patch, expected_version=version, reason=reason, request_id=key))
+
+
+@app.post("/devices/{device_id}/twin/desired/restore", responses=WRITE, openapi_extra=RESTORE_BODY)
+def restore_desired(
+    shadows: Shadows, device_id: str, version: Version, body: Body, reason: Reason = None, key: RequestId = None
+) -> Response:
+    wanted = Restore.model_validate(body, strict=True).version
+    return twin(shadows.restore_desired(device_id, wanted, expected_version=version, reason=reason, request_id=key))
+
+
+@app.get("/devices/{device_id}/twin/desired/history", responses=READ_HISTORY)
+def read_history(
+    shadows: Shadows, device_id: str, limit: Annotated[int, Query(ge=1, le=100)] = 20, before: int | None = None
+) -> Response:
+    # The next page is before the last version of this one. A removed device still has its history.
+    return JSONResponse([version.to_dict() for version in shadows.history(device_id, limit=limit, before=before)])
+
+
+@app.get("/devices/{device_id}/twin/desired/versions/{version}", responses=READ_VERSION)
+def read_version(shadows: Shadows, device_id: str, version: int) -> Response:
+    return JSONResponse(shadows.desired_at(device_id, version).to_dict())
 
 
 @app.get("/devices/{device_id}/twin/delta", responses=READ_DELTA)
@@ -221,6 +303,17 @@ def read_delta(shadows: Shadows, device_id: str) -> Response:
     shadow = shadows.get(device_id)
     answer = {name: shadow.to_dict()[name] for name in ("device_id", "delta", "desired_version", "reported_version")}
     return JSONResponse(answer | {"explanation": shadow.explain()}, headers={"ETag": shadow.etag})
+
+
+@app.put("/devices/{device_id}", responses=REGISTER, openapi_extra=PLACE_BODY)
+def register(shadows: Shadows, device_id: Id, body: Body) -> Response:
+    # A device that is there already stays as it is, also at another site: sent twice, the request does no harm.
+    return twin(shadows.register(device_id, Place.model_validate(body, strict=True).site_id))
+
+
+@app.delete("/devices/{device_id}", responses=REMOVE, status_code=204)
+def remove(shadows: Shadows, device_id: str, version: Version, reason: Reason = None) -> None:
+    shadows.remove(device_id, expected_version=version, reason=reason)
 
 
 @app.get("/device/v1/shadow", responses=READ)
@@ -240,3 +333,9 @@ def report(shadows: Shadows, device_id: DeviceId, body: Body) -> Response:
     return twin(
         shadows.replace_reported(device_id, body["reported"], acked_version=acked, ack_if_converged=if_converged)
     )
+
+
+@app.post("/device/v1/shadow/refusal", responses=REPORT, openapi_extra=REFUSAL_BODY)
+def refuse_desired(shadows: Shadows, device_id: DeviceId, body: Body) -> Response:
+    refusal = Refusal.model_validate(body, strict=True)
+    return twin(shadows.refuse_desired(device_id, refusal.version, refusal.reason))

@@ -14,11 +14,14 @@ from iot_models.errors import (
     InvalidVersion,
     IotModelsError,
     LateReport,
+    RequestReused,
     UnknownVersion,
     UnreadableShadow,
     VersionConflict,
+    VersionNotKept,
 )
-from iot_models.models import Base, DeviceState
+from iot_models.history import DesiredVersion
+from iot_models.models import Base, DeviceState, ShadowHistory
 from iot_models.reports import Report, ReportOutcome, ReportStatus
 from iot_models.service import ShadowService
 from iot_models.shadow import Shadow
@@ -39,6 +42,7 @@ __all__ = [  # noqa: RUF022 - the order of sorted()
     "Base",
     "BatchRejected",
     "Comparison",
+    "DesiredVersion",
     "DeviceNotFound",
     "DeviceState",
     "DocumentLimits",
@@ -50,13 +54,16 @@ __all__ = [  # noqa: RUF022 - the order of sorted()
     "Report",
     "ReportOutcome",
     "ReportStatus",
+    "RequestReused",
     "STALE_THRESHOLD_MINUTES",
     "Shadow",
+    "ShadowHistory",
     "ShadowService",
     "SyncStatus",
     "UnknownVersion",
     "UnreadableShadow",
     "VersionConflict",
+    "VersionNotKept",
     "compare",
     "compute_delta",
     "compute_nested_delta",

@@ -52,14 +52,16 @@ class AsyncShadowService:
     Args:
         session: The caller's session, in a transaction or in AUTOCOMMIT mode.
         tenant_id: The tenant. Devices of other tenants are neither read nor written.
+        actor: Who writes, for the history. None: `session.info["iot_models.actor"]`, where the application keeps it.
         limits: How large and how deep a document may be.
         stale_after: How long a device may be silent before its shadow's `sync_status` is `stale`.
         bind_tenant: Whether to bind each transaction to the tenant first, for row level security: see
             `iot_models.tenancy`.
+        history: Whether desired writes leave a row in the history.
 
     Raises:
-        TypeError: If `tenant_id` is not a string.
-        ValueError: If `tenant_id` is empty, or text that PostgreSQL cannot store.
+        TypeError: If `tenant_id` or `actor` is not a string.
+        ValueError: If `tenant_id` or `actor` is empty, or text that PostgreSQL cannot store.
 
     Example:
         >>> async with AsyncSession(engine, expire_on_commit=False) as session, session.begin():
@@ -68,19 +70,27 @@ class AsyncShadowService:
         {'target_c': 21.5}
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - keywords
         self,
         session: AsyncSession,
         tenant_id: str,
         *,
+        actor: str | None = None,
         limits: DocumentLimits = DocumentLimits(),  # noqa: B008 - frozen
         stale_after: timedelta = STALE_AFTER,
         bind_tenant: bool = False,
+        history: bool = True,
     ) -> None:
         validation.require_session(session, "AsyncSession")
         self._session = session
         self._service = ShadowService(
-            session.sync_session, tenant_id, limits=limits, stale_after=stale_after, bind_tenant=bind_tenant
+            session.sync_session,
+            tenant_id,
+            actor=actor,
+            limits=limits,
+            stale_after=stale_after,
+            bind_tenant=bind_tenant,
+            history=history,
         )
 
     @property
@@ -92,8 +102,13 @@ class AsyncShadowService:
     get_many = _awaited(ShadowService.get_many)
     replace_desired = _awaited(ShadowService.replace_desired)
     patch_desired = _awaited(ShadowService.patch_desired)
+    restore_desired = _awaited(ShadowService.restore_desired)
     replace_reported = _awaited(ShadowService.replace_reported)
     patch_reported = _awaited(ShadowService.patch_reported)
+    refuse_desired = _awaited(ShadowService.refuse_desired)
+    register = _awaited(ShadowService.register)
+    register_many = _awaited(ShadowService.register_many)
+    remove = _awaited(ShadowService.remove)
     replace_desired_many = _awaited(ShadowService.replace_desired_many)
     patch_desired_many = _awaited(ShadowService.patch_desired_many)
     replace_reported_many = _awaited(ShadowService.replace_reported_many)
@@ -101,6 +116,11 @@ class AsyncShadowService:
     pending = _awaited(ShadowService.pending)
     count_pending = _awaited(ShadowService.count_pending)
     drifted = _awaited(ShadowService.drifted)
+    refused = _awaited(ShadowService.refused)
+    count_refused = _awaited(ShadowService.count_refused)
+    history = _awaited(ShadowService.history)
+    desired_at = _awaited(ShadowService.desired_at)
+    prune_history = _awaited(ShadowService.prune_history)
     status_counts = _awaited(ShadowService.status_counts)
 
     def iter_pending(self, *, batch_size: int = 1000) -> AsyncGenerator[Shadow, None]:  # noqa: D102 - set below

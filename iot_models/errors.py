@@ -94,7 +94,7 @@ class DeviceNotFound(IotModelsError, LookupError):
     def __str__(self) -> str:
         return (
             f"tenant {self.tenant_id!r} has no device {self.device_id!r}: "
-            "check both ids, or insert its device_state row first"
+            "check both ids, or register it first (ShadowService.register)"
         )
 
 
@@ -160,7 +160,11 @@ class VersionConflict(IotModelsError):
 
 
 class LateReport(IotModelsError):
-    """`acked_version` is below the stored `reported_version`: an old message came late. Nothing was written."""
+    """An old message of a device came late: it is about a version that was overtaken. Nothing was written.
+
+    It acknowledges a version below `reported_version`, which is `current`; or it refuses a version that is not the
+    newest one, which is `current`, or that is acknowledged.
+    """
 
     http_status = 409
 
@@ -172,13 +176,13 @@ class LateReport(IotModelsError):
 
     def __str__(self) -> str:
         return (
-            f"device {self.device_id!r} already acknowledged version {self.current}, "
-            f"this report acknowledges {self.acked}: it is an older message, drop it"
+            f"device {self.device_id!r} is at version {self.current} already, "
+            f"and this message is about version {self.acked}: it is an older one, drop it"
         )
 
 
 class UnknownVersion(IotModelsError, ValueError):
-    """`acked_version` is above `desired_version`: there is no such version to acknowledge. Nothing was written."""
+    """A device acknowledges or refuses a version above `desired_version`: there is none. Nothing was written."""
 
     http_status = 400
 
@@ -190,8 +194,50 @@ class UnknownVersion(IotModelsError, ValueError):
 
     def __str__(self) -> str:
         return (
-            f"device {self.device_id!r} acknowledges version {self.acked}, but the newest desired_version is "
+            f"device {self.device_id!r} answers version {self.acked}, but the newest desired_version is "
             f"{self.desired}: let it fetch its shadow again (was the database restored from an older backup?)"
+        )
+
+
+class VersionNotKept(IotModelsError, LookupError):
+    """The history has no document of this version: it never was, is to come, was pruned, or removed the device.
+
+    `oldest` and `newest` are the versions between which there are some; None if there are none. Code that knows no
+    history (SQL by hand, an older release) leaves versions out.
+    """
+
+    http_status = 404
+
+    def __init__(self, device_id: str, version: int, oldest: int | None, newest: int | None) -> None:
+        super().__init__(device_id, version, oldest, newest)
+        self.device_id = device_id
+        self.version = version
+        self.oldest = oldest
+        self.newest = newest
+
+    def __str__(self) -> str:
+        kept = "none is kept" if self.oldest is None else f"kept are versions from {self.oldest} to {self.newest}"
+        return (
+            f"no document of version {self.version} of device {self.device_id!r} is kept, {kept}: "
+            "ShadowService.history lists them"
+        )
+
+
+class RequestReused(IotModelsError):
+    """The request id is that of another request, which wrote `version`. Nothing was written."""
+
+    http_status = 409
+
+    def __init__(self, device_id: str, request_id: str, version: int) -> None:
+        super().__init__(device_id, request_id, version)
+        self.device_id = device_id
+        self.request_id = request_id
+        self.version = version
+
+    def __str__(self) -> str:
+        return (
+            f"request {self.request_id!r} of device {self.device_id!r} wrote version {self.version}, which has other "
+            "content: repeat a request as it was, and give each new one an id of its own"
         )
 
 

@@ -1,4 +1,4 @@
-"""The table `device_state`, as the newest revision leaves it.
+"""The tables `device_state` and `device_shadow_history`, as the newest revision leaves them.
 
 The rule that no object writes past `desired_version` is in `iot_models._core.version_guard`, which
 `import iot_models` sets up. Statements are outside that rule: bulk `update(DeviceState)`, `Session.bulk_*` and SQL by
@@ -97,6 +97,11 @@ class DeviceState(Base):
     shadow_updated_at: Mapped[datetime | None] = mapped_column(
         comment="Timestamp of the most recent desired_state update."
     )
+    refused_version: Mapped[int | None] = mapped_column(
+        comment="The desired_version that the device last refused. It counts while that is the newest one, and pending."
+    )
+    refusal: Mapped[str | None] = mapped_column(comment="Why the device refused it, in its own words.")
+    refused_at: Mapped[datetime | None] = mapped_column(comment="When the device refused it.")
 
     __table_args__ = (
         # Each with the query that it serves. All devices of a site.
@@ -116,6 +121,13 @@ class DeviceState(Base):
             "device_id",
             postgresql_where=text("desired_version > reported_version"),
         ),
+        # Those of them that refused it: ShadowService.refused and count_refused.
+        Index(
+            "idx_device_state_shadow_refused",
+            "tenant_id",
+            "device_id",
+            postgresql_where=text("refused_version = desired_version AND desired_version > reported_version"),
+        ),
     )
 
     @hybrid_property
@@ -127,6 +139,16 @@ class DeviceState(Base):
     @classmethod
     def _is_pending_in_sql(cls) -> ColumnElement[bool]:
         return conditions.pending(cls)
+
+    @hybrid_property
+    def is_refused(self) -> bool:
+        """Whether the device will not apply the newest desired version; in SQL, served by a partial index."""
+        return self.refused_version is not None and self.refused_version == self.desired_version and self.is_pending
+
+    @is_refused.inplace.expression
+    @classmethod
+    def _is_refused_in_sql(cls) -> ColumnElement[bool]:
+        return conditions.refused(cls)
 
     @hybrid_property
     def delta(self) -> dict[str, Any]:
@@ -167,11 +189,62 @@ class DeviceState(Base):
         return f"DeviceState(tenant_id={self.tenant_id!r}, device_id={self.device_id!r})"
 
 
+class ShadowHistory(Base):
+    """One desired version of one device: the document, and who wrote it when and why.
+
+    Rows are written with the desired write itself, in its statement, by `ShadowService` and by a flush of a
+    `DeviceState`, and are never changed. SQL by hand and ORM bulk statements leave none. They stay when the device is
+    removed, until `ShadowService.prune_history` deletes them.
+
+    `desired_state` is NULL for the version that removed the device. `written_at` is NULL where nobody
+    knows: the state that a device had before its first recorded write. `actor` and `reason` are NULL where the writer
+    gave none. A write with a `request_id` is done once for a device.
+    """
+
+    __tablename__ = "device_shadow_history"
+
+    tenant_id: Mapped[str] = mapped_column(primary_key=True)
+    device_id: Mapped[str] = mapped_column(primary_key=True)
+    desired_version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    desired_state: Mapped[dict[str, Any] | None] = mapped_column(
+        comment="The document of this version. NULL: the device was removed."
+    )
+    written_at: Mapped[datetime | None] = mapped_column(
+        comment="When it was written. NULL: not known, before the first recorded write."
+    )
+    actor: Mapped[str | None] = mapped_column(comment="Who wrote it.")
+    reason: Mapped[str | None] = mapped_column(comment="Why, in the words of the writer.")
+    request_id: Mapped[str | None] = mapped_column(comment="The request that this write answered, done once.")
+
+    __table_args__ = (
+        # A request is done once for a device, also where it is repeated at the same moment.
+        Index(
+            "idx_device_shadow_history_request",
+            "tenant_id",
+            "device_id",
+            "request_id",
+            unique=True,
+            postgresql_where=text("request_id IS NOT NULL"),
+        ),
+        # The oldest versions of a tenant: ShadowService.prune_history.
+        Index("idx_device_shadow_history_written", "tenant_id", "written_at"),
+        {"comment": "The desired documents of device_state, a row for each version. Never changed."},
+    )
+
+    def __repr__(self) -> str:
+        return (
+            f"ShadowHistory(tenant_id={self.tenant_id!r}, device_id={self.device_id!r}, "
+            f"desired_version={self.desired_version!r})"
+        )
+
+
 # The table, for Core statements: one costs half of what a statement over the mapped class does.
 TABLE: Final = typing.cast("Table", DeviceState.__table__)
 # Room in each page, by which a heartbeat stays a HOT update: revision 077 has the measurement. (SQLAlchemy 2.0 has no
 # argument for the storage parameters of a table.)
 _FILLFACTOR: Final = DDL("ALTER TABLE %(fullname)s SET (fillfactor = 75)")  # type: ignore[no-untyped-call]
 event.listen(TABLE, "after_create", _FILLFACTOR)
+HISTORY: Final = typing.cast("Table", ShadowHistory.__table__)
 # What the migrations make, and no more: a team's class that extends DeviceState adds its columns to TABLE.
 DEFINED: Final = TABLE.to_metadata(MetaData(naming_convention=Base.metadata.naming_convention))
+HISTORY.to_metadata(DEFINED.metadata)

@@ -35,12 +35,17 @@ class Report:
         acked_version: The `desired_version` that the device applied; None where it says nothing about that.
         ack_if_converged: For a device that sends no version: whether to acknowledge the newest one if the device is
             converged after this report. Not together with `acked_version`.
+        refused_version: The newest `desired_version`, if the device says that it will not apply it. Together with an
+            `acked_version` only if that is an older one; not together with `ack_if_converged`.
+        refusal: Why: text that is not empty, of 1,000 characters at most. With `refused_version`, and only with it.
     """
 
     device_id: str
     reported: Mapping[str, Any]
     acked_version: int | None = None
     ack_if_converged: bool = False
+    refused_version: int | None = None
+    refusal: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +54,8 @@ class ReportOutcome:
 
     Attributes:
         device_id: As the report gave it.
-        status: `accepted`: written. `late`: a newer version was acknowledged already, drop the message.
+        status: `accepted`: written. `late`: a newer version was acknowledged already, or the version that is refused
+            is not the newest one or is acknowledged; drop the message.
             `unknown_version`: acknowledges what was never asked, let the device fetch its shadow again.
             `unknown_device`: the tenant has no such device. `invalid`: the document cannot be stored, or the report
             acknowledges in both ways, or `acked_version` is no version, or `device_id` no text; says so whether there

@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import logging
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from iot_models import tenancy, twin
-from iot_models._core import batches, loaded_objects, report_rules, statements, validation
+from iot_models._core import (
+    batches,
+    desired_statements,
+    history_statements,
+    loaded_objects,
+    report_rules,
+    statements,
+    validation,
+)
 from iot_models._core.database_errors import explained
 from iot_models._core.documents import DocumentLimits, check_document, decode_document, encode_document
+from iot_models._core.equality import json_equal
 from iot_models._core.report_rules import Versions
 from iot_models._core.retries import device_not_written, until_written
 from iot_models._core.statement_names import METHOD
-from iot_models._core.stored_json import why_no_document
-from iot_models.errors import DeviceNotFound, UnreadableShadow, VersionConflict
+from iot_models._core.stored_json import read_json, why_no_document
+from iot_models.errors import (
+    DeviceNotFound,
+    RequestReused,
+    UnreadableShadow,
+    VersionConflict,
+    VersionNotKept,
+    shown,
+)
+from iot_models.history import DesiredVersion
 from iot_models.models import DeviceState
 from iot_models.shadow import STALE_AFTER, Shadow
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
-    from datetime import timedelta
     from typing import TypeAlias
 
     from sqlalchemy import Executable, Result, Row
@@ -30,8 +46,19 @@ if TYPE_CHECKING:
     from iot_models.reports import Report, ReportOutcome
 
     _Row: TypeAlias = Row[*tuple[Any, ...]]
+    _Written: TypeAlias = Row[*tuple[Any, ...]] | Shadow
 
 log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+
+class _Done(NamedTuple):
+    """What a request has done: the version that it wrote, and the documents before, None if not kept, and after it."""
+
+    version: int
+    before: dict[str, Any] | None
+    written: dict[str, Any]
 
 
 class ShadowService:
@@ -45,14 +72,18 @@ class ShadowService:
         session: The caller's session, in a transaction or in AUTOCOMMIT mode; or a `scoped_session`, whose session of
             the current scope is used by each call.
         tenant_id: The only tenant whose devices exist here.
+        actor: Who writes, for the history. None: `session.info["iot_models.actor"]`, where the application keeps it.
         limits: How large and how deep a document may be.
         stale_after: A device that was not heard from for longer has the `sync_status` `stale`.
         bind_tenant: Whether to bind each transaction to the tenant first, for row level security: see
             `iot_models.tenancy`.
+        history: Whether desired writes leave a row in the history. Without, there is no actor, reason or request, no
+            version to restore but those of other writers, and writes are up to a fifth cheaper.
 
     Raises:
-        TypeError: If `session` is neither, or `tenant_id` is no string.
-        ValueError: If `tenant_id` is empty or cannot be stored as text.
+        TypeError: If `session` is neither, or `tenant_id` or `actor` is no string.
+        ValueError: If `tenant_id` or `actor` is empty or cannot be stored as text, or the actor is longer than 255
+            characters.
 
     Example:
         >>> with Session(engine) as session, session.begin():
@@ -61,18 +92,22 @@ class ShadowService:
         {'target_c': 21.5}
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - keywords
         self,
         session: Session | scoped_session[Any],
         tenant_id: str,
         *,
+        actor: str | None = None,
         limits: DocumentLimits = DocumentLimits(),  # noqa: B008 - frozen
         stale_after: timedelta = STALE_AFTER,
         bind_tenant: bool = False,
+        history: bool = True,
     ) -> None:
         validation.require_session(session, "Session", "scoped_session")
         validation.require_tenant(tenant_id)
         self.tenant_id = tenant_id
+        self._actor = validation.identifier("actor", actor)
+        self._records = history
         self._session_or_registry = session
         self._limits = limits
         self._stale_after = stale_after
@@ -98,65 +133,141 @@ class ShadowService:
         wanted = validation.device_id_list(device_ids)
         binds = {"tenant": self.tenant_id, "devices": validation.findable(wanted)}
         rows = self._execute("get_many", statements.many_shadows(), binds)
-        found = {shadow.device_id: shadow for shadow in self._readable(rows)}
+        found = {shadow.device_id: shadow for shadow in self._readable(rows, self._shadow)}
         return {device_id: found[device_id] for device_id in wanted if device_id in found}
 
     def replace_desired(
-        self, device_id: str, desired: Mapping[str, object], *, expected_version: int | None = None
+        self,
+        device_id: str,
+        desired: Mapping[str, object],
+        *,
+        expected_version: int | None = None,
+        reason: str | None = None,
+        request_id: str | None = None,
     ) -> Shadow:
         """Make `desired` the whole desired document; its version rises by one, also where nothing differs.
 
-        One guarded `UPDATE`. Without `expected_version` the last writer wins.
+        One guarded statement. Without `expected_version` the last writer wins.
+
+        With `request_id`, a repeat of the call (its first answer was lost) writes nothing and returns the shadow as it
+        stands, also at the same moment, and also if `expected_version` is overtaken by then. That holds as long as the
+        history has the version that the request wrote.
+
+        Args:
+            device_id: The device.
+            desired: The document.
+            expected_version: The version that was read; None writes on top of any.
+            reason: Why, for the history: 1,000 characters at most.
+            request_id: An id of this request, new for each one, 255 characters at most. It is the device's own.
 
         Raises:
             DeviceNotFound: If this tenant has no such device.
             VersionConflict: If `expected_version` is not the current `desired_version`; nothing is written.
+            RequestReused: If the request wrote another document; nothing is written.
             InvalidDocument: If `desired` cannot be stored (`DocumentTooLarge`: is too large); nothing is sent.
             InvalidVersion: If `expected_version` is no version.
+            TypeError: If `reason` or `request_id` is no string.
+            ValueError: If one of these is empty, too long, or cannot be stored as text; or if there is a `request_id`
+                and no history.
         """
         expected = validation.version("expected_version", expected_version)
-        binds = self._device(device_id) | {"document": encode_document(desired, self._limits), "expected": expected}
-        statement = statements.write_desired(guarded=expected is not None)
-
-        def attempt() -> _Row | None:
-            row = self._execute("replace_desired", statement, binds).one_or_none()
-            if row is None:
-                # This raises, unless the device or the version appeared since: then the next attempt writes.
-                _require_version(device_id, expected, self._versions("replace_desired", device_id).desired)
-            return row
-
-        return self._written(until_written(attempt, lambda: device_not_written(device_id)))
+        binds = self._desired(device_id, expected, reason, request_id)
+        binds["document"] = encode_document(desired, self._limits)
+        statement = desired_statements.write_desired(
+            guarded=expected is not None, recorded=self._records, once=request_id is not None
+        )
+        document = read_json(binds["document"])
+        return self._write("replace_desired", statement, binds, lambda done: json_equal(done.written, document))
 
     def patch_desired(
-        self, device_id: str, patch: Mapping[str, object], *, expected_version: int | None = None
+        self,
+        device_id: str,
+        patch: Mapping[str, object],
+        *,
+        expected_version: int | None = None,
+        reason: str | None = None,
+        request_id: str | None = None,
     ) -> Shadow:
         """Apply an RFC 7396 merge patch to the desired document; its version rises by one, also where nothing differs.
 
         `None` removes a key. Reads and locks the row, merges, writes: two statements. Concurrent patches without
-        `expected_version` wait for each other and all take effect.
+        `expected_version` wait for each other and all take effect. `reason` and `request_id` are as in
+        `replace_desired`.
 
         Raises:
             DeviceNotFound: If this tenant has no such device.
             VersionConflict: If `expected_version` is not the current `desired_version`; nothing is written.
+            RequestReused: If the request was another patch; nothing is written.
             UnreadableShadow: If the stored document is no JSON object; nothing is written.
             InvalidDocument: If the patch, or the document after it, cannot be stored; nothing is written.
             InvalidVersion: If `expected_version` is no version.
+            TypeError: As `replace_desired`.
+            ValueError: As `replace_desired`.
         """
         expected = validation.version("expected_version", expected_version)
-        device = self._device(device_id)
+        device = self._desired(device_id, expected, reason, request_id)
         check_document(patch, self._limits)
+        statement = desired_statements.write_desired(guarded=True, recorded=self._records, once=request_id is not None)
 
-        def attempt() -> _Row | None:
+        def is_same(done: _Done) -> bool:
+            # Where the version before is not kept, the patch is the same if it changes nothing in what was written.
+            before = done.written if done.before is None else done.before
+            return json_equal(twin.merge_patch(before, read_json(encode_document(patch, self._limits))), done.written)
+
+        def attempt() -> _Written | None:
             seen, versions = self._locked("patch_desired", "desired_state", device_id)
+            if request_id is not None and (done := self._done("patch_desired", device, is_same)) is not None:
+                return done
             _require_version(device_id, expected, versions.desired)
             stored = decode_document(seen, self.tenant_id, device_id)
             document = encode_document(twin.merge_patch(stored, patch), self._limits)
             binds = device | {"document": document, "expected": versions.desired}
             # No row only in AUTOCOMMIT mode, where the lock ended with its statement and another transaction wrote
             # since: the next attempt merges with what that wrote.
-            return self._execute("patch_desired", statements.write_desired(guarded=True), binds).one_or_none()
+            row: _Row | None = self._execute("patch_desired", statement, binds).one_or_none()
+            return row
 
-        return self._written(until_written(attempt, lambda: device_not_written(device_id)))
+        return self._result(cast("_Written", until_written(attempt, lambda: device_not_written(device_id))))
+
+    def restore_desired(
+        self,
+        device_id: str,
+        version: int,
+        *,
+        expected_version: int | None = None,
+        reason: str | None = None,
+        request_id: str | None = None,
+    ) -> Shadow:
+        """Make the desired document what it was at an earlier version, as a new version: a write like any other.
+
+        One guarded statement. `reason` and `request_id` are as in `replace_desired`.
+
+        Raises:
+            DeviceNotFound: If this tenant has no such device.
+            VersionNotKept: If the history has no document of that version; nothing is written.
+            VersionConflict: If `expected_version` is not the current `desired_version`; nothing is written.
+            RequestReused: If the request wrote another document; nothing is written.
+            UnreadableShadow: If that version is no JSON object; nothing is written.
+            InvalidVersion: If `version` or `expected_version` is no version.
+            TypeError: As `replace_desired`.
+            ValueError: As `replace_desired`.
+        """
+        wanted = validation.require_version("version", version)
+        expected = validation.version("expected_version", expected_version)
+        binds = self._desired(device_id, expected, reason, request_id) | {"version": wanted}
+        statement = desired_statements.restore_desired(guarded=expected is not None, once=request_id is not None)
+
+        def is_same(done: _Done) -> bool:
+            try:
+                return json_equal(self._version("restore_desired", device_id, wanted).desired, done.written)
+            except VersionNotKept:
+                return wanted < done.version  # pruned since: nobody can tell
+
+        def require_version() -> None:
+            if self._version("restore_desired", device_id, wanted).desired is None:
+                raise self._not_kept("restore_desired", device_id, wanted)
+
+        return self._write("restore_desired", statement, binds, is_same, require_version)
 
     def replace_reported(
         self,
@@ -234,8 +345,100 @@ class ShadowService:
 
         return self._written(until_written(attempt, lambda: device_not_written(device_id)))
 
+    def refuse_desired(self, device_id: str, version: int, reason: str) -> Shadow:
+        """Record that a device will not apply the newest desired version, and why; sets `last_seen_at`.
+
+        One guarded `UPDATE`. The device stays pending, and `Shadow.refusal` is its reason, until the next desired
+        write, or until it acknowledges the version in the end. Refused again, the newer reason counts.
+
+        Args:
+            device_id: The device.
+            version: The version that it refuses.
+            reason: In its own words: 1,000 characters at most.
+
+        Raises:
+            DeviceNotFound: If this tenant has no such device.
+            LateReport: If there is a newer version, or the device acknowledged this one already; nothing is written.
+            UnknownVersion: If `version` is above `desired_version`; nothing is written.
+            InvalidVersion: If `version` is no version.
+            TypeError: If `reason` is no string.
+            ValueError: If `reason` is empty, too long, or cannot be stored as text.
+        """
+        refused = validation.require_version("version", version)
+        binds = self._device(device_id) | {"version": refused, "words": validation.words("reason", reason)}
+
+        def attempt() -> _Row | None:
+            row = self._execute("refuse_desired", statements.refuse_desired(), binds).one_or_none()
+            if row is None:
+                report_rules.require_refusable(device_id, refused, self._versions("refuse_desired", device_id))
+            return row
+
+        return self._written(until_written(attempt, lambda: device_not_written(device_id)))
+
+    def register(self, device_id: str, site_id: str) -> Shadow:
+        """Make a device, or return it where it is there already, at whichever site. Two statements.
+
+        A device that was removed goes on at the version of its removal, acknowledged, with empty documents: nothing is
+        pending, and no message or object of its earlier life fits. Where your team added columns to the table that need
+        a value, add a `DeviceState` to the session instead: it goes on in the same way.
+
+        Raises:
+            TypeError: If one of the ids is no string.
+            ValueError: If one is empty, or cannot be stored as text.
+        """
+        return self._register("register", {device_id: site_id})[device_id]
+
+    def register_many(self, sites: Mapping[str, str]) -> dict[str, Shadow]:
+        """Make several devices, or return those that are there already, as `register`: two statements for all of them.
+
+        The rows are locked in the order of `device_id`. No devices: `{}`, and no statement.
+
+        Args:
+            sites: The `site_id` of each device, by device_id.
+
+        Returns:
+            The shadows, in the order of `sites`.
+
+        Raises:
+            TypeError: If `sites` is no mapping, or an id no string.
+            ValueError: If an id is empty, or cannot be stored as text.
+        """
+        validation.require_mapping("sites", sites, to="site ids")
+        return self._register("register_many", sites) if sites else {}
+
+    def remove(self, device_id: str, *, expected_version: int | None = None, reason: str | None = None) -> None:
+        """Delete the row of a device. Its history stays, and ends with a version that has no document.
+
+        One statement, whether this service records the history or not: without that version, messages of this life
+        could fit the next one.
+
+        Raises:
+            DeviceNotFound: If this tenant has no such device.
+            VersionConflict: If `expected_version` is not the current `desired_version`; nothing is written.
+            InvalidVersion: If `expected_version` is no version.
+            TypeError: If `reason` is no string.
+            ValueError: If `reason` is empty, too long, or cannot be stored as text.
+        """
+        expected = validation.version("expected_version", expected_version)
+        binds = self._device(device_id) | self._author(reason) | {"expected": expected}
+        statement = desired_statements.remove(guarded=expected is not None)
+
+        def attempt() -> _Row | None:
+            row = self._execute("remove", statement, binds).one_or_none()
+            if row is None:
+                _require_version(device_id, expected, self._versions("remove", device_id).desired)
+            return row
+
+        until_written(attempt, lambda: device_not_written(device_id))
+        loaded_objects.remember(self._session, self.tenant_id, [device_id])
+        loaded_objects.expire(self._session, self.tenant_id, [device_id])
+
     def replace_desired_many(
-        self, documents: Mapping[str, Mapping[str, object]], *, expected_versions: Mapping[str, int] | None = None
+        self,
+        documents: Mapping[str, Mapping[str, object]],
+        *,
+        expected_versions: Mapping[str, int] | None = None,
+        reason: str | None = None,
     ) -> dict[str, Shadow]:
         """Make each document the whole desired document of its device, all or none; every version rises by one.
 
@@ -248,6 +451,7 @@ class ShadowService:
             documents: By device_id.
             expected_versions: By device_id, for those that the write shall be guarded for; of the others the last
                 writer wins.
+            reason: Why, for the history of each: 1,000 characters at most.
 
         Returns:
             The new shadows, in the order of `documents`.
@@ -256,22 +460,25 @@ class ShadowService:
             BatchRejected: With the error of every device that is missing (`DeviceNotFound`), not at its expected
                 version (`VersionConflict`) or whose document cannot be stored (`InvalidDocument`,
                 `DocumentTooLarge`); nothing is written, the transaction stays usable.
-            TypeError: If `documents` or `expected_versions` is no mapping, or a device_id no string.
+            TypeError: If `documents` or `expected_versions` is no mapping, or a device_id or `reason` no string.
             InvalidVersion: If an expected version is no version.
-            ValueError: If a version is of a device that is not in `documents`.
+            ValueError: If a version is of a device that is not in `documents`; or `reason` is empty, too long, or
+                cannot be stored as text.
         """
         validation.require_mapping("documents", documents, to="documents")
         for device_id in documents:
             validation.require_text("device_id", device_id)
         expected = validation.versions("expected_versions", expected_versions, of=documents)
+        author = self._author_of_desired(reason)
         if not documents:
             return {}
-        rows = batches.replace_desired(
-            partial(self._execute, "replace_desired_many"), self.tenant_id, documents, expected, self._limits
-        )
+        execute = partial(self._execute, "replace_desired_many")
+        rows = batches.replace_desired(execute, self.tenant_id, documents, expected, self._limits, author)
         return self._written_in_order(documents, rows)
 
-    def patch_desired_many(self, device_ids: Iterable[str], patch: Mapping[str, object]) -> dict[str, Shadow]:
+    def patch_desired_many(
+        self, device_ids: Iterable[str], patch: Mapping[str, object], *, reason: str | None = None
+    ) -> dict[str, Shadow]:
         """Apply one RFC 7396 merge patch to the desired documents of several devices, all or none.
 
         Reads and locks the rows, merges, writes: two statements, and as `replace_desired_many` in everything else.
@@ -286,15 +493,16 @@ class ShadowService:
                 no JSON object (`UnreadableShadow`), or whose document cannot be stored once it is merged
                 (`InvalidDocument`, `DocumentTooLarge`); nothing is written, the transaction stays usable.
             InvalidDocument: If the patch itself cannot be stored; nothing is sent.
-            TypeError: If `device_ids` is one string or no iterable, or holds anything but strings.
+            TypeError: If `device_ids` is one string or no iterable, or holds anything but strings; or `reason` is none.
+            ValueError: If `reason` is empty, too long, or cannot be stored as text.
         """
         wanted = validation.device_id_list(device_ids)
         check_document(patch, self._limits)
+        author = self._author_of_desired(reason)
         if not wanted:
             return {}
-        rows = batches.patch_desired(
-            partial(self._execute, "patch_desired_many"), self.tenant_id, wanted, patch, self._limits
-        )
+        execute = partial(self._execute, "patch_desired_many")
+        rows = batches.patch_desired(execute, self.tenant_id, wanted, patch, self._limits, author)
         return self._written_in_order(wanted, rows)
 
     def replace_reported_many(self, reports: Iterable[Report]) -> list[ReportOutcome]:
@@ -383,6 +591,89 @@ class ShadowService:
         """
         return self._page("drifted", statements.drifted_page, limit, after)
 
+    def refused(self, *, limit: int = 100, after: str | None = None) -> list[Shadow]:
+        """A page of the devices that will not apply the newest version, by `device_id`: `Shadow.refusal` says why.
+
+        All of them are pending, too.
+
+        Args:
+            limit: How many at most; 0 gives none.
+            after: The last `device_id` of the page before. It need not exist any more.
+
+        Raises:
+            TypeError: If `limit` is no int, or `after` no string.
+            ValueError: If `limit` is negative, or `after` is text that PostgreSQL cannot store.
+        """
+        return self._page("refused", statements.refused_page, limit, after)
+
+    def count_refused(self) -> int:
+        """How many devices will not apply the newest version."""
+        count: int = self._execute("count_refused", statements.refused_count(), {"tenant": self.tenant_id}).scalar_one()
+        return count
+
+    def history(self, device_id: str, *, limit: int = 100, before: int | None = None) -> list[DesiredVersion]:
+        """The desired versions of a device, the newest first, also if it was removed. One statement.
+
+        The version that the device is at is among them even if no write recorded it. Versions that were written by code
+        that knows no history (SQL by hand, an older release) are missing. So is one that is no JSON object; the log
+        names it.
+
+        Args:
+            device_id: The device.
+            limit: How many at most; 0 gives none.
+            before: Only those before this version: the last one of the page before.
+
+        Raises:
+            DeviceNotFound: If this tenant has no such device, and none of its history.
+            TypeError: If `limit` is no int.
+            ValueError: If `limit` is negative.
+            InvalidVersion: If `before` is no version.
+        """
+        bound = validation.version("before", before)
+        binds = self._device(device_id) | {"limit": validation.whole("limit", limit)}
+        if bound is not None:
+            binds["before"] = bound
+        statement = history_statements.history_page(before=bound is not None)
+        rows = self._execute("history", statement, binds).all()
+        if not rows and limit and bound is None:
+            raise DeviceNotFound(self.tenant_id, device_id)
+        return self._readable(rows, _desired_version)
+
+    def desired_at(self, device_id: str, version: int) -> DesiredVersion:
+        """One desired version of a device, also if it was removed. One statement.
+
+        Raises:
+            VersionNotKept: If there is none: it never was, is to come, was pruned, or was written by code that knows no
+                history.
+            UnreadableShadow: If it is no JSON object.
+            InvalidVersion: If `version` is no version.
+        """
+        return self._version("desired_at", device_id, validation.require_version("version", version))
+
+    def prune_history(self, *, older_than: timedelta, keep: int = 1, limit: int = 10_000) -> int:
+        """Delete a page of the tenant's oldest versions; returns how many. Call it until that is 0.
+
+        One statement. The newest `keep` versions of each device stay, whatever their age. A request whose version is
+        deleted can be done again. With `keep=0` the removal of a device is forgotten, too: registered again, it starts
+        at version 0.
+
+        Args:
+            older_than: The age from which on a version is deleted.
+            keep: How many of each device stay.
+            limit: How many are deleted at most.
+
+        Raises:
+            TypeError: If `older_than` is no timedelta, or `keep` or `limit` no int.
+            ValueError: If one of them is negative.
+        """
+        if not isinstance(older_than, timedelta):
+            raise TypeError(f"older_than must be a timedelta, got {shown(older_than)}")
+        if older_than < timedelta():
+            raise ValueError(f"older_than must be an age, 0 or more, got {older_than!r}")
+        keep = validation.whole("keep", keep)
+        binds = {"tenant": self.tenant_id, "age": older_than, "limit": validation.whole("limit", limit)}
+        return len(self._execute("prune_history", history_statements.prune_history(keep=keep), binds).all())
+
     def status_counts(self, *, now: datetime | None = None) -> dict[twin.SyncStatus, int]:
         """How many devices are synced, pending and stale, as `twin.sync_status` says; all three, in one statement.
 
@@ -416,6 +707,109 @@ class ShadowService:
         validation.require_findable(self.tenant_id, device_id)
         return {"tenant": self.tenant_id, "device": device_id}
 
+    def _desired(
+        self, device_id: str, expected: int | None, reason: str | None, request_id: str | None
+    ) -> dict[str, Any]:
+        """The binds of a desired write of one device, but for what it writes."""
+        binds = self._device(device_id) | (self._author_of_desired(reason) or {}) | {"expected": expected}
+        if request_id is not None:
+            binds["request"] = validation.identifier("request_id", request_id)
+            self._require_history("request_id")
+        return binds
+
+    def _author_of_desired(self, reason: str | None) -> dict[str, str | None] | None:
+        """What the history says of a desired write; None if this service does not record it."""
+        if reason is not None:
+            self._require_history("reason")
+        return self._author(reason) if self._records else None
+
+    def _author(self, reason: str | None) -> dict[str, str | None]:
+        reason = None if reason is None else validation.words("reason", reason)
+        return loaded_objects.author(self._session, self._actor, reason)
+
+    def _require_history(self, name: str) -> None:
+        if not self._records:
+            raise ValueError(f"{name} is kept in the history, and this service was made with history=False")
+
+    def _write(
+        self,
+        method: str,
+        statement: Executable,
+        binds: Mapping[str, Any],
+        is_same: Callable[[_Done], bool],
+        refused: Callable[[], None] = lambda: None,
+    ) -> Shadow:
+        """Write the desired document of one device by one statement.
+
+        Args:
+            method: The method of the service.
+            statement: Writes, and returns the new row.
+            binds: Its binds.
+            is_same: Whether a request that is done wrote what is to be written.
+            refused: Raises, if something besides the version refuses the write.
+        """
+        device_id = binds["device"]
+
+        def attempt() -> _Written | None:
+            row: _Row | None = self._execute(method, statement, binds).one_or_none()
+            if row is None:
+                if "request" in binds and (done := self._done(method, binds, is_same)) is not None:
+                    return done
+                # This raises, unless the device or the version appeared since: then the next attempt writes.
+                _require_version(device_id, binds["expected"], self._versions(method, device_id).desired)
+                refused()
+            return row
+
+        return self._result(cast("_Written", until_written(attempt, lambda: device_not_written(device_id))))
+
+    def _done(
+        self,
+        method: str,
+        binds: Mapping[str, Any],
+        is_same: Callable[[_Done], bool],
+    ) -> Shadow | None:
+        """The shadow as it stands, if the request of these binds is done.
+
+        Raises:
+            RequestReused: If it wrote something else.
+        """
+        row = self._execute(method, history_statements.request_done(), binds).one_or_none()
+        if row is None:
+            return None
+        before = None if row.before is None else read_json(row.before)
+        done = _Done(row.desired_version, before if isinstance(before, dict) else None, read_json(row.desired))
+        if not is_same(done):
+            raise RequestReused(binds["device"], binds["request"], row.desired_version)
+        return self._shadow(self._one(method, statements.one_shadow(), binds["device"]))
+
+    def _result(self, written: _Written) -> Shadow:
+        """The shadow that a write returned, or that stands because the request was done before."""
+        return written if isinstance(written, Shadow) else self._written(written)
+
+    def _version(self, method: str, device_id: str, version: int) -> DesiredVersion:
+        binds = self._device(device_id) | {"version": version}
+        row = self._execute(method, history_statements.version_of_device(), binds).one_or_none()
+        if row is None:
+            raise self._not_kept(method, device_id, version)
+        return _desired_version(row)
+
+    def _not_kept(self, method: str, device_id: str, version: int) -> VersionNotKept:
+        kept = self._execute(method, history_statements.versions_kept(), self._device(device_id)).one()
+        return VersionNotKept(device_id, version, *kept)
+
+    def _register(self, method: str, sites: Mapping[str, str]) -> dict[str, Shadow]:
+        for device_id, site_id in sites.items():
+            validation.require_new_id("device_id", device_id)
+            validation.require_new_id("site_id", site_id)
+        binds: dict[str, object] = {"tenant": self.tenant_id, "devices": list(sites), "sites": list(sites.values())}
+        self._execute(method, desired_statements.register(), binds)
+        rows = {row.device_id: row for row in self._execute(method, desired_statements.registered(), binds)}
+        # Removed by a transaction that was not committed yet when the first statement began.
+        if behind := [device_id for device_id, row in rows.items() if row.desired_version < (row.newest or 0)]:
+            gone_on = self._execute(method, desired_statements.go_on(), binds | {"devices": behind})
+            rows |= {row.device_id: row for row in gone_on}
+        return self._written_in_order(sites, rows.values())
+
     def _versions(self, method: str, device_id: str) -> Versions:
         row = self._one(method, statements.versions(), device_id)
         return Versions(row.desired_version, row.reported_version)
@@ -445,7 +839,7 @@ class ShadowService:
             if after is not None:
                 binds["after"] = after
             rows = self._execute(method, page(after=after is not None), binds).all()
-            shadows += self._readable(rows)
+            shadows += self._readable(rows, self._shadow)
             if len(rows) < wanted or len(shadows) == limit:
                 return shadows
             after = rows[-1].device_id
@@ -488,17 +882,18 @@ class ShadowService:
                 raise UnreadableShadow(row.tenant_id, row.device_id, f"{name} {reason}")
         return self._shadow_of(row, row.desired_state, row.reported_state)
 
-    def _readable(self, rows: Iterable[_Row]) -> list[Shadow]:
-        """The shadows of those rows that hold one; the log names the others."""
-        shadows = []
+    def _readable(self, rows: Iterable[_Row], read: Callable[[_Row], _T]) -> list[_T]:
+        """What those rows hold that can be read; the log names the others."""
+        values = []
         for row in rows:
             try:
-                shadows.append(self._shadow(row))
+                values.append(read(row))
             except UnreadableShadow as error:
                 log.warning("left out: %s", error)
-        return shadows
+        return values
 
     def _shadow_of(self, row: _Row, desired: dict[str, Any], reported: dict[str, Any]) -> Shadow:
+        is_refused = row.refused_version == row.desired_version > row.reported_version
         return Shadow(
             tenant_id=row.tenant_id,
             device_id=row.device_id,
@@ -508,6 +903,8 @@ class ShadowService:
             reported_version=row.reported_version,
             shadow_updated_at=row.shadow_updated_at,
             last_seen_at=row.last_seen_at,
+            refusal=(row.refusal or "") if is_refused else None,
+            refused_at=row.refused_at if is_refused else None,
             stale_after=self._stale_after,
         )
 
@@ -534,3 +931,23 @@ class ShadowService:
 def _require_version(device_id: str, expected: int | None, actual: int) -> None:
     if expected is not None and expected != actual:
         raise VersionConflict(device_id, expected, actual)
+
+
+def _desired_version(row: _Row) -> DesiredVersion:
+    """The version that a row of the history holds.
+
+    Raises:
+        UnreadableShadow: If it is no JSON object.
+    """
+    if not row.is_removal and (reason := why_no_document(row.desired_state)):
+        raise UnreadableShadow(row.tenant_id, row.device_id, f"desired_state of version {row.desired_version} {reason}")
+    return DesiredVersion(
+        tenant_id=row.tenant_id,
+        device_id=row.device_id,
+        version=row.desired_version,
+        desired=row.desired_state,
+        written_at=row.written_at,
+        actor=row.actor,
+        reason=row.reason,
+        request_id=row.request_id,
+    )

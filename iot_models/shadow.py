@@ -29,6 +29,8 @@ class Shadow:
         reported_version: The `desired_version` that the device last acknowledged.
         shadow_updated_at: When desired was last written; None if never.
         last_seen_at: When the device was last heard from; None if never.
+        refusal: Why the device will not apply the newest version, in its own words; None if it has not refused it.
+        refused_at: When it refused that; None if it has not.
         stale_after: How long the device may be silent before `sync_status` is `stale`. Equality ignores it.
 
     Example:
@@ -45,6 +47,8 @@ class Shadow:
     reported_version: int
     shadow_updated_at: datetime | None
     last_seen_at: datetime | None
+    refusal: str | None = field(default=None, kw_only=True)
+    refused_at: datetime | None = field(default=None, kw_only=True)
     stale_after: timedelta = field(default=STALE_AFTER, repr=False, compare=False, kw_only=True)
 
     def __hash__(self) -> int:
@@ -68,6 +72,11 @@ class Shadow:
     def is_pending(self) -> bool:
         """Whether the device has not acknowledged the newest desired version yet."""
         return self.desired_version > self.reported_version
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the device says that it will not apply the newest version. It is pending then, too."""
+        return self.refusal is not None
 
     @property
     def is_converged(self) -> bool:
@@ -119,7 +128,10 @@ class Shadow:
         else:
             word = "silent since" if status is twin.SyncStatus.STALE else "last seen at"
             seen = f"{word} {self.last_seen_at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
-        if self.is_pending:
+        if self.refusal is not None:
+            at = f"the device is at {self.reported_version}"
+            why = f"version {self.desired_version} is refused ({self.refusal!r}, {at})"
+        elif self.is_pending:
             why = f"version {self.desired_version} is not acknowledged (the device is at {self.reported_version})"
         elif self.desired_version < self.reported_version:
             why = (
@@ -146,7 +158,8 @@ class Shadow:
             "desired_version": self.desired_version,
             "reported_version": self.reported_version,
             "sync_status": self.sync_status().value,
-            "shadow_updated_at": _iso(self.shadow_updated_at) if self.shadow_updated_at else None,
+            "refusal": self.refusal,
+            "shadow_updated_at": iso(self.shadow_updated_at) if self.shadow_updated_at else None,
         }
 
     def _difference(self, keys: Collection[str]) -> str:
@@ -156,5 +169,6 @@ class Shadow:
         return f", {link} {listed(keys)} differ{'s' if len(keys) == 1 else ''}"
 
 
-def _iso(moment: datetime) -> str:
+def iso(moment: datetime) -> str:
+    """The time as ISO 8601 in UTC."""
     return moment.astimezone(UTC).isoformat()

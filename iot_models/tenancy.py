@@ -1,4 +1,4 @@
-"""Tenants kept apart by PostgreSQL itself, for teams that want it: row level security on `device_state`.
+"""Tenants kept apart by PostgreSQL itself, for teams that want it: row level security on the tables of this package.
 
 It is off until a team calls `enable`, once for each role that its application logs in as. No migration switches it on
 or off. From then on that role reads and writes the rows of one tenant: the tenant to which the transaction is bound, by
@@ -21,7 +21,7 @@ from sqlalchemy.exc import OperationalError
 from iot_models._core import loaded_objects, validation
 from iot_models._core.database_errors import LOCK_NOT_AVAILABLE, sqlstate
 from iot_models._core.shown_names import escaped
-from iot_models._core.ways_around import creators, table_name, ways_around
+from iot_models._core.ways_around import creators, table_names, ways_around
 from iot_models.models import DeviceState
 
 if TYPE_CHECKING:
@@ -106,12 +106,13 @@ def enable(connection: Connection, role: str) -> None:
             f"isolation would not hold for role {role!a}: {'; '.join(ways)}. Take that away, or let the application "
             f"log in as a role of its own (CREATE ROLE, then GRANT SELECT, INSERT, UPDATE, DELETE ON {_TABLE})"
         )
-    now = _policy_now(connection)
-    if now.in_force and role in now.roles:
+    tables = table_names(connection)
+    if all(now.in_force and role in now.roles for now in _policies_now(connection)):
         return
     _lock(connection)
-    _write_policy(connection, {*_policy_now(connection).roles, role})
-    _run(connection, f"ALTER TABLE {table_name(connection)} ENABLE ROW LEVEL SECURITY")
+    for table, now in zip(tables, _policies_now(connection), strict=True):
+        _write_policy(connection, table, {*now.roles, role})
+        _run(connection, f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
     _warn(connection)
 
 
@@ -133,8 +134,10 @@ def check(connection: Connection, role: str) -> list[str]:
     """
     _require_transaction(connection)
     _require_role(connection, role)
-    now = _policy_now(connection)
-    limited = now.in_force and connection.scalar(_IS_ONE_OF, {"role": role, "roles": list(now.roles)})
+    limited = all(
+        now.in_force and connection.scalar(_IS_ONE_OF, {"role": role, "roles": list(now.roles)})
+        for now in _policies_now(connection)
+    )
     enable_it = f"the policy {POLICY} does not limit it: call tenancy.enable(connection, {role!a})"
     return [*([] if limited else [enable_it]), *_ways_around(connection, role)]
 
@@ -155,18 +158,14 @@ def disable(connection: Connection, role: str) -> None:
     """
     _require_transaction(connection)
     _require_role(connection, role)
-    if role not in _policy_now(connection).roles:
+    if not any(role in now.roles for now in _policies_now(connection)):
         return
     _lock(connection)
-    _write_policy(connection, {*_policy_now(connection).roles} - {role})
-    if (
-        connection.scalar(
-            text("SELECT count(*) FROM pg_policy WHERE polrelid = CAST(to_regclass(CAST(:table AS text)) AS oid)"),
-            _binds(connection),
-        )
-        == 0
-    ):
-        _run(connection, f"ALTER TABLE {table_name(connection)} DISABLE ROW LEVEL SECURITY")
+    for table, now in zip(table_names(connection), _policies_now(connection), strict=True):
+        _write_policy(connection, table, {*now.roles} - {role})
+        left = text("SELECT count(*) FROM pg_policy WHERE polrelid = CAST(to_regclass(CAST(:table AS text)) AS oid)")
+        if connection.scalar(left, _binds(table)) == 0:
+            _run(connection, f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY")
     _warn(connection)
 
 
@@ -240,23 +239,23 @@ class _Policy(NamedTuple):
     in_force: bool
 
 
-def _policy_now(connection: Connection) -> _Policy:
+def _policies_now(connection: Connection) -> list[_Policy]:
+    """Our policy on each of our tables."""
     # The rule is compared as PostgreSQL writes it.
     connection.execute(text("SELECT set_config('quote_all_identifiers', 'off', true)"))
-    row = connection.execute(_POLICY_NOW, _binds(connection)).one_or_none()
-    return _Policy(row.roles, row.in_force) if row is not None else _Policy((), in_force=False)
+    rows = [connection.execute(_POLICY_NOW, _binds(table)).one_or_none() for table in table_names(connection)]
+    return [_Policy((), in_force=False) if row is None else _Policy(row.roles, row.in_force) for row in rows]
 
 
 def _ways_around(connection: Connection, role: str) -> Sequence[str]:
     return ways_around(connection, role, policy=POLICY, setting=SETTING)
 
 
-def _binds(connection: Connection) -> dict[str, str]:
-    return {"table": table_name(connection), "policy": POLICY, "rule": _RULE}
+def _binds(table: str) -> dict[str, str]:
+    return {"table": table, "policy": POLICY, "rule": _RULE}
 
 
-def _write_policy(connection: Connection, roles: Collection[str]) -> None:
-    table = table_name(connection)
+def _write_policy(connection: Connection, table: str, roles: Collection[str]) -> None:
     _run(connection, f"DROP POLICY IF EXISTS {POLICY} ON {table}")
     if roles:
         names = ", ".join('"' + role.replace('"', '""') + '"' for role in sorted(roles))
@@ -292,24 +291,26 @@ def _lock(connection: Connection) -> None:
         """)
     )
     try:
-        _run(connection, f"LOCK TABLE {table_name(connection)} IN ACCESS EXCLUSIVE MODE")
+        _run(connection, f"LOCK TABLE {', '.join(table_names(connection))} IN ACCESS EXCLUSIVE MODE")
     except OperationalError as error:
         if sqlstate(error) == LOCK_NOT_AVAILABLE:
             error.add_detail(
-                f"Other transactions use {_TABLE}: nothing was changed. End them (pg_stat_activity), or try again at a "
-                "quieter moment."
+                f"Other transactions use {_TABLE} or its history: nothing was changed. End them (pg_stat_activity), or "
+                "try again at a quieter moment."
             )
         raise
 
 
 def _warn(connection: Connection) -> None:
-    if roles := connection.scalars(_SHUT_OUT, _binds(connection)).all():
+    for table in table_names(connection):
+        if not (roles := connection.scalars(_SHUT_OUT, _binds(table)).all()):
+            continue
         log.warning(
             "row level security on %s now hides every row from %s: enable isolation for them too, or, if they are to "
             "see all tenants, CREATE POLICY ... ON %s TO ... USING (true)",
-            _TABLE,
+            table,
             escaped(", ".join(roles)),
-            _TABLE,
+            table,
         )
 
     for line in creators(connection):

@@ -34,6 +34,8 @@ INDEXES = {
 ADDS = {"device_state": {"columns": COLUMNS, "indexes": INDEXES}}
 
 PARKED = "device_state_shadow_076"
+# What later downgrades park.
+PARKED_LATER = ("device_shadow_history_078", "device_state_refusals_079")
 
 
 NEEDS = """the revisions of iot_models need two lines in this env.py (import iot_models.migrate); nothing was changed.
@@ -89,6 +91,9 @@ def downgrade() -> None:
         _refuse_rows("device_state")
         if parked:
             _refuse_rows(PARKED)
+    else:
+        for table in PARKED_LATER:
+            op.execute(f"DROP TABLE IF EXISTS {table}")
     if parked:
         op.execute(f"DROP TABLE {PARKED}")
     op.execute("DROP TABLE device_state")

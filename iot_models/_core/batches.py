@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from iot_models import twin
-from iot_models._core import statements
+from iot_models._core import desired_statements, statements
 from iot_models._core.documents import decode_document, encode_document
 from iot_models._core.report_rules import CheckedReport, Stored, Versions, fold
 from iot_models._core.retries import devices_not_written, until_written
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from iot_models._core.report_rules import Accepted
 
     _Row: TypeAlias = Row[*tuple[Any, ...]]
+    # For the history: the binds `author` and `why`. None where it is not to record the writes.
+    Author: TypeAlias = Mapping[str, str | None]
     Execute: TypeAlias = Callable[[Executable, Mapping[str, object]], Result[*tuple[Any, ...]]]
     _Errors: TypeAlias = dict[str, IotModelsError]
 
@@ -37,6 +39,7 @@ def replace_desired(
     documents: Mapping[str, Mapping[str, object]],
     expected: Mapping[str, int],
     limits: DocumentLimits,
+    author: Author | None,
 ) -> Sequence[_Row]:
     """Replace the desired documents of all these devices, or of none; returns the new rows, unordered.
 
@@ -54,7 +57,7 @@ def replace_desired(
     texts, errors = _each(documents, encode)
 
     def attempt() -> Sequence[_Row] | None:
-        rows = [] if errors else _write_desired(execute, tenant_id, texts, expected)
+        rows = [] if errors else _write_desired(execute, tenant_id, texts, expected, author)
         if not rows:
             # No error: the device or version appeared since the write, which the next attempt will find.
             found = errors | _refusals(execute, tenant_id, texts, expected)
@@ -66,7 +69,12 @@ def replace_desired(
 
 
 def patch_desired(
-    execute: Execute, tenant_id: str, device_ids: Collection[str], patch: Mapping[str, object], limits: DocumentLimits
+    execute: Execute,
+    tenant_id: str,
+    device_ids: Collection[str],
+    patch: Mapping[str, object],
+    limits: DocumentLimits,
+    author: Author | None,
 ) -> Sequence[_Row]:
     """Merge a patch into the desired documents of all these devices, or of none; returns the new rows, unordered.
 
@@ -93,7 +101,7 @@ def patch_desired(
         expected = {device_id: row.desired_version for device_id, row in seen.items()}
         # Nothing is written only in AUTOCOMMIT mode, where the locks end with their statement, and only if another
         # transaction wrote since: the next attempt merges with what that wrote.
-        return _write_desired(execute, tenant_id, texts, expected) or None
+        return _write_desired(execute, tenant_id, texts, expected, author) or None
 
     return until_written(attempt, lambda: devices_not_written(device_ids))
 
@@ -149,11 +157,12 @@ def _each(device_ids: Iterable[str], encode: Callable[[str], str]) -> tuple[dict
 
 
 def _write_desired(
-    execute: Execute, tenant_id: str, texts: Mapping[str, str], expected: Mapping[str, int]
+    execute: Execute, tenant_id: str, texts: Mapping[str, str], expected: Mapping[str, int], author: Author | None
 ) -> Sequence[_Row]:
     rows = execute(
-        statements.write_desired_many(),
+        desired_statements.write_desired_many(recorded=author is not None),
         {
+            **(author or {}),
             "tenant": tenant_id,
             "devices": list(texts),
             "documents": list(texts.values()),
@@ -219,7 +228,10 @@ def _write_guarded(execute: Execute, tenant_id: str, reports: Sequence[CheckedRe
     }
     if if_converged := any(report.if_converged for report in reports):
         binds["if_converged"] = [report.if_converged for report in reports]
-    rows = execute(statements.write_reported_many(if_converged=if_converged), binds)
+    if refuses := any(report.refused_version is not None for report in reports):
+        binds["refused"] = [report.refused_version for report in reports]
+        binds["refusals"] = [report.refusal for report in reports]
+    rows = execute(statements.write_reported_many(if_converged=if_converged, refuses=refuses), binds)
     return {row.device_id: Versions(row.desired_version, row.reported_version) for row in rows}
 
 
@@ -237,4 +249,8 @@ def _write_decided(execute: Execute, tenant_id: str, accepted: Mapping[str, Acce
     }
     if unchanged := any(write.seen.reported is not None for write in accepted.values()):
         binds["seen"] = [write.seen.reported for write in accepted.values()]
-    return set(execute(statements.write_reported_many(decided=True, unchanged=unchanged), binds).scalars())
+    if refuses := any(write.refused_version is not None for write in accepted.values()):
+        binds["refused"] = [write.refused_version for write in accepted.values()]
+        binds["refusals"] = [write.refusal for write in accepted.values()]
+    statement = statements.write_reported_many(decided=True, refuses=refuses, unchanged=unchanged)
+    return set(execute(statement, binds).scalars())

@@ -6,10 +6,11 @@ loaded already. The tests compare the two.
 | in SQL | in Python |
 |---|---|
 | `pending` | `Shadow.is_pending` |
+| `refused` | `Shadow.is_refused` |
 | `delta` | `twin.compute_delta` |
 | `converged`, `drifted` | `twin.compute_nested_delta` is empty, `Shadow.is_drifted` |
 | `sync_status` | `twin.sync_status` |
-| `accepted` | `report_rules.judge` |
+| `accepted`, `refusable` | `report_rules.judge` |
 
 The functions take the columns of a table, an alias or a CTE, or the attributes of a mapped class.
 """
@@ -46,6 +47,15 @@ def pending(device: Any) -> ColumnElement[bool]:
     """The device has yet to acknowledge the newest version. These are the words of the partial indexes' predicate."""
     condition: ColumnElement[bool] = device.desired_version > device.reported_version
     return condition
+
+
+def refused(device: Any) -> ColumnElement[bool]:
+    """The device will not apply the newest version. These are the words of a partial index's predicate.
+
+    A refusal is over with the next desired write, and where the device acknowledges the version in the end.
+    """
+    condition: ColumnElement[bool] = device.refused_version == device.desired_version
+    return condition & pending(device)
 
 
 def delta(device: Any) -> ColumnElement[dict[str, Any]]:
@@ -154,3 +164,9 @@ def sync_status(
 def accepted(acked: SQLColumnExpression[int], device: Any) -> ColumnElement[bool]:
     """A report that acknowledges this version is neither late nor of a version that was never asked for."""
     return acked.between(device.reported_version, device.desired_version)
+
+
+def refusable(version: SQLColumnExpression[int], device: Any) -> ColumnElement[bool]:
+    """A device may refuse this version: it is the newest one, and not acknowledged."""
+    newest: ColumnElement[bool] = version == device.desired_version
+    return newest & pending(device)

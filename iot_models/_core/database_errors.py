@@ -44,6 +44,10 @@ _LOST: Final = (
 _BY_SQLSTATE: Final[Mapping[str | None, str]] = {
     "42P01": _UNMIGRATED,  # undefined_table
     "42703": _UNMIGRATED,  # undefined_column
+    INSUFFICIENT_PRIVILEGE: (
+        "The role of this engine needs SELECT, INSERT, UPDATE, DELETE on device_state, and SELECT, INSERT, DELETE on "
+        "device_shadow_history: GRANT them as the owner. If row level security is on: see docs/tenancy.md."
+    ),
     "22P05": (  # untranslatable_character
         "The encoding of the database, or the session's client_encoding, does not have a character of it: use a "
         "database with ENCODING 'UTF8', and an engine made with iot_models.engine.create_engine. Nothing of the "
@@ -90,22 +94,44 @@ def explained() -> Iterator[None]:
 
 
 def hide_row(context: ExceptionContext) -> None:
-    """Take the values of the row out of a constraint's error: PostgreSQL quotes the row, with its documents.
+    """Take out of a server's error what may quote documents. Its message, SQLSTATE and hint stay.
+
+    A constraint's DETAIL quotes the row. CONTEXT, QUERY and LINE may quote the parameters of the statement, or a
+    statement that a trigger has made of the row. The drivers have them as attributes, too.
 
     A listener for SQLAlchemy's `handle_error`.
     """
     original: Any = context.original_exception
     asyncpgs: Any = original.__cause__
-    found = context.sqlalchemy_exception
-    detail = getattr(getattr(original, "diag", None), "message_detail", None) or getattr(asyncpgs, "detail", None)
-    state = sqlstate(found) if isinstance(found, DBAPIError) else None
-    if not detail or not (state or "").startswith(_ABOUT_A_ROW) or _KEY.match(detail):
+    diag: Any = getattr(original, "diag", None)
+    if getattr(diag, "message_primary", None):
+        said = str(original)
+        detail = _without_a_row(diag.sqlstate, diag.message_detail)
+        kept = "\n".join(
+            [
+                diag.message_primary,
+                *([f"DETAIL:  {detail}"] if detail else []),
+                *([f"HINT:  {diag.message_hint}"] if diag.message_hint else []),
+            ]
+        )
+        if hasattr(original, "_info"):  # psycopg's: what `diag` reads
+            hidden = {"CONTEXT", "INTERNAL_QUERY", *([] if detail else ["MESSAGE_DETAIL"])}
+            read = original.__reduce__()[2]["_info"]
+            original._info = {field: value for field, value in read.items() if field.name not in hidden}  # noqa: SLF001
+    elif hasattr(asyncpgs, "internal_query"):
+        said = str(asyncpgs)
+        asyncpgs.detail = _without_a_row(asyncpgs.sqlstate, asyncpgs.detail)
+        asyncpgs.context = asyncpgs.internal_query = None
+        kept = str(asyncpgs)
+    else:  # the server has said nothing
         return
-    quoted = re.compile(rf"\n[^\n:]+: +{re.escape(detail)}")
-    for error in filter(None, (found, original, asyncpgs)):
-        error.args = tuple(quoted.sub("", part) if isinstance(part, str) else part for part in error.args)
-        if getattr(error, "detail", None):
-            error.detail = None
+    for error in filter(None, (context.sqlalchemy_exception, original)):
+        error.args = tuple(part.replace(said, kept) if isinstance(part, str) else part for part in error.args)
+
+
+def _without_a_row(state: str | None, detail: str | None) -> str | None:
+    about_a_row = (state or "").startswith(_ABOUT_A_ROW)
+    return None if about_a_row and not _KEY.match(detail or "") else detail
 
 
 def _hint(error: DBAPIError) -> str | None:

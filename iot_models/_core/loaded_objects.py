@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from sqlalchemy import event, inspect
 from sqlalchemy.orm import scoped_session
 
+from iot_models._core import validation
 from iot_models._core.tracked_documents import notice, set_committed_value
 from iot_models.models import DeviceState
 
@@ -28,11 +29,27 @@ if TYPE_CHECKING:
 # `version_guard` keeps it for all that SQLAlchemy loads, `show` for what the service shows.
 READ_AT: Final = "iot_models.desired_read_at"
 _WRITTEN: Final = "iot_models.written_in_savepoints"
+# In `Session.info`, by the application: who writes, and why, for the history.
+ACTOR: Final = "iot_models.actor"
+REASON: Final = "iot_models.reason"
 
 
 def session_of(given: Session | scoped_session[Any]) -> Session:
     """The session to use now: of a `scoped_session`, the one of the current scope."""
     return given() if isinstance(given, scoped_session) else given
+
+
+def author(session: Session, actor: str | None = None, reason: str | None = None) -> dict[str, str | None]:
+    """Who writes and why, as the statements bind it: what the caller says, else what the session's `info` does.
+
+    Raises:
+        TypeError: If one of these is no string.
+        ValueError: If one is empty, too long, or cannot be stored as text.
+    """
+    actor = validation.identifier(f"session.info[{ACTOR!r}]", session.info.get(ACTOR)) if actor is None else actor
+    if reason is None and (known := session.info.get(REASON)) is not None:
+        reason = validation.words(f"session.info[{REASON!r}]", known)
+    return {"author": actor, "why": reason}
 
 
 def loaded(session: Session, tenant_id: str, device_ids: Iterable[str]) -> dict[str, list[DeviceState]]:
@@ -64,10 +81,17 @@ def show(session: Session, row: Row[*tuple[Any, ...]], *, besides: DeviceState |
             state = inspect(device)
             notice(state)
             for name, value in row._mapping.items():  # noqa: SLF001 - Row's public name for it
-                if not state.attrs[name].history.has_changes():
+                if name in state.attrs and not state.attrs[name].history.has_changes():
                     set_committed_value(device, name, deepcopy(value))
                     if name == "desired_state":
                         state.info[READ_AT] = row.desired_version
+
+
+def expire(session: Session, tenant_id: str, device_ids: Iterable[str]) -> None:
+    """Let the loaded objects of these devices, which were removed, say so where they are read."""
+    for devices in loaded(session, tenant_id, device_ids).values():
+        for device in devices:
+            session.expire(device)
 
 
 def remember(session: Session, tenant_id: str, device_ids: Iterable[str]) -> None:

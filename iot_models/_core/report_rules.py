@@ -54,6 +54,8 @@ class CheckedReport(NamedTuple):
         patch: The merge patch; None if the report is a document or invalid.
         acked_version: As a plain int; None if the report names no version, or is invalid.
         if_converged: Whether it acknowledges the newest version if the device is converged after it.
+        refused_version: The version that the device refuses; None if it refuses none, or the report is invalid.
+        refusal: Why.
     """
 
     report: Report
@@ -62,6 +64,8 @@ class CheckedReport(NamedTuple):
     patch: Mapping[str, object] | None = None
     acked_version: int | None = None
     if_converged: bool = False
+    refused_version: int | None = None
+    refusal: str | None = None
 
     @property
     def is_valid(self) -> bool:
@@ -76,21 +80,29 @@ class Accepted(NamedTuple):
         document: The document of its last accepted report, as JSON text.
         seen: What the reports were judged by: the write takes effect only where it is still current.
         reported_version: The new `reported_version`.
+        refused_version: The version that it refuses; None leaves what the row has.
+        refusal: Why.
     """
 
     document: str
     seen: Stored
     reported_version: int
+    refused_version: int | None = None
+    refusal: str | None = None
 
 
-def judge(acked_version: int | None, versions: Versions) -> ReportStatus:
-    """Accept or refuse a valid report of a device that is at these versions."""
-    if acked_version is None:
-        return ReportStatus.ACCEPTED
+def judge(acked_version: int | None, versions: Versions, refused_version: int | None = None) -> ReportStatus:
+    """Accept or refuse a valid report of a device that is at these versions.
+
+    A version that is refused is newer than the one that the same report acknowledges, if it does both.
+    """
+    newest = max((version for version in (acked_version, refused_version) if version is not None), default=0)
     # In this order: after a restore that left desired behind reported, the version is unknown, not merely late.
-    if acked_version > versions.desired:
+    if newest > versions.desired:
         return ReportStatus.UNKNOWN_VERSION
-    if acked_version < versions.reported:
+    if acked_version is not None and acked_version < versions.reported:
+        return ReportStatus.LATE
+    if refused_version is not None and not (refused_version == versions.desired > versions.reported):
         return ReportStatus.LATE
     return ReportStatus.ACCEPTED
 
@@ -108,6 +120,20 @@ def require_accepted(device_id: str, acked_version: int | None, versions: Versio
     if status is ReportStatus.UNKNOWN_VERSION:
         raise UnknownVersion(device_id, acked_version, versions.desired)
     raise LateReport(device_id, acked_version, versions.reported)
+
+
+def require_refusable(device_id: str, version: int, versions: Versions) -> None:
+    """Do not take a refusal that `judge` does not accept.
+
+    Raises:
+        LateReport: If there is a newer version, or this one is acknowledged already.
+        UnknownVersion: If the version was never asked for.
+    """
+    status = judge(None, versions, version)
+    if status is ReportStatus.UNKNOWN_VERSION:
+        raise UnknownVersion(device_id, version, versions.desired)
+    if status is ReportStatus.LATE:
+        raise LateReport(device_id, version, versions.desired)
 
 
 def check(report: Report, limits: DocumentLimits, *, patches: bool) -> CheckedReport:
@@ -130,6 +156,7 @@ def check(report: Report, limits: DocumentLimits, *, patches: bool) -> CheckedRe
     document, patch = None, None
     try:
         acked_version = validation.acknowledgement(report.acked_version, report.ack_if_converged)
+        refused_version = validation.refusal(report)
         if patches:
             check_document(report.reported, limits)
             patch = report.reported
@@ -137,7 +164,9 @@ def check(report: Report, limits: DocumentLimits, *, patches: bool) -> CheckedRe
             document = encode_document(report.reported, limits)
     except (TypeError, ValueError):  # InvalidDocument is a ValueError
         return CheckedReport(report, device_id)
-    return CheckedReport(report, device_id, document, patch, acked_version, report.ack_if_converged)
+    return CheckedReport(
+        report, device_id, document, patch, acked_version, report.ack_if_converged, refused_version, report.refusal
+    )
 
 
 def _is_text(value: object) -> bool:
@@ -170,7 +199,7 @@ def fold(
         elif device_id is None or now is None:
             status = ReportStatus.UNKNOWN_DEVICE
         else:
-            status = judge(report.acked_version, now.versions)
+            status = judge(report.acked_version, now.versions, report.refused_version)
             if status is ReportStatus.ACCEPTED:
                 try:
                     document, now = _applied(report, now, tenant_id, device_id, limits)
@@ -179,7 +208,10 @@ def fold(
                     status = ReportStatus.INVALID
                 else:
                     current[device_id] = now
-                    accepted[device_id] = Accepted(document, stored[device_id], now.versions.reported)
+                    refused = (report.refused_version, report.refusal)
+                    if report.refused_version is None and device_id in accepted:
+                        refused = accepted[device_id][-2:]
+                    accepted[device_id] = Accepted(document, stored[device_id], now.versions.reported, *refused)
         outcomes.append(ReportOutcome(report.report.device_id, status, *(now.versions if now else (None, None))))
     return outcomes, accepted
 

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.dml import ReturningUpdate
     from sqlalchemy.types import TypeEngine
 
-    # Their rows have the columns of a shadow, by name: see _SHADOW.
+    # Their rows have the columns of a shadow, by name: see SHADOW.
     ShadowSelect: TypeAlias = Select[*tuple[Any, ...]]
     ShadowUpdate: TypeAlias = ReturningUpdate[*tuple[Any, ...]]
 
@@ -55,7 +55,7 @@ Section = Literal["desired_state", "reported_state"]
 _C: Final = TABLE.c
 
 # What every statement that shows shadows returns; it is read by name.
-_SHADOW: Final = (
+SHADOW: Final = (
     _C.tenant_id,
     _C.device_id,
     _C.desired_state,
@@ -64,9 +64,12 @@ _SHADOW: Final = (
     _C.reported_version,
     _C.shadow_updated_at,
     _C.last_seen_at,
+    _C.refused_version,
+    _C.refusal,
+    _C.refused_at,
 )
-_OF_TENANT: Final = _C.tenant_id == bindparam("tenant", type_=PlainText())
-_OF_DEVICE: Final = _C.device_id == bindparam("device", type_=PlainText())
+OF_TENANT: Final = _C.tenant_id == bindparam("tenant", type_=PlainText())
+OF_DEVICE: Final = _C.device_id == bindparam("device", type_=PlainText())
 
 
 class _ArrayAsText(TypeDecorator[Iterable[object]]):
@@ -93,34 +96,20 @@ def _array(name: str, of: TypeEngine[Any]) -> Cast[Any]:
     return cast(bindparam(name, type_=_ArrayAsText), ARRAY(of))
 
 
-_DEVICES: Final = _array("devices", Text())
+DEVICES: Final = _array("devices", Text())
 # Not `= ANY (array)`: PostgreSQL does not know the array when it plans, would read all of a tenant where the batch is a
 # large part of it, and compare each row with each id.
-_OF_DEVICES: Final = _C.device_id.in_(select(func.pg_catalog.unnest(_DEVICES)))
+OF_DEVICES: Final = _C.device_id.in_(select(func.pg_catalog.unnest(DEVICES)))
 _PENDING: Final = conditions.pending(_C)
-_DOCUMENT: Final = cast(bindparam("document", type_=Text), JSONB)
-
-
-def _desired_write(document: ColumnElement[Any]) -> dict[str, Any]:
-    """What a desired write does to a row, whichever way it comes: single, batch, or a flush of the ORM.
-
-    A `reported_version` ahead of the desired one, which others may have stored, is brought back to it: the device is
-    an ordinary pending one from then on.
-    """
-    return {
-        "desired_state": document,
-        "desired_version": _C.desired_version + 1,
-        "reported_version": func.least(_C.reported_version, _C.desired_version),
-        "shadow_updated_at": _not_before(_C.shadow_updated_at),
-    }
+DOCUMENT: Final = cast(bindparam("document", type_=Text), JSONB)
 
 
 def _reported_write(document: ColumnElement[Any]) -> dict[str, Any]:
     """What every report does to a row, besides the version that it may acknowledge."""
-    return {"reported_state": document, "last_seen_at": _not_before(_C.last_seen_at)}
+    return {"reported_state": document, "last_seen_at": not_before(_C.last_seen_at)}
 
 
-def _not_before(time: ColumnElement[Any]) -> ColumnElement[Any]:
+def not_before(time: ColumnElement[Any]) -> ColumnElement[Any]:
     """The time of a write: its transaction's, and never before the time that the row has when it is locked.
 
     Of two writes of a row, the transaction that began first may be the one that writes last. A time of the row that is
@@ -136,19 +125,19 @@ def _not_before(time: ColumnElement[Any]) -> ColumnElement[Any]:
 @cache
 def one_shadow() -> ShadowSelect:
     """The shadow of one device. Binds `tenant`, `device`."""
-    return select(*_SHADOW).where(_OF_TENANT, _OF_DEVICE)
+    return select(*SHADOW).where(OF_TENANT, OF_DEVICE)
 
 
 @cache
 def many_shadows() -> ShadowSelect:
     """The shadows of several devices, unordered. Binds `tenant`, `devices` (an array)."""
-    return select(*_SHADOW).where(_OF_TENANT, _OF_DEVICES)
+    return select(*SHADOW).where(OF_TENANT, OF_DEVICES)
 
 
 @cache
 def versions() -> Select[int, int]:
     """`desired_version` and `reported_version` of one device. Binds `tenant`, `device`."""
-    return select(_C.desired_version, _C.reported_version).where(_OF_TENANT, _OF_DEVICE)
+    return select(_C.desired_version, _C.reported_version).where(OF_TENANT, OF_DEVICE)
 
 
 @cache
@@ -160,19 +149,9 @@ def locked_document(section: Section) -> Select[str, int, int]:
     """
     return (
         select(cast(_C[section], Text).label("document"), _C.desired_version, _C.reported_version)
-        .where(_OF_TENANT, _OF_DEVICE)
+        .where(OF_TENANT, OF_DEVICE)
         .with_for_update(key_share=True)
     )
-
-
-@cache
-def write_desired(*, guarded: bool) -> ShadowUpdate:
-    """Set the desired document and raise its version by one. Binds `tenant`, `device`, `document`.
-
-    If guarded, it writes only a row whose `desired_version` is the bound `expected`.
-    """
-    guard = [_C.desired_version == bindparam("expected", type_=BigInteger)] if guarded else []
-    return update(TABLE).where(_OF_TENANT, _OF_DEVICE, *guard).values(_desired_write(_DOCUMENT)).returning(*_SHADOW)
 
 
 @cache
@@ -184,10 +163,10 @@ def write_reported(*, acked: bool, if_converged: bool, unchanged: bool) -> Shado
     row's desired document asks. If unchanged, it writes only a row whose reported document is still the bound `seen`
     (JSON text), because reported documents have no version of their own.
     """
-    values = _reported_write(_DOCUMENT)
+    values = _reported_write(DOCUMENT)
     guard: list[ColumnElement[bool]] = []
     if if_converged:
-        judged = _judged(_locked_row(), _DOCUMENT)
+        judged = _judged(_locked_row(), DOCUMENT)
         values["reported_version"] = _newest_if_converged(judged, otherwise=_C.reported_version)
         guard.append(_C.device_id == judged.c.device_id)
     if acked:
@@ -198,13 +177,31 @@ def write_reported(*, acked: bool, if_converged: bool, unchanged: bool) -> Shado
         guard.append(conditions.accepted(version, _C))
     if unchanged:
         guard.append(_C.reported_state == cast(bindparam("seen", type_=Text), JSONB))
-    return update(TABLE).where(_OF_TENANT, _OF_DEVICE, *guard).values(values).returning(*_SHADOW)
+    return update(TABLE).where(OF_TENANT, OF_DEVICE, *guard).values(values).returning(*SHADOW)
+
+
+@cache
+def refuse_desired() -> ShadowUpdate:
+    """Record that a device refuses its newest version. Binds `tenant`, `device`, `version`, `words`.
+
+    It writes only a row that is at that version and has not acknowledged it.
+    """
+    version = bindparam("version", type_=BigInteger)
+    values = {
+        # Where the guard holds, this is :version: as for `acked`.
+        "refused_version": _C.desired_version,
+        "refusal": cast(bindparam("words", type_=Text), Text),
+        "refused_at": not_before(_C.refused_at),
+        "last_seen_at": not_before(_C.last_seen_at),
+    }
+    guard = conditions.refusable(version, _C)
+    return update(TABLE).where(OF_TENANT, OF_DEVICE, guard).values(values).returning(*SHADOW)
 
 
 @cache
 def versions_of_many() -> Select[str, int]:
     """`device_id` and `desired_version` of several devices, unordered. Binds `tenant`, `devices` (an array)."""
-    return select(_C.device_id, _C.desired_version).where(_OF_TENANT, _OF_DEVICES)
+    return select(_C.device_id, _C.desired_version).where(OF_TENANT, OF_DEVICES)
 
 
 @cache
@@ -217,43 +214,25 @@ def locked_devices(*sections: Section) -> ShadowSelect:
     texts = [cast(_C[section], Text).label(section) for section in sections]
     return (
         select(_C.device_id, _C.desired_version, _C.reported_version, *texts)
-        .where(_OF_TENANT, _OF_DEVICES)
+        .where(OF_TENANT, OF_DEVICES)
         .order_by(_C.device_id)
         .with_for_update(key_share=True)
     )
 
 
 @cache
-def write_desired_many() -> ShadowUpdate:
-    """Set the desired documents of several devices and raise their versions, all or none; binds `tenant` and arrays.
-
-    The arrays are `devices` (each once), `documents` and `expected` (NULL: any version). First the rows at their
-    expected version are locked, in order. The statement writes only if these are all the devices of the batch.
-    """
-    wanted = _rows_of("wanted", expected=BigInteger())
-    new = _rows_of("new", documents=Text())
-    locked = _locked(wanted, func.coalesce(wanted.c.expected, _LOCKED.c.desired_version) == _LOCKED.c.desired_version)
-    all_locked = select(func.count()).select_from(locked).scalar_subquery() == func.pg_catalog.cardinality(_DEVICES)
-    return (
-        update(TABLE)
-        .where(_OF_TENANT, _C.device_id == new.c.devices, all_locked)
-        .values(_desired_write(cast(new.c.documents, JSONB)))
-        .returning(*_SHADOW)
-    )
-
-
-@cache
-def write_reported_many(
-    *, if_converged: bool = False, decided: bool = False, unchanged: bool = False
+def write_reported_many(  # noqa: C901 - a clause of the statement for each
+    *, if_converged: bool = False, refuses: bool = False, decided: bool = False, unchanged: bool = False
 ) -> ReturningUpdate[str, int, int]:
     """Set the reported documents of several devices, `reported_version` and `last_seen_at`; binds `tenant` and arrays.
 
     The arrays are `devices` (each once), `documents` and `acked` (NULL: leave `reported_version` as it is). A row is
     written under the guard of `write_reported`. If if_converged, the array of that name has the rows that acknowledge
-    as `write_reported` does. If decided, the reports were judged before the statement, and the arrays `desired` and
-    `reported` are the versions that they were judged by: only a row at these versions is written, and if unchanged,
-    only one whose reported document is that of the array `seen` (JSON texts). Returns the devices written, and both
-    versions.
+    as `write_reported` does. If refuses, the arrays `refused` and `refusals` have the versions that devices refuse, and
+    why (NULL: leave it as it is), under the guard of `refuse_desired`. If decided, the reports were judged before the
+    statement, and the arrays `desired` and `reported` are the versions that they were judged by: only a row at these
+    versions is written, and if unchanged, only one whose reported document is that of the array `seen` (JSON texts).
+    Returns the devices written, and both versions.
 
     All rows are locked, in order, before the first one is written, including those that the guard then refuses. So a
     statement that reads them afterwards has their locks already, and finds the versions that the guard found.
@@ -265,35 +244,55 @@ def write_reported_many(
     arrays: dict[str, TypeEngine[Any]] = {"documents": Text(), "acked": BigInteger()}
     if if_converged:
         arrays |= {"if_converged": Boolean()}
+    if refuses:
+        arrays |= {"refused": BigInteger(), "refusals": Text()}
     if decided:
         arrays |= {"desired": BigInteger(), "reported": BigInteger()}
     if unchanged:
         arrays |= {"seen": Text()}
-    new = _rows_of("new", **arrays)
-    sections = [_LOCKED.c.desired_state] if if_converged else []
-    locked = _locked(new, carrying=(*sections, _LOCKED.c.desired_version, _LOCKED.c.reported_version, *new.c[1:]))
+    new = rows_of("new", **arrays)
+    sections = [LOCKED.c.desired_state] if if_converged else []
+    # The time beside the rows: Citus refuses a function of time in the CASE of an UPDATE.
+    now = [func.now().label("now")] if refuses else []
+    locked = locked_rows(
+        new, carrying=(*sections, LOCKED.c.desired_version, LOCKED.c.reported_version, *now, *new.c[1:])
+    )
     if if_converged:
         locked = _judged(locked, cast(locked.c.documents, JSONB), where=locked.c.if_converged)
     if decided:
         guard = (locked.c.desired_version == locked.c.desired) & (locked.c.reported_version == locked.c.reported)
     else:
         guard = locked.c.acked.is_(None) | conditions.accepted(locked.c.acked, locked.c)
+        if refuses:
+            guard &= locked.c.refused.is_(None) | conditions.refusable(locked.c.refused, locked.c)
     if unchanged:
         guard &= _C.reported_state == cast(locked.c.seen, JSONB)
     document = cast(locked.c.documents, JSONB)
     version: ColumnElement[int] = func.coalesce(locked.c.acked, locked.c.reported_version)
     if if_converged:
         version = _newest_if_converged(locked, otherwise=version)
+    values = _reported_write(document) | {"reported_version": version}
+    if refuses:
+        values |= _refusals(locked)
     return (
         update(TABLE)
-        .where(_OF_TENANT, _C.device_id == locked.c.device_id, guard)
-        .values(_reported_write(document) | {"reported_version": version})
+        .where(OF_TENANT, _C.device_id == locked.c.device_id, guard)
+        .values(values)
         .returning(_C.device_id, _C.desired_version, _C.reported_version)
     )
 
 
+def _refusals(locked: CTE) -> dict[str, Any]:
+    is_none = locked.c.refused.is_(None)
+    return {
+        "refused_version": func.coalesce(locked.c.refused, _C.refused_version),
+        "refusal": case((is_none, _C.refusal), else_=locked.c.refusals),
+        "refused_at": case((is_none, _C.refused_at), else_=locked.c.now),
+    }
+
+
 # The table once more, for the rows that a writing statement locks before it writes.
-_LOCKED: Final = TABLE.alias("locking")
+LOCKED: Final = TABLE.alias("locking")
 
 
 def _judged(locked: CTE, document: ColumnElement[Any], *, where: ColumnElement[bool] | None = None) -> CTE:
@@ -318,36 +317,37 @@ def _newest_if_converged(judged: CTE, *, otherwise: ColumnElement[int]) -> Colum
 
 def _locked_row() -> CTE:
     """The row of the bound device, locked, with its desired document."""
-    of_device = _LOCKED.c.device_id == bindparam("device", type_=PlainText())
-    return _lock(select(_LOCKED.c.device_id, _LOCKED.c.desired_state).where(of_device))
+    of_device = LOCKED.c.device_id == bindparam("device", type_=PlainText())
+    return lock(select(LOCKED.c.device_id, LOCKED.c.desired_state).where(of_device))
 
 
-def _rows_of(name: str, **arrays: TypeEngine[Any]) -> TableValuedAlias:
+def rows_of(name: str, **arrays: TypeEngine[Any]) -> TableValuedAlias:
     """The bound array `devices`, and others bound by their names, side by side as the columns of a table."""
     types = {"devices": Text(), **arrays}
     columns = [column(key, type_) for key, type_ in types.items()]
     # Several arrays are known to PostgreSQL as `unnest` only, which then is the catalog's, whatever else has the name.
-    rows = func.unnest(*(_array(key, type_) for key, type_ in types.items()))
+    unnest = func.unnest if arrays else func.pg_catalog.unnest
+    rows = unnest(*(_array(key, type_) for key, type_ in types.items()))
     return rows.table_valued(*columns).render_derived(name=name)
 
 
-def _locked(of: TableValuedAlias, *guard: ColumnElement[bool], carrying: Sequence[ColumnElement[Any]] = ()) -> CTE:
+def locked_rows(of: TableValuedAlias, *guard: ColumnElement[bool], carrying: Sequence[ColumnElement[Any]] = ()) -> CTE:
     """The rows of these devices for which the guard holds, locked in the order of `device_id`.
 
     The guard is evaluated on a row as it is when it is locked.
     """
-    return _lock(
-        select(_LOCKED.c.device_id, *carrying)
-        .join_from(_LOCKED, of, _LOCKED.c.device_id == of.c.devices)
+    return lock(
+        select(LOCKED.c.device_id, *carrying)
+        .join_from(LOCKED, of, LOCKED.c.device_id == of.c.devices)
         .where(*guard)
-        .order_by(_LOCKED.c.device_id)
+        .order_by(LOCKED.c.device_id)
     )
 
 
-def _lock(rows: ShadowSelect) -> CTE:
+def lock(rows: ShadowSelect) -> CTE:
     """These rows of the bound tenant, locked as `locked_document` does."""
-    of_tenant = _LOCKED.c.tenant_id == bindparam("tenant", type_=PlainText())
-    return rows.where(of_tenant).with_for_update(key_share=True, of=_LOCKED).cte("locked").prefix_with("MATERIALIZED")
+    of_tenant = LOCKED.c.tenant_id == bindparam("tenant", type_=PlainText())
+    return rows.where(of_tenant).with_for_update(key_share=True, of=LOCKED).cte("locked").prefix_with("MATERIALIZED")
 
 
 @cache
@@ -360,15 +360,31 @@ def pending_page(*, after: bool) -> ShadowSelect:
     planner knew it, and expected no more pending devices than that (a table without statistics, a tenant whose rows
     were just loaded), it would sort all of them for each page. Without it, it reads the index in order.
     """
+    return _page(_PENDING, after=after)
+
+
+def _page(condition: ColumnElement[bool], *, after: bool) -> ShadowSelect:
     behind = [_C.device_id > bindparam("after", type_=PlainText())] if after else []
     limit = select(bindparam("limit", type_=BigInteger)).scalar_subquery()
-    return select(*_SHADOW).where(_OF_TENANT, _PENDING, *behind).order_by(_C.device_id).limit(limit)
+    return select(*SHADOW).where(OF_TENANT, condition, *behind).order_by(_C.device_id).limit(limit)
 
 
 @cache
 def pending_count() -> Select[int]:
     """How many devices have not acknowledged the newest version. Binds `tenant`."""
-    return select(func.count()).select_from(TABLE).where(_OF_TENANT, _PENDING)
+    return select(func.count()).select_from(TABLE).where(OF_TENANT, _PENDING)
+
+
+@cache
+def refused_page(*, after: bool) -> ShadowSelect:
+    """A page of the devices that refused the newest version, as `pending_page`."""
+    return _page(conditions.refused(_C), after=after)
+
+
+@cache
+def refused_count() -> Select[int]:
+    """How many devices refused the newest version. Binds `tenant`."""
+    return select(func.count()).select_from(TABLE).where(OF_TENANT, conditions.refused(_C))
 
 
 @cache
@@ -376,7 +392,7 @@ def drifted_page(*, after: bool) -> ShadowSelect:
     """A page of the devices that acknowledged the newest version and lack some of it, as `pending_page`."""
     behind = [_C.device_id > bindparam("after", type_=PlainText())] if after else []
     limit = bindparam("limit", type_=BigInteger)
-    return select(*_SHADOW).where(_OF_TENANT, conditions.drifted(_C), *behind).order_by(_C.device_id).limit(limit)
+    return select(*SHADOW).where(OF_TENANT, conditions.drifted(_C), *behind).order_by(_C.device_id).limit(limit)
 
 
 @cache
@@ -387,4 +403,4 @@ def status_counts() -> Select[str, int]:
     """
     now, stale_after = bindparam("now", type_=TIMESTAMP(timezone=True)), bindparam("stale_after", type_=Interval)
     status = conditions.sync_status(_C, now, stale_after).label("sync_status")
-    return select(status, func.count().label("devices")).where(_OF_TENANT).group_by(status)
+    return select(status, func.count().label("devices")).where(OF_TENANT).group_by(status)

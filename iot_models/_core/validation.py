@@ -5,9 +5,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping
 from datetime import datetime
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from iot_models.errors import DeviceNotFound, InvalidVersion, shown
+
+if TYPE_CHECKING:
+    from iot_models.reports import Report
 
 # Bound as bigint; the columns are integer, so that no larger number is ever current.
 _WHOLE_BOUND: Final = 2**63
@@ -116,9 +119,7 @@ def require_tenant(tenant_id: str) -> None:
         TypeError: If it is no string.
         ValueError: If it is empty, or text that PostgreSQL cannot store.
     """
-    require_text("tenant_id", tenant_id)
-    if not tenant_id or not storable_text(tenant_id):
-        raise ValueError(f"tenant_id must be text that PostgreSQL can store and not empty, got {shown(tenant_id)}")
+    require_new_id("tenant_id", tenant_id)
 
 
 def device_id_list(device_ids: Iterable[str]) -> list[str]:
@@ -160,6 +161,27 @@ def version(name: str, value: object) -> int | None:
     return None if value is None else _version(name, value)
 
 
+def require_version(name: str, value: object) -> int:
+    """A version.
+
+    Raises:
+        InvalidVersion: As `version`, and if it is None.
+    """
+    return _version(name, value)
+
+
+def require_new_id(name: str, value: object) -> None:
+    """Refuse what no new row can have as an id.
+
+    Raises:
+        TypeError: If it is no string.
+        ValueError: If it is empty, or text that PostgreSQL cannot store.
+    """
+    require_text(name, value)
+    if not value or not storable_text(str(value)):
+        raise ValueError(f"{name} must be text that PostgreSQL can store and not empty, got {shown(value)}")
+
+
 def _version(name: str, value: object) -> int:
     try:
         return whole(name, value)
@@ -184,6 +206,62 @@ def acknowledgement(acked_version: object, ack_if_converged: object) -> int | No
             "Pass the version that the device sent, or ack_if_converged for a device that sends none"
         )
     return acked
+
+
+# In characters. An actor and a request id are ids; PostgreSQL's indexes take no longer ones together with others.
+_LONGEST_ID: Final = 255
+_LONGEST_WORDS: Final = 1000
+
+
+def identifier(name: str, value: object) -> str | None:
+    """An actor, or a request id; None where the caller gave none.
+
+    Raises:
+        TypeError: If it is no string.
+        ValueError: If it is empty, longer than 255 characters, or text that PostgreSQL cannot store.
+    """
+    return None if value is None else _label(name, value, _LONGEST_ID)
+
+
+def words(name: str, value: object) -> str:
+    """A reason.
+
+    Raises:
+        TypeError: If it is no string.
+        ValueError: If it is empty, longer than 1,000 characters, or text that PostgreSQL cannot store.
+    """
+    return _label(name, value, _LONGEST_WORDS)
+
+
+def _label(name: str, value: object, longest: int) -> str:
+    require_text(name, value)
+    text = str(value)
+    if not text.strip() or len(text) > longest or not storable_text(text):
+        raise ValueError(
+            f"{name} must be text that PostgreSQL can store, not empty and of {longest:,} characters at most, "
+            f"got {len(text):,} characters: {shown(text)}"
+        )
+    return text
+
+
+def refusal(report: Report) -> int | None:
+    """The version that a report refuses; None where it refuses none.
+
+    Raises:
+        TypeError: If its reason is no string.
+        InvalidVersion: If it is no version.
+        ValueError: If it has no reason, or one without a version, or the report acknowledges the same or a newer one.
+    """
+    refused = version("refused_version", report.refused_version)
+    if refused is None:
+        if report.refusal is not None:
+            raise ValueError("a report has a refusal, and no refused_version")
+        return None
+    words("refusal", report.refusal)
+    acked = version("acked_version", report.acked_version)
+    if report.ack_if_converged or (acked is not None and acked >= refused):
+        raise ValueError(f"a report that refuses version {refused} acknowledges an older one, or none")
+    return refused
 
 
 def versions(name: str, values: Mapping[str, int] | None, *, of: Mapping[str, object]) -> dict[str, int]:

@@ -10,6 +10,10 @@ a newer version, from a lazy load, a refresh of one column, or a write of the se
 nothing about the document in the object. If a document was read while the object showed no version, no version can
 guard it, and the flush is refused.
 
+**The history sees it all.** That UPDATE records the version, and a deletion the end of the device. An object that is
+added under the id of a device that was removed goes on at the version of the removal, as `ShadowService.register` does.
+Each costs one statement for all objects of a flush and tenant.
+
 `import iot_models` imports this module, which sets the rule up for `DeviceState` and for classes that extend it.
 """
 
@@ -22,17 +26,19 @@ from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import InstanceState, Mapper, Session, object_session
 from sqlalchemy.orm.exc import StaleDataError
 
-from iot_models._core import loaded_objects, statements, tracked_documents
+from iot_models._core import desired_statements, loaded_objects, tracked_documents
 from iot_models._core.documents import encode_document
 from iot_models._core.equality import json_equal
-from iot_models._core.loaded_objects import READ_AT
+from iot_models._core.loaded_objects import READ_AT, author
 from iot_models._core.tracked_documents import STORABLE, Document, set_committed_value
 from iot_models.models import DeviceState
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable
 
 _DOCUMENTS: Final = ("state", "desired_state", "reported_state")
+# In `Session.info`.
+_FLUSH: Final = "iot_models.flush"
 
 
 @event.listens_for(DeviceState, "load", raw=True, propagate=True)
@@ -82,6 +88,64 @@ def _before_insert(mapper: Mapper[DeviceState], _connection: Connection, device:
 @event.listens_for(DeviceState, "after_insert", raw=True, propagate=True)
 def _after_insert(_mapper: object, _connection: object, state: InstanceState[DeviceState]) -> None:
     state.info[READ_AT] = state.dict.get("desired_version")
+    _flush_of(cast("Session", state.session)).added.append(cast("DeviceState", state.obj()))
+
+
+@event.listens_for(DeviceState, "before_delete", propagate=True)
+def _before_delete(_mapper: object, connection: Connection, device: DeviceState) -> None:
+    session = cast("Session", object_session(device))
+    ended = _flush_of(session).ended
+    if device in ended:
+        return
+    # All at once: the first DELETE comes after the last of these events.
+    ending = {device, *(other for other in session.deleted if isinstance(other, DeviceState))} - ended
+    ended |= ending
+    for tenant_id, device_ids in _by_tenant(ending).items():
+        binds = {"tenant": tenant_id, "devices": device_ids, **author(session)}
+        connection.execute(desired_statements.record_removals(), binds)
+
+
+class _Flush:
+    """The devices that a flush inserts, and those whose end it has recorded."""
+
+    def __init__(self) -> None:
+        self.added: list[DeviceState] = []
+        self.ended: set[DeviceState] = set()
+
+
+def _flush_of(session: Session) -> _Flush:
+    if _FLUSH not in session.info:
+        event.listen(session, "after_flush_postexec", _go_on)
+        event.listen(session, "after_soft_rollback", _forget)
+        session.info[_FLUSH] = _Flush()
+    flush: _Flush = session.info[_FLUSH]
+    return flush
+
+
+def _forget(session: Session, _ended: object) -> None:
+    session.info[_FLUSH] = _Flush()
+
+
+def _go_on(session: Session, _context: object) -> None:
+    """Let what was inserted go on at the newest version of its history: see `desired_statements.go_on`.
+
+    After the INSERT, which waits for the end of a transaction that is just removing the device.
+    """
+    added = _flush_of(session).added
+    session.info[_FLUSH] = _Flush()
+    connection = session.connection(bind_arguments={"mapper": DeviceState.__mapper__}) if added else None
+    for tenant_id, device_ids in _by_tenant(added).items():
+        binds = {"tenant": tenant_id, "devices": device_ids}
+        for row in cast("Connection", connection).execute(desired_statements.go_on(), binds):
+            loaded_objects.show(session, row)
+
+
+def _by_tenant(devices: Iterable[DeviceState]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for device in devices:
+        tenant_id, device_id = cast("tuple[str, str]", inspect(device).identity)
+        found.setdefault(tenant_id, []).append(device_id)
+    return found
 
 
 @event.listens_for(DeviceState, "before_update", propagate=True)
@@ -109,8 +173,14 @@ def _before_update(_mapper: Mapper[DeviceState], connection: Connection, device:
     # None becomes NULL, which the column refuses.
     text = None if document is None else encode_document(document, STORABLE)
     row = connection.execute(
-        statements.write_desired(guarded=True),
-        {"tenant": tenant_id, "device": device_id, "expected": read_at, "document": text},
+        desired_statements.write_desired(guarded=True),
+        {
+            "tenant": tenant_id,
+            "device": device_id,
+            "expected": read_at,
+            "document": text,
+            **author(cast("Session", state.session)),
+        },
     ).one_or_none()
     if row is None:
         raise StaleDataError(
@@ -121,5 +191,8 @@ def _before_update(_mapper: Mapper[DeviceState], connection: Connection, device:
     set_committed_value(device, "desired_state", document)
     set_committed_value(device, "desired_version", row.desired_version)
     set_committed_value(device, "shadow_updated_at", row.shadow_updated_at)
+    for name in ("reported_version", "refused_version", "refusal", "refused_at"):
+        if not state.attrs[name].history.has_changes():
+            set_committed_value(device, name, getattr(row, name))
     state.info[READ_AT] = row.desired_version
     loaded_objects.show(cast("Session", state.session), row, besides=device)

@@ -1,4 +1,4 @@
-"""How a role gets around row level security on `device_state`, and who gets in the way of the statements of others."""
+"""How a role gets around row level security on our tables, and who gets in the way of the statements of others."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy import text
 
 from iot_models._core.shown_names import escaped
-from iot_models.models import TABLE
+from iot_models.models import HISTORY, TABLE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sqlalchemy import Connection
+
+# Ours beside the table and its history: where Alembic keeps the revision, and what downgrades park.
+_VERSION_TABLE: Final = "alembic_version_iot_models"
+_OTHERS: Final = (
+    _VERSION_TABLE,
+    "device_state_shadow_076",
+    "device_shadow_history_078",
+    "device_state_refusals_079",
+)
 
 # As in `statements`, no operator or function of a stranger's is a better match than the catalog's.
 _WITH: Final = """
@@ -56,6 +65,10 @@ _ATTRIBUTES: Final = """
     UNION ALL
     SELECT 'it is a member of ' || subject || ', which reaches the files of the server' FROM role
      WHERE CAST(rolname AS text) IN ('pg_execute_server_program', 'pg_read_server_files', 'pg_write_server_files')
+    UNION ALL
+    SELECT 'it is a member of ' || subject || ', which reads what others run: the tenants that they bind, and '
+           'documents where a driver writes values into its statements' FROM role
+     WHERE CAST(rolname AS text) IN ('pg_monitor', 'pg_read_all_stats')
     UNION ALL
     SELECT pg_catalog.format('%s may execute %s, which reach the files of the server', subject,
                              string_agg(CAST(CAST(p.oid AS regprocedure) AS text), ', ' ORDER BY p.oid))
@@ -113,6 +126,27 @@ _RIGHTS: Final = """
                              pg_catalog.format_type(atttypid, atttypmod), target.name)
       FROM target JOIN pg_attribute ON attrelid = target.oid
      WHERE attname = 'tenant_id' AND NOT atttypid = CAST(CAST('text' AS regtype) AS oid)
+"""
+
+_OTHER_TABLES: Final = """
+    -- The revision has no policies, and nobody but its owner may write it. What is parked has row level security.
+    SELECT pg_catalog.format('%s may use what no policy limits (REVOKE %s ON %s FROM %s)',
+                             coalesce(subject, 'everybody'),
+                             string_agg(privilege_type, ', ' ORDER BY privilege_type),
+                             CAST(CAST(c.oid AS regclass) AS text),
+                             coalesce(quote_ident(CAST(rolname AS text)), 'PUBLIC')) AS way
+      FROM target JOIN pg_class c ON c.relnamespace = target.relnamespace
+       AND CAST(c.relname AS text) = ANY (CAST(:others AS text[]))
+     CROSS JOIN LATERAL (
+       SELECT grantee, privilege_type FROM aclexplode(c.relacl)
+       UNION
+       SELECT e.grantee, e.privilege_type FROM pg_attribute t CROSS JOIN aclexplode(t.attacl) e
+        WHERE t.attrelid = c.oid) AS granted
+      LEFT JOIN role ON role.oid = grantee
+     WHERE (privilege_type IN ('MAINTAIN', 'REFERENCES', 'TRIGGER', 'TRUNCATE')
+            OR CAST(c.relname AS text) = CAST(:version_table AS text) AND privilege_type <> 'SELECT')
+       AND grantee <> c.relowner AND (grantee = CAST(0 AS oid) OR role.oid IS NOT NULL)
+     GROUP BY subject, rolname, c.oid
 """
 
 _RELATED_TABLES: Final = """
@@ -311,6 +345,47 @@ _CODE: Final = """
                  AND needed.objid = target.relnamespace))
 """
 
+_CALLERS_PATH: Final = """
+    (WITH RECURSIVE
+     -- PostgreSQL changes the rows of these as their owner, with the search path of whoever changes a device.
+     cascaded (oid) AS (
+       SELECT conrelid FROM family JOIN pg_constraint ON confrelid = family.oid AND CAST(contype AS text) = 'f'
+        WHERE CAST(confdeltype AS text) IN ('c', 'n', 'd') OR CAST(confupdtype AS text) IN ('c', 'n', 'd')
+       UNION
+       SELECT conrelid FROM cascaded JOIN pg_constraint ON confrelid = cascaded.oid AND CAST(contype AS text) = 'f'
+        WHERE CAST(confdeltype AS text) IN ('c', 'n', 'd') OR CAST(confupdtype AS text) IN ('c', 'n', 'd'))
+     SELECT DISTINCT
+            pg_catalog.format('%s may put its own tables before those that the function %s names, which runs as %s '
+                              '(ALTER FUNCTION %s SET search_path = %s, pg_temp)',
+                              subject, CAST(CAST(p.oid AS regprocedure) AS text), CAST(CAST(runner AS regrole) AS text),
+                              CAST(CAST(p.oid AS regprocedure) AS text), quote_ident(CAST(nspname AS text))) AS way
+       FROM target CROSS JOIN (SELECT oid, true AS as_owner FROM cascaded
+                               UNION SELECT oid, false FROM family) AS fired
+       JOIN pg_class c ON c.oid = fired.oid JOIN pg_namespace n ON n.oid = c.relnamespace
+       JOIN pg_trigger t ON tgrelid = c.oid JOIN pg_proc p ON p.oid = tgfoid JOIN pg_language l ON l.oid = prolang
+      CROSS JOIN LATERAL (SELECT CASE WHEN prosecdef THEN proowner ELSE c.relowner END) AS runs (runner)
+       JOIN role ON NOT role.oid = runner
+        AND (has_table_privilege(role.oid, target.oid, 'INSERT, DELETE')
+             OR has_any_column_privilege(role.oid, target.oid, 'INSERT, UPDATE'))
+        -- TEMP tables, or those of a schema that it puts first.
+        AND (EXISTS (SELECT FROM pg_namespace WHERE has_schema_privilege(role.oid, oid, 'CREATE'))
+             OR has_database_privilege(
+                  role.oid, (SELECT oid FROM pg_database WHERE datname = current_database()), 'TEMP'))
+      WHERE NOT rolsuper AND NOT role.oid = target.relowner
+        AND NOT tgisinternal AND NOT CAST(tgenabled AS text) = 'D' AND NOT CAST(lanname AS text) IN ('internal', 'c')
+        AND CASE WHEN as_owner
+            -- For DELETE or UPDATE. Before PostgreSQL 18, one that fires AFTER runs as whoever changed the device.
+            THEN CAST(tgtype AS integer) & 24 <> 0
+                 AND (prosecdef OR CAST(tgtype AS integer) & 2 <> 0
+                      OR CAST(current_setting('server_version_num') AS integer) >= 180000)
+            ELSE prosecdef END
+        -- TEMP tables come first, unless the function's own path names them later, or leads to no table of a team's.
+        AND NOT EXISTS (
+          SELECT FROM pg_catalog.unnest(proconfig) AS setting
+           WHERE setting IN ('search_path=""', 'search_path=pg_catalog')
+              OR setting LIKE 'search_path=%, pg_temp'))
+"""
+
 _POLICIES: Final = """
     SELECT pg_catalog.concat('the policy ', quote_ident(CAST(polname AS text)), ' shows it rows too') AS way
       FROM target JOIN pg_policy ON polrelid = target.oid
@@ -332,7 +407,7 @@ _POLICIES: Final = """
 """
 
 # One statement, and so one snapshot.
-_SUBJECTS: Final = (_ATTRIBUTES, _RIGHTS, _RELATED_TABLES, _CODE, _POLICIES)
+_SUBJECTS: Final = (_ATTRIBUTES, _RIGHTS, _OTHER_TABLES, _RELATED_TABLES, _CODE, _CALLERS_PATH, _POLICIES)
 _WAYS: Final = text(_WITH + " UNION ALL ".join(_SUBJECTS) + " ORDER BY way")
 
 _CREATORS: Final = text("""
@@ -350,27 +425,40 @@ _CREATORS: Final = text("""
 """)
 
 
-def table_name(connection: Connection) -> str:
-    """The table as SQL names it: in the schema that `schema_translate_map` says, else as the search path finds it."""
+def table_names(connection: Connection) -> list[str]:
+    """Our tables as SQL names them: in the schema that `schema_translate_map` says, else as the search path finds them.
+
+    Without the history, if the database is not migrated that far.
+    """
     schema = connection.schema_for_object(TABLE)
-    if schema is None:
-        return TABLE.name
-    return f"{connection.dialect.identifier_preparer.quote_schema(schema)}.{TABLE.name}"
+    prefix = "" if schema is None else f"{connection.dialect.identifier_preparer.quote_schema(schema)}."
+    table, history = f"{prefix}{TABLE.name}", f"{prefix}{HISTORY.name}"
+    exists = text("SELECT to_regclass(CAST(:table AS text)) IS NOT NULL")
+    return [table, history] if connection.scalar(exists, {"table": history}) else [table]
 
 
 def ways_around(connection: Connection, role: str, *, policy: str, setting: str) -> Sequence[str]:
     """How `role` would see or change rows of other tenants, a sentence each, most with the statement that ends it.
 
     Args:
-        connection: To the database of the table. Nothing is changed or locked.
+        connection: To the database of the tables. Nothing is changed or locked.
         role: A role that exists.
         policy: The policy that limits it; other permissive policies are a way.
         setting: What the policy compares with; a value that every session has from the start is a way.
     """
-    binds = {"table": table_name(connection), "role": role, "policy": policy, "setting": setting}
+    binds = {
+        "role": role,
+        "policy": policy,
+        "setting": setting,
+        "version_table": _VERSION_TABLE,
+        "others": [*_OTHERS],
+    }
     # PostgreSQL expects many rows of each recursion. For such a plan it would compile, for seconds, what takes 10 ms.
     connection.execute(text("SELECT set_config('jit', 'off', true)"))
-    return [*map(escaped, connection.scalars(_WAYS, binds))]
+    found = {
+        way: None for table in table_names(connection) for way in connection.scalars(_WAYS, binds | {"table": table})
+    }
+    return [*map(escaped, found)]
 
 
 def creators(connection: Connection) -> Sequence[str]:
@@ -379,4 +467,4 @@ def creators(connection: Connection) -> Sequence[str]:
     Not the owners of the schema and of the table, and no superuser. No statement of this package calls what they
     create; a statement that somebody types as the table's owner may.
     """
-    return [*map(escaped, connection.scalars(_CREATORS, {"table": table_name(connection)}))]
+    return [*map(escaped, connection.scalars(_CREATORS, {"table": table_names(connection)[0]}))]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from iot_models._migrations.dependents import PARKED
+from iot_models._migrations.comparison import HISTORY
+from iot_models._migrations.dependents import PARKED, PARKED_HISTORY, PARKED_REFUSALS
 from iot_models._migrations.strangers import VERSION_TABLE
 from iot_models.models import DEFINED
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.sql.schema import SchemaItem
 
-_ALONE: Final = frozenset({PARKED, VERSION_TABLE})
+_ALONE: Final = frozenset({HISTORY, PARKED, PARKED_HISTORY, PARKED_REFUSALS, VERSION_TABLE})
 _COLUMNS: Final = frozenset(column.name for column in DEFINED.columns)
 _INDEXES: Final = frozenset(str(index.name) for index in DEFINED.indexes)
 _KEY: Final = frozenset(column.name for column in DEFINED.primary_key)
@@ -29,8 +30,8 @@ def include_object(
     """Leave what this package brings out of a team's `alembic revision --autogenerate` and `alembic check`.
 
     For `context.configure(include_object=...)` in a team's env.py. Left out are `device_state` with our columns,
-    indexes and key, the parked shadows, and the version table, in any schema. What the team added to `device_state` is
-    compared if its metadata has the table, by a class that extends `DeviceState`.
+    indexes and key, the history, what is parked, and the version table, in any schema. What the team added to
+    `device_state` is compared if its metadata has the table, by a class that extends `DeviceState`.
 
     Args:
         object: The table, column, index or constraint.
@@ -65,7 +66,7 @@ def including(hook: Callable[..., bool]) -> Callable[..., bool]:
 
 def include_ours(_object: SchemaItem, name: str | None, type_: str, *_rest: Any) -> bool:
     """What `alembic check` of our own history compares: not the tables of the application beside it."""
-    return type_ != "table" or name == DEFINED.name
+    return type_ != "table" or name in {DEFINED.name, HISTORY}
 
 
 def _is_ours(table: Any) -> bool:

@@ -1,4 +1,4 @@
-"""How the table in a database differs from the one that the models describe."""
+"""How the tables in a database differ from those that the models describe."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ from iot_models._core.database_errors import (
     sqlstate,
 )
 from iot_models.models import DEFINED
+from iot_models.models import HISTORY as DEFINED_HISTORY
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from sqlalchemy import Connection
+    from sqlalchemy import Connection, Table
 
 TABLE: Final = DEFINED.name
+HISTORY: Final = DEFINED_HISTORY.name
 COLUMNS: Final = tuple(column.name for column in DEFINED.columns)
 KEY: Final = tuple(column.name for column in DEFINED.primary_key)
-_TEMPORARY: Final = DEFINED.to_metadata(
-    MetaData(naming_convention=DEFINED.metadata.naming_convention), schema="pg_temp"
-)
+_TEMPORARY: Final = MetaData(naming_convention=DEFINED.metadata.naming_convention)
+# Each table, and the same as a temporary one.
+_TABLES: Final = [(table, table.to_metadata(_TEMPORARY, schema="pg_temp")) for table in (DEFINED, DEFINED_HISTORY)]
 
 _NEEDS_TEMP: Final = "comparing needs temporary tables: ask the primary, as a role that has TEMP on the database"
 _REFUSALS: Final[Mapping[str | None, str]] = {
@@ -45,6 +47,9 @@ _ITEMS: Final = text("""
                   ' DEFAULT ' || pg_get_expr(d.adbin, d.adrelid)) AS definition
       FROM pg_attribute a LEFT JOIN pg_attrdef d ON (d.adrelid, d.adnum) = (a.attrelid, a.attnum)
      WHERE a.attrelid = CAST(:table AS oid) AND a.attnum > 0 AND NOT a.attisdropped
+    UNION ALL
+    SELECT 'the comment on the table', pg_catalog.quote_literal(description)
+      FROM pg_catalog.obj_description(CAST(:table AS oid), 'pg_class') AS description WHERE description IS NOT NULL
     UNION ALL
     SELECT 'the comment on column ' || CAST(attname AS text),
            pg_catalog.quote_literal(pg_catalog.col_description(attrelid, attnum))
@@ -65,7 +70,7 @@ _ITEMS: Final = text("""
 
 
 def differences(connection: Connection) -> list[str]:
-    """How `device_state` differs from the models, a sentence for each difference; empty if it does not.
+    """How our tables differ from the models, a sentence for each difference; empty if they do not.
 
     Compared are the columns with type, NOT NULL and default, the comments, the primary key, and the indexes. What the
     table has besides was added by a team and is not a difference.
@@ -77,18 +82,22 @@ def differences(connection: Connection) -> list[str]:
         CommandError: If temporary tables cannot be created, because the role lacks TEMP on the database or because this
             is a standby; or if the table is locked in ACCESS EXCLUSIVE mode for longer than a second.
     """
-    found = connection.scalar(text("SELECT to_regclass(CAST(:table AS text))::oid"), {"table": TABLE})
+    return [line for table, temporary in _TABLES for line in _differences(connection, table, temporary)]
+
+
+def _differences(connection: Connection, table: Table, temporary: Table) -> list[str]:
+    found = connection.scalar(text("SELECT to_regclass(CAST(:table AS text))::oid"), {"table": table.name})
     if found is None:
-        return [f"table {TABLE} is missing"]
+        return [f"table {table.name} is missing"]
     try:
         with connection.begin_nested() as savepoint:
             # To print the predicate of an index, PostgreSQL locks the table, and so waits behind an ALTER TABLE that
             # waits itself.
             connection.execute(text("SET LOCAL lock_timeout = '1s'"))
             actual = _items(connection, found)
-            _TEMPORARY.create(connection, checkfirst=False)
+            temporary.create(connection, checkfirst=False)
             made = connection.scalar(
-                text("SELECT to_regclass(CAST(:table AS text))::oid"), {"table": _TEMPORARY.fullname}
+                text("SELECT to_regclass(CAST(:table AS text))::oid"), {"table": temporary.fullname}
             )
             expected = _items(connection, made)
             savepoint.rollback()
@@ -97,10 +106,11 @@ def differences(connection: Connection) -> list[str]:
         if refusal is None:
             raise
         raise CommandError(f"{str(error.orig).strip()}; {refusal}") from error
+    of_table = "" if table is DEFINED else f" of {table.name}"
     return [
-        f"{item} is {actual[item]}: the models have {definition}"
+        f"{item}{of_table} is {actual[item]}: the models have {definition}"
         if item in actual
-        else f"{item} is missing: the models have {definition}"
+        else f"{item}{of_table} is missing: the models have {definition}"
         for item, definition in expected.items()
         if actual.get(item) != definition
     ]

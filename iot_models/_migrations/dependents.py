@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 # The table and the trigger that the downgrade from 076 creates.
 PARKED: Final = "device_state_shadow_076"
 TRIGGER: Final = "device_state_shadow_076_park"
+# What the downgrades from 078 and 079 park.
+PARKED_HISTORY: Final = "device_shadow_history_078"
+PARKED_REFUSALS: Final = "device_state_refusals_079"
 
 # DROP COLUMN fails because of some of these ('n'), and silently drops others ('a'): an index, a CHECK, statistics.
 # What a team made is theirs, so neither may happen. A view depends by its rule, a generated column by its expression.

@@ -32,7 +32,12 @@ from iot_models._migrations.obstacles import (
 )
 
 # Importing it registers what the revisions use, too.
-from iot_models._migrations.operations import LockTable, undo_interrupted_downgrade
+from iot_models._migrations.operations import (
+    LockTable,
+    keep_for_the_owner,
+    rights_taken_in_sql,
+    undo_interrupted_downgrade,
+)
 from iot_models._migrations.options import LOCK_TIMEOUT, require_known
 from iot_models._migrations.search_path import in_sql, refuse_unusual_path, set_path
 from iot_models._migrations.session import SETTINGS, set_all
@@ -247,7 +252,11 @@ def _begin(operations: Operations, begin: Begin) -> None:
         and not migration._in_external_transaction  # noqa: SLF001 - Alembic says it nowhere else
     ):
         raise CommandError(begin.needs)
-    if look_ahead(migration, options):
+    stays_or_rises = look_ahead(migration, options)
+    keep_for_the_owner(migration)
+    with migration.autocommit_block():  # ends the transaction: who writes a parked table waits for it no longer
+        pass
+    if stays_or_rises:
         undo_interrupted_downgrade(migration)
 
 
@@ -256,6 +265,7 @@ def preamble(options: Mapping[str, str]) -> Iterator[str]:
     lock_timeout = options.get("lock_timeout", LOCK_TIMEOUT)
     yield f"SET lock_timeout = '{lock_timeout}'"
     yield in_sql(options.get("schema"))
+    yield from rights_taken_in_sql()
     yield refusal_in_sql()
     # No query, whose result psql would print.
     yield f"DO $$ BEGIN\n  PERFORM {set_all(lock_timeout).removeprefix('SELECT ')};\nEND $$"

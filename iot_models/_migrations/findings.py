@@ -14,7 +14,7 @@ from iot_models._core.shown_names import escaped
 from iot_models._core.ways_around import creators
 from iot_models._migrations import runner
 from iot_models._migrations.comparison import COLUMNS, TABLE, differences
-from iot_models._migrations.dependents import PARKED
+from iot_models._migrations.dependents import PARKED, PARKED_HISTORY, PARKED_REFUSALS
 from iot_models._migrations.expectations import unfit
 from iot_models._migrations.faulty_rows import faulty_rows
 from iot_models._migrations.obstacles import (
@@ -83,7 +83,7 @@ def examine(target: Target, options: Options, *, roles: Iterable[str] = ()) -> F
             *(line for role in roles for line in _tenancy(connection, role)),
         ]
         notes = [
-            *_parked_shadows(connection, below=revision in {None, *known[: known.index(SHADOWS)]}),
+            *_parked(connection, revision, known),
             *_stops_downgrade(connection, revision, scripts),
             *_encoding(connection),
             *_slow_locks(connection),
@@ -154,22 +154,37 @@ def _elsewhere(revision: str | None, known: list[str]) -> str:
     return unknown(revision, known[-1])
 
 
-def _parked_shadows(connection: Connection, *, below: bool) -> list[str]:
-    """How many shadows are parked, and why; empty if there is no parked table, or no right to read it."""
+# What is parked in which table, by the downgrade from which revision, and why some may stay after it.
+_PARKED: Final = (
+    ("shadows", PARKED, SHADOWS, "their devices have a newer shadow"),
+    ("versions", PARKED_HISTORY, "078", "another history was made meanwhile"),
+    ("refusals", PARKED_REFUSALS, "079", "their devices have a newer version"),
+)
+
+
+def _parked(connection: Connection, revision: str | None, known: list[str]) -> list[str]:
+    """How much is parked, and why: a sentence for each table that this role may read."""
+    notes = []
+    for what, table, parked_from, why_it_stays in _PARKED:
+        below = revision in {None, *known[: known.index(parked_from)]}
+        notes += _parked_in(connection, what, table, "the next upgrade puts them back" if below else why_it_stays)
+    return notes
+
+
+def _parked_in(connection: Connection, what: str, table: str, why: str) -> list[str]:
     readable = connection.scalar(
         text(
             "SELECT has_table_privilege(oid, 'SELECT') FROM pg_class "
             "WHERE oid = to_regclass(CAST(:table AS text))::oid AND relkind = 'r'"
         ),
-        {"table": PARKED},
+        {"table": table},
     )
     if not readable:
         return []
-    if row_security_hides(connection, PARKED):
-        return [f"there are shadows parked in {PARKED}; row level security hides from this role how many"]
-    count = connection.scalar(text(f"SELECT count(*) FROM {PARKED}"))  # noqa: S608 - our name
-    stays = "the next upgrade puts them back" if below else "their devices have a newer shadow"
-    return [f"shadows parked in {PARKED}: {count:,}; {stays}"]
+    if row_security_hides(connection, table):
+        return [f"there are {what} parked in {table}; row level security hides from this role how many"]
+    count = connection.scalar(text(f"SELECT count(*) FROM {table}"))  # noqa: S608 - our name
+    return [f"{what} parked in {table}: {count:,}; {why}"]
 
 
 def _encoding(connection: Connection) -> list[str]:

@@ -15,11 +15,18 @@ from sqlalchemy import event, text
 
 from iot_models._core.shown_names import escaped
 from iot_models._migrations import expectations
-from iot_models._migrations.comparison import KEY, TABLE
-from iot_models._migrations.dependents import PARKED, TRIGGER, columns_of_its_row_type, dependents
+from iot_models._migrations.comparison import HISTORY, KEY, TABLE
+from iot_models._migrations.dependents import (
+    PARKED,
+    PARKED_HISTORY,
+    PARKED_REFUSALS,
+    TRIGGER,
+    columns_of_its_row_type,
+    dependents,
+)
 from iot_models._migrations.faulty_rows import faulty_rows
 from iot_models._migrations.history import added
-from iot_models._migrations.strangers import REFUSAL, VERSION_TABLE, strangers
+from iot_models._migrations.strangers import REFUSAL, TRUSTED, VERSION_TABLE, strangers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -34,8 +41,10 @@ _IN_ERROR: Final = 3
 # Somebody can make thousands.
 _MOST_NAMED: Final = 20
 
-# The revision that adds the shadows.
+# The revisions that add the shadows, and their history.
 SHADOWS: Final = "076"
+_HISTORY: Final = "078"
+_REFUSALS: Final = "079"
 
 
 class Obstacle(NamedTuple):
@@ -63,7 +72,7 @@ class Plan(NamedTuple):
     Attributes:
         scripts: The revisions that are applied or reverted.
         upgrade: Whether they are applied.
-        discard: Whether a downgrade below 076 discards the shadows.
+        discard: Whether a downgrade discards the shadows, their history and the refusals.
         drop: Whether a downgrade to base may drop a table with rows.
     """
 
@@ -76,6 +85,16 @@ class Plan(NamedTuple):
     def has_shadows(self) -> bool:
         """Whether it adds or drops the columns of the shadows."""
         return any(script.revision == SHADOWS for script in self.scripts)
+
+    @property
+    def has_history(self) -> bool:
+        """Whether it makes or takes away the table of the history."""
+        return any(script.revision == _HISTORY for script in self.scripts)
+
+    @property
+    def has_refusals(self) -> bool:
+        """Whether it adds or drops the columns of the refusals."""
+        return any(script.revision == _REFUSALS for script in self.scripts)
 
     @property
     def has_table(self) -> bool:
@@ -214,6 +233,8 @@ def _obstacles(connection: Connection, plan: Plan) -> Iterator[Obstacle]:
     hidden = [*_hidden_rows(connection, plan, parked=parked)]
     yield from hidden
     if plan.upgrade:
+        if _puts_back(connection, plan, parked=parked):
+            yield from _may_make_triggers(connection)
         yield from _in_the_way_of_columns(connection, plan, parked=parked)
     else:
         yield from _dependents(connection, plan)
@@ -285,7 +306,13 @@ def _settings(connection: Connection, plan: Plan) -> Iterator[Obstacle]:
 
 def _taken_names(connection: Connection, plan: Plan, *, creates: bool, parked: bool) -> Iterator[Obstacle]:
     """What has the names of tables and indexes that this migration makes: not those of tables, see `_differences`."""
-    parks = not plan.upgrade and plan.has_shadows and not plan.discard and not parked
+    parks = not plan.upgrade and not plan.discard
+    makes = [
+        *[TABLE] * creates,
+        *[PARKED] * (parks and plan.has_shadows and not parked),
+        *[PARKED_HISTORY] * (parks and plan.has_history),
+        *[HISTORY] * (plan.upgrade and plan.has_history and not _exists(connection, HISTORY)),
+    ]
     types = connection.scalars(
         text("""
             SELECT pg_catalog.pg_describe_object(CAST('pg_type' AS regclass), t.oid, 0)
@@ -293,7 +320,7 @@ def _taken_names(connection: Connection, plan: Plan, *, creates: bool, parked: b
              WHERE n.nspname = current_schema() AND t.typname = ANY (CAST(:names AS text[]))
              ORDER BY 1
         """),
-        {"names": [TABLE] * creates + [PARKED] * parks},
+        {"names": makes},
     ).all()
     indexes = {name: definition for script in plan.scripts for name, definition in added(script, "indexes").items()}
     found = [
@@ -320,14 +347,24 @@ def _differences(connection: Connection, plan: Plan, *, exists: bool, parked: bo
     if plan.has_shadows and parked and not plan.discard:
         module = next(script.module for script in plan.scripts if script.revision == SHADOWS)
         tables[PARKED] = {"required": module.PARKED_COLUMNS, "primary_key": [*module.KEY]}
+    tables |= {table: made for table, made in _made(plan).items() if _exists(connection, table)}
     for table, arguments in tables.items():
         found = [*expectations.differences(connection, table, **arguments)]
         if found:
             yield Obstacle(expectations.UNEXPECTED.format(table=table), found, expectations.REMEDY)
 
 
+def _made(plan: Plan) -> dict[str, dict[str, Any]]:
+    """The tables that these revisions make or take back, and what they have to be like where they exist."""
+    return {table: made for script in plan.scripts for table, made in getattr(script.module, "MAKES", {}).items()}
+
+
 def _rights(connection: Connection, plan: Plan, *, parked: bool) -> Iterator[Obstacle]:
-    tables = [TABLE, PARKED] if parked and (plan.has_shadows or plan.has_table) else [TABLE]
+    used = [
+        *[PARKED] * (parked and (plan.has_shadows or plan.has_table)),
+        *_made(plan),
+    ]
+    tables = [TABLE, *(table for table in used if _exists(connection, table))]
     missing = connection.scalars(
         text("""
             SELECT pg_catalog.format('it does not own %s, whose owner is %I', c.oid::regclass,
@@ -340,7 +377,7 @@ def _rights(connection: Connection, plan: Plan, *, parked: bool) -> Iterator[Obs
              WHERE c.oid = to_regclass(CAST(:table AS text))::oid AND :creates
                AND NOT pg_catalog.has_schema_privilege(n.oid, 'CREATE')
         """),
-        {"tables": tables, "table": TABLE, "creates": plan.upgrade or (plan.has_shadows and not plan.discard)},
+        {"tables": tables, "table": TABLE, "creates": plan.upgrade or not plan.discard},
     ).all()
     if missing:
         role = connection.scalar(text("SELECT CAST(current_user AS text)"))
@@ -351,10 +388,12 @@ def _rights(connection: Connection, plan: Plan, *, parked: bool) -> Iterator[Obs
 
 def _hidden_rows(connection: Connection, plan: Plan, *, parked: bool) -> Iterator[Obstacle]:
     """Tables whose rows this migration reads, and of which row level security hides some from this role."""
-    reads = (plan.has_shadows and (parked if plan.upgrade else not plan.discard)) or (
-        not plan.upgrade and plan.has_table and not plan.drop
-    )
+    parks = not plan.discard and (plan.has_shadows or plan.has_refusals)
+    puts_back = _puts_back(connection, plan, parked=parked)
+    reads = puts_back if plan.upgrade else parks or (plan.has_table and not plan.drop)
     tables = ([TABLE, PARKED] if parked else [TABLE]) if reads else []
+    if plan.has_history and not plan.upgrade and not plan.discard:
+        tables.append(HISTORY)
     hidden = [table for table in tables if row_security_hides(connection, table)]
     if hidden:
         yield Obstacle(
@@ -363,6 +402,28 @@ def _hidden_rows(connection: Connection, plan: Plan, *, parked: bool) -> Iterato
             "migrate as a role with BYPASSRLS, or take FORCE away while the owner migrates (ALTER TABLE "
             f"{hidden[0]} NO FORCE ROW LEVEL SECURITY, afterwards FORCE ROW LEVEL SECURITY)",
         )
+
+
+def _puts_back(connection: Connection, plan: Plan, *, parked: bool) -> bool:
+    """Whether an upgrade writes what is parked to rows of `device_state`."""
+    return (parked and plan.has_shadows) or (plan.has_refusals and _exists(connection, PARKED_REFUSALS))
+
+
+_MAY_MAKE_TRIGGERS: Final = text(f"""
+    SELECT pg_catalog.format('REVOKE TRIGGER ON %s FROM %s', c.oid::regclass,
+                             coalesce(quote_ident(CAST(r.rolname AS text)), 'PUBLIC'))
+      FROM pg_class c CROSS JOIN aclexplode(c.relacl) a LEFT JOIN pg_roles r ON r.oid = a.grantee
+     WHERE c.oid = to_regclass(CAST(:table AS text))::oid AND a.grantee <> c.relowner
+       AND a.privilege_type = 'TRIGGER' AND NOT coalesce({TRUSTED}, false)
+     ORDER BY 1
+""")  # noqa: S608 - our own text
+
+
+def _may_make_triggers(connection: Connection) -> Iterator[Obstacle]:
+    """Who can let code run as this role, by a trigger that is made between two pages of rows."""
+    if rights := connection.scalars(_MAY_MAKE_TRIGGERS, {"table": TABLE}).all():
+        fact = f"others may make triggers on {TABLE}, which would run as this role while parked shadows are put back"
+        yield Obstacle(fact, rights, "take that right away")
 
 
 def row_security_hides(connection: Connection, table: str) -> bool:
@@ -440,3 +501,6 @@ def _dependents(connection: Connection, plan: Plan) -> Iterator[Obstacle]:
     )
     what = "the table" if plan.has_table else "columns"
     yield from _to_be_dropped(f"{what} of {TABLE} that this downgrade drops", found)
+    if plan.has_history:
+        found = dependents(connection, HISTORY, columns=[], indexes=[], whole=True)
+        yield from _to_be_dropped(f"{HISTORY}, which this downgrade takes away", found)

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from alembic import context
 from alembic.operations import MigrateOperation, Operations
@@ -23,9 +23,9 @@ from iot_models._core.shown_names import escaped
 from iot_models._migrations.comparison import TABLE
 from iot_models._migrations.dependents import PARKED, TRIGGER
 from iot_models._migrations.expectations import find_index
-from iot_models._migrations.obstacles import interrupted_downgrade
+from iot_models._migrations.obstacles import interrupted_downgrade, refuse_strangers
 from iot_models._migrations.options import LOCK_TIMEOUT
-from iot_models._migrations.strangers import VERSION_TABLE, refusal_in_sql
+from iot_models._migrations.strangers import ALONE, TRUSTED, VERSION_TABLE, refusal_in_sql
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,6 +56,7 @@ class LockTable(MigrateOperation):
 
         Raises:
             CommandError: If no try got the lock. The message names the transactions that hold it and says what to do.
+                Or as `refuse_strangers`, which is asked again when the lock is there.
         """
         operations.invoke(cls(table, mode))
 
@@ -78,6 +79,7 @@ def _lock_table(operations: Operations, lock: LockTable) -> None:
             if sqlstate(error) != LOCK_NOT_AVAILABLE:
                 raise
         else:
+            refuse_strangers(connection)  # a trigger, say, for whose transaction the lock has waited
             return
         waited = time.monotonic() - began
         holders = _lock_holders(connection, lock.table)
@@ -93,43 +95,75 @@ def _lock_table(operations: Operations, lock: LockTable) -> None:
     )
 
 
-def ensure_version_table(connection: Connection, *, taken_over: bool) -> None:
-    """Make the table in which Alembic keeps the revision, as Alembic would, but for its owner to write alone.
-
-    Default privileges may let others write new tables, or make triggers on them, which run as whoever migrates. So with
-    a table that was just taken over. The caller commits.
-    """
+def ensure_version_table(connection: Connection) -> None:
+    """Make the table in which Alembic keeps the revision, as Alembic would. The caller commits."""
     connection.execute(
         text(f"""
-            DO $$
-            DECLARE granted record;
-            BEGIN
+            DO $$ BEGIN
               IF to_regclass('{VERSION_TABLE}') IS NULL THEN
                 CREATE TABLE {VERSION_TABLE} (
                   version_num VARCHAR(32) NOT NULL, CONSTRAINT {VERSION_TABLE}_pkc PRIMARY KEY (version_num));
-              ELSIF NOT {taken_over} THEN
-                RETURN;
               END IF;
-              FOR granted IN
-                SELECT CASE WHEN a.grantee = CAST(0 AS oid) THEN 'PUBLIC'
-                       ELSE quote_ident(CAST(pg_get_userbyid(a.grantee) AS text)) END AS role,
-                       pg_catalog.bool_or(a.privilege_type = 'SELECT') AS reads
-                  FROM pg_class c CROSS JOIN LATERAL (
-                         SELECT grantee, privilege_type FROM aclexplode(c.relacl)
-                         UNION ALL
-                         SELECT e.grantee, e.privilege_type
-                           FROM pg_attribute t CROSS JOIN aclexplode(t.attacl) e WHERE t.attrelid = c.oid) a
-                 WHERE c.oid = to_regclass('{VERSION_TABLE}')::oid AND a.grantee <> c.relowner
-                 GROUP BY a.grantee
-              LOOP
-                EXECUTE 'REVOKE ALL PRIVILEGES ON {VERSION_TABLE} FROM ' || granted.role || ' CASCADE';
-                IF granted.reads THEN
-                  EXECUTE 'GRANT SELECT ON {VERSION_TABLE} TO ' || granted.role;
-                END IF;
-              END LOOP;
             END $$
-        """)  # noqa: S608 - our name
+        """)
     )
+
+
+_OWNED: Final = text("""
+    SELECT named.table FROM pg_catalog.unnest(CAST(:tables AS text[])) AS named ("table")
+      JOIN pg_class c ON c.oid = CAST(to_regclass(named.table) AS oid)
+     WHERE pg_catalog.pg_has_role(c.relowner, 'USAGE') AND current_setting('transaction_read_only') = 'off'
+""")
+
+
+def keep_for_the_owner(migration: MigrationContext) -> None:
+    """Take from others every right on the tables that are ours alone, but that to read the revision.
+
+    A trigger that somebody makes there runs as whoever migrates. The lock waits for one that is not committed yet, and
+    the look for strangers that follows names it. Rights can come from default privileges, from a GRANT on all tables,
+    or with a table that was taken over. The caller commits.
+
+    Raises:
+        CommandError: As `op.iot_models_lock_table`.
+    """
+    connection = cast("Connection", migration.connection)  # None offline only
+    for table in connection.scalars(_OWNED, {"tables": [*ALONE]}).all():
+        Operations(migration).invoke(LockTable(table, "SHARE ROW EXCLUSIVE"))
+        connection.execute(text(_revoke(table)))
+
+
+def rights_taken_in_sql() -> Iterator[str]:
+    """SQL that does the same where no connection can be asked. The look for strangers has to follow."""
+    yield from map(_revoke, ALONE)
+
+
+def _revoke(table: str) -> str:
+    return f"""DO $$
+DECLARE granted record;
+BEGIN
+  IF EXISTS (SELECT FROM pg_class c WHERE c.oid = CAST(to_regclass('{table}') AS oid)
+                AND pg_catalog.pg_has_role(c.relowner, 'USAGE')) THEN
+    LOCK TABLE {table} IN SHARE ROW EXCLUSIVE MODE;
+    FOR granted IN
+      SELECT CASE WHEN a.grantee = CAST(0 AS oid) THEN 'PUBLIC'
+             ELSE quote_ident(CAST(pg_get_userbyid(a.grantee) AS text)) END AS role,
+             pg_catalog.bool_or(a.privilege_type = 'SELECT') AS reads
+        FROM pg_class c CROSS JOIN LATERAL (
+               SELECT grantee, privilege_type FROM aclexplode(c.relacl)
+               UNION ALL
+               SELECT e.grantee, e.privilege_type
+                 FROM pg_attribute t CROSS JOIN aclexplode(t.attacl) e WHERE t.attrelid = c.oid) a
+       WHERE c.oid = CAST(to_regclass('{table}') AS oid) AND a.grantee <> c.relowner
+         AND NOT EXISTS (SELECT FROM pg_roles r WHERE r.oid = a.grantee AND ({TRUSTED}))
+       GROUP BY a.grantee
+    LOOP
+      EXECUTE 'REVOKE ALL PRIVILEGES ON {table} FROM ' || granted.role || ' CASCADE';
+      IF granted.reads AND '{table}' = '{VERSION_TABLE}' THEN
+        EXECUTE 'GRANT SELECT ON {table} TO ' || granted.role;
+      END IF;
+    END LOOP;
+  END IF;
+END $$"""  # noqa: S608 - our names
 
 
 def undo_interrupted_downgrade(migration: MigrationContext) -> None:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import event, text
 
-from iot_models._migrations.comparison import TABLE
-from iot_models._migrations.dependents import PARKED, TRIGGER
+from iot_models._migrations.comparison import HISTORY, TABLE
+from iot_models._migrations.dependents import PARKED, PARKED_HISTORY, PARKED_REFUSALS, TRIGGER
 from iot_models._migrations.obstacles import Obstacle, refuse
 from iot_models._migrations.strangers import TRUSTED, VERSION_TABLE
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
+_OURS: Final = f"{TABLE},{HISTORY},{PARKED},{PARKED_HISTORY},{PARKED_REFUSALS},{VERSION_TABLE}"
 # `{schema}` stands for what the caller names.
 _PATH: Final = f"""
     WITH path AS (
@@ -34,7 +35,7 @@ _PATH: Final = f"""
        WHERE NOT n.nspname OPERATOR(pg_catalog.~) '^pg_'),
     taken AS (
       SELECT c.relnamespace AS oid, c.relname {{=}} '{TABLE}' AS has_table FROM pg_catalog.pg_class c
-       WHERE c.relname {{=}} ANY ('{{{{{TABLE},{PARKED},{VERSION_TABLE}}}}}')
+       WHERE c.relname {{=}} ANY ('{{{{{_OURS}}}}}')
       UNION ALL
       SELECT p.pronamespace, false FROM pg_catalog.pg_proc p WHERE p.proname {{=}} '{TRIGGER}'),
     home AS (

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import text
 
-from iot_models._migrations.comparison import COLUMNS, TABLE
-from iot_models._migrations.dependents import PARKED, TRIGGER
+from iot_models._migrations.comparison import COLUMNS, HISTORY, TABLE
+from iot_models._migrations.dependents import PARKED, PARKED_HISTORY, PARKED_REFUSALS, TRIGGER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 # Of our own, beside the `alembic_version` of the application.
 VERSION_TABLE: Final = "alembic_version_iot_models"
-# Tables that are ours alone. A team's triggers and policies on `device_state` are its own business.
-_TABLES: Final = (VERSION_TABLE, PARKED)
+# Tables that are ours alone. A team's triggers and policies on `device_state` and the history are its own business.
+ALONE: Final = (VERSION_TABLE, PARKED, PARKED_REFUSALS)
+_TABLES: Final = (*ALONE, HISTORY, PARKED_HISTORY)
 
 # The rule, as a condition on a row `r` of pg_roles. `{=}` stands for the catalog's operator.
 _TRUSTED: Final = """
@@ -45,25 +46,30 @@ _FOUND: Final = """
       SELECT n.oid FROM pg_catalog.pg_namespace n
        WHERE n.nspname {=} ANY (pg_catalog.current_schemas(false)) AND NOT (n.nspname {=} 'pg_catalog')),
     home AS (
-      SELECT c.oid, c.relowner, c.relnamespace FROM pg_catalog.pg_class c
+      SELECT c.oid, c.relnamespace FROM pg_catalog.pg_class c
        WHERE c.oid {=} CAST(pg_catalog.to_regclass(CAST(:table AS text)) AS oid)),
     trusted AS (
       SELECT r.oid FROM pg_catalog.pg_roles r WHERE {trusted}),
-    -- What a trigger, a CHECK, an index, a default, a policy, a statistics object or a column of the table refers to.
+    -- The table, our others, and those that inherit from them: whoever reads or writes the one uses the other.
+    written (oid) AS (
+      (SELECT home.oid FROM home UNION SELECT ours.oid FROM ours)
+      UNION
+      SELECT i.inhrelid FROM written JOIN pg_catalog.pg_inherits i ON i.inhparent {=} written.oid),
+    -- What a trigger, a CHECK, an index, a default, a policy, a statistics object or a column of these refers to.
     used AS (
       SELECT f.refclassid, f.refobjid
-        FROM home
+        FROM written
         JOIN pg_catalog.pg_depend t ON t.refclassid {=} CAST(CAST('pg_catalog.pg_class' AS regclass) AS oid)
-         AND t.refobjid {=} home.oid
+         AND t.refobjid {=} written.oid
          AND t.classid {=} ANY (CAST(CAST('{pg_catalog.pg_trigger,pg_catalog.pg_constraint,pg_catalog.pg_class,'
                                           'pg_catalog.pg_attrdef,pg_catalog.pg_policy,pg_catalog.pg_statistic_ext}'
                                           AS regclass[]) AS oid[]))
         JOIN pg_catalog.pg_depend f ON f.classid {=} t.classid AND f.objid {=} t.objid
       UNION ALL
       SELECT f.refclassid, f.refobjid
-        FROM home
+        FROM written
         JOIN pg_catalog.pg_depend f ON f.classid {=} CAST(CAST('pg_catalog.pg_class' AS regclass) AS oid)
-         AND f.objid {=} home.oid),
+         AND f.objid {=} written.oid),
     -- A domain of a domain, an array of one: whoever owns it can add a CHECK.
     types AS (
       SELECT used.refobjid AS oid FROM used
@@ -73,13 +79,15 @@ _FOUND: Final = """
         CROSS JOIN LATERAL (VALUES (t.typbasetype), (t.typelem)) AS below (oid)
        WHERE NOT below.oid {=} CAST(0 AS oid)),
     ours AS (
-      SELECT c.oid, c.relowner, CAST(c.relkind AS text) {=} 'r' AS is_table
-        FROM pg_catalog.pg_class c JOIN path ON path.oid {=} c.relnamespace
+      SELECT c.oid FROM pg_catalog.pg_class c JOIN path ON path.oid {=} c.relnamespace
        WHERE c.relname {=} ANY (CAST(CAST(:tables AS text[]) AS name[]))),
+    alone AS (
+      SELECT c.oid, CAST(c.relkind AS text) {=} 'r' AS is_table
+        FROM pg_catalog.pg_class c JOIN path ON path.oid {=} c.relnamespace
+       WHERE c.relname {=} ANY (CAST(CAST(:alone AS text[]) AS name[]))),
     named AS (
-      SELECT CAST('pg_catalog.pg_class' AS regclass) AS class, o.oid, o.relowner AS owner FROM ours o
-      UNION ALL
-      SELECT 'pg_catalog.pg_class', home.oid, home.relowner FROM home
+      SELECT CAST('pg_catalog.pg_class' AS regclass) AS class, c.oid, c.relowner AS owner
+        FROM written JOIN pg_catalog.pg_class c ON c.oid {=} written.oid
       UNION ALL
       SELECT 'pg_catalog.pg_namespace', n.oid, n.nspowner FROM pg_catalog.pg_namespace n
        WHERE n.nspname {=} pg_catalog.current_schema() OR n.oid {=} (SELECT home.relnamespace FROM home)
@@ -113,16 +121,16 @@ _FOUND: Final = """
                                  WHERE b.oprnamespace {=} CAST(CAST('pg_catalog' AS regnamespace) AS oid))),
     carried AS (
       SELECT CAST('pg_catalog.pg_trigger' AS regclass) AS class, t.oid FROM pg_catalog.pg_trigger t
-        JOIN ours ON ours.oid {=} t.tgrelid WHERE NOT t.tgisinternal
+        JOIN alone ON alone.oid {=} t.tgrelid WHERE NOT t.tgisinternal
       UNION ALL
       SELECT 'pg_catalog.pg_rewrite', r.oid FROM pg_catalog.pg_rewrite r
-        JOIN ours ON ours.oid {=} r.ev_class WHERE ours.is_table
+        JOIN alone ON alone.oid {=} r.ev_class WHERE alone.is_table
       UNION ALL
-      SELECT 'pg_catalog.pg_policy', p.oid FROM pg_catalog.pg_policy p JOIN ours ON ours.oid {=} p.polrelid
+      SELECT 'pg_catalog.pg_policy', p.oid FROM pg_catalog.pg_policy p JOIN alone ON alone.oid {=} p.polrelid
       UNION ALL
-      SELECT 'pg_catalog.pg_class', i.inhrelid FROM pg_catalog.pg_inherits i JOIN ours ON ours.oid {=} i.inhparent
+      SELECT 'pg_catalog.pg_class', i.inhrelid FROM pg_catalog.pg_inherits i JOIN alone ON alone.oid {=} i.inhparent
       UNION ALL
-      SELECT 'pg_catalog.pg_class', i.inhparent FROM pg_catalog.pg_inherits i JOIN ours ON ours.oid {=} i.inhrelid)
+      SELECT 'pg_catalog.pg_class', i.inhparent FROM pg_catalog.pg_inherits i JOIN alone ON alone.oid {=} i.inhrelid)
     SELECT pg_catalog.concat(pg_catalog.pg_describe_object(named.class, named.oid, 0), ' of role ',
                              pg_catalog.quote_ident(CAST(pg_catalog.pg_get_userbyid(named.owner) AS text))) AS found
       FROM named
@@ -146,7 +154,13 @@ def strangers(connection: Connection, *besides: str) -> Sequence[str]:
 
     `besides` are names of tables that it uses besides ours.
     """
-    binds = {"table": TABLE, "tables": [*_TABLES, *besides], "trigger": TRIGGER, "columns": [*COLUMNS]}
+    binds = {
+        "table": TABLE,
+        "tables": [*_TABLES, *besides],
+        "alone": [*ALONE, *besides],
+        "trigger": TRIGGER,
+        "columns": [*COLUMNS],
+    }
     found: Sequence[str] = connection.scalars(text(_FOUND), binds).all()
     return found
 
@@ -154,9 +168,10 @@ def strangers(connection: Connection, *besides: str) -> Sequence[str]:
 def refusal_in_sql() -> str:
     """SQL that asks the same where no connection can be asked: it raises an exception that names what it found."""
     question = _FOUND
-    tables, columns = ("'{" + ",".join(names) + "}'" for names in (_TABLES, COLUMNS))
+    tables, alone, columns = ("'{" + ",".join(names) + "}'" for names in (_TABLES, ALONE, COLUMNS))
     for name, value in (
         ("tables", tables),
+        ("alone", alone),
         ("table", f"'{TABLE}'"),
         ("trigger", f"'{TRIGGER}'"),
         ("columns", columns),

@@ -1,4 +1,4 @@
-"""Ten devices for tests: one in each of five states, and five of another tenant."""
+"""Twelve devices for tests: one in each of six states, and six of another tenant."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SampleFleet:
-    """The ids of the sample fleet. Both tenants have devices with the same five ids.
+    """The ids of the sample fleet. Both tenants have devices with the same six ids.
 
-    The attributes describe the devices of `tenant_id`. All five devices of `other_tenant_id` are pending at version 9
+    The attributes describe the devices of `tenant_id`. All six devices of `other_tenant_id` are pending at version 9
     with other documents: a statement that forgets its tenant finds too many devices, or another document.
 
     Attributes:
@@ -32,6 +32,8 @@ class SampleFleet:
         pending: Version 4 is desired, version 3 acknowledged, the delta is `{"target_c": 23.5}`; heard from just now.
         drifted: Version 3 is desired and acknowledged, but it reports `"mode": "eco"` instead of `auto`; heard from
             just now.
+        refused: Version 4 is desired, with `"mode": "turbo"`, version 3 acknowledged. The device refused version 4 with
+            the words `mode 'turbo' is not supported`; heard from just now. It is pending, too.
         stale: Like `synced`, but not heard from for twice `STALE_THRESHOLD_MINUTES`.
         new: Version 0 with empty documents: never written to and never heard from.
     """
@@ -41,6 +43,7 @@ class SampleFleet:
     synced: str = "synced"
     pending: str = "pending"
     drifted: str = "drifted"
+    refused: str = "refused"
     stale: str = "stale"
     new: str = "new"
 
@@ -62,7 +65,7 @@ def add_sample_fleet(session: Session, columns: Mapping[str, Any] = MappingProxy
     Example:
         >>> fleet = add_sample_fleet(session)
         >>> ShadowService(session, fleet.tenant_id).count_pending()
-        1
+        2
     """
     if ours := columns.keys() & {column.name for column in DEFINED.columns}:
         raise ValueError(f"{', '.join(sorted(ours))}: these columns have the values of the sample fleet")
@@ -86,6 +89,14 @@ def add_sample_fleet(session: Session, columns: Mapping[str, Any] = MappingProxy
         fleet.synced: written,
         fleet.pending: written | {"desired_state": wanted | {"target_c": 23.5}, "desired_version": 4},
         fleet.drifted: written | {"reported_state": wanted | {"mode": "eco"}},
+        fleet.refused: written
+        | {
+            "desired_state": wanted | {"mode": "turbo"},
+            "desired_version": 4,
+            "refused_version": 4,
+            "refusal": "mode 'turbo' is not supported",
+            "refused_at": func.now(),
+        },
         fleet.stale: written | {"status": "STALE", "last_heartbeat_at": long_ago, "last_seen_at": long_ago},
         fleet.new: {},
     }

@@ -24,6 +24,7 @@ STRANGE = [
     "x" * 2000,
 ]  # fmt: skip
 PRIVILEGES = "SELECT, INSERT, UPDATE, DELETE"
+ON_HISTORY = "SELECT, INSERT, DELETE"
 
 
 def two_tenants(owner: Engine) -> None:
@@ -38,6 +39,8 @@ def isolate(owner: Engine, role: str) -> None:
     # Two transactions: autovacuum waits for one that grants, and the lock that `enable` takes waits for autovacuum.
     with owner.begin() as connection:
         connection.execute(text(f"GRANT {PRIVILEGES} ON device_state TO {role}"))
+        if connection.scalar(text("SELECT to_regclass('device_shadow_history') IS NOT NULL")):
+            connection.execute(text(f"GRANT {ON_HISTORY} ON device_shadow_history TO {role}"))
     with owner.begin() as connection:
         tenancy.enable(connection, role)
 
@@ -45,9 +48,10 @@ def isolate(owner: Engine, role: str) -> None:
 def clear(owner: Engine) -> None:
     """Leave the table as other tests expect it: empty, without a policy."""
     with owner.begin() as connection:
-        connection.execute(text("TRUNCATE device_state"))
-        connection.execute(text("DROP POLICY IF EXISTS iot_models_tenant ON device_state"))
-        connection.execute(text("ALTER TABLE device_state DISABLE ROW LEVEL SECURITY"))
+        for table in ("device_state", "device_shadow_history"):
+            connection.execute(text(f"TRUNCATE {table}"))
+            connection.execute(text(f"DROP POLICY IF EXISTS iot_models_tenant ON {table}"))
+            connection.execute(text(f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY"))
 
 
 def login(owner: Engine, role: str) -> URL:
@@ -72,10 +76,11 @@ def application(owner: Engine, role: str) -> Iterator[Engine]:
 def rolled_back(owner: Engine, role: str) -> Iterator[Connection]:
     """The owner, in a transaction whose roles, grants and policies are rolled back too; a row of each tenant."""
     with owner.connect() as connection, connection.begin() as transaction:
-        run(connection, "LOCK TABLE device_state")  # before the grant: see isolate
+        run(connection, "LOCK TABLE device_state, device_shadow_history")  # before the grant: see isolate
         for tenant in (TENANT, OTHER):
             run(connection, f"INSERT INTO device_state (tenant_id, site_id, device_id) VALUES ('{tenant}', 's', 'd')")
         run(connection, f"GRANT {PRIVILEGES} ON device_state TO {role}")
+        run(connection, f"GRANT {ON_HISTORY} ON device_shadow_history TO {role}")
         yield connection
         transaction.rollback()
 

@@ -23,7 +23,13 @@ from sqlalchemy.orm.exc import StaleDataError
 from iot_models import DeviceState, InvalidDocument, Report, ShadowService
 from tests.databases.alembic_runs import downgrade, upgrade
 from tests.guarantees.state_machine.compared_session import BothSides
-from tests.guarantees.state_machine.comparison import columns, described, shown_columns, stored_rows
+from tests.guarantees.state_machine.comparison import (
+    columns,
+    described,
+    shown_columns,
+    stored_rows,
+    stored_versions,
+)
 from tests.guarantees.state_machine.steps import (
     AS_ASKED,
     acknowledgements,
@@ -36,6 +42,7 @@ from tests.guarantees.state_machine.steps import (
     rarely,
     reporting,
     reports,
+    requests,
     some_devices,
     spelled,
     spellings,
@@ -75,11 +82,18 @@ class ServiceAndModel(BothSides):
         self.compare_read(tenant, "get_many", device_ids)
         for device_id in device_ids:
             self.compare_read(tenant, "get", device_id)
+            self.compare_read(tenant, "history", device_id)
+            for version in (0, 1, 3, 4):
+                self.compare_read(tenant, "desired_at", device_id, version)
 
     @rule(tenant=tenants, size=st.integers(1, 3), later=st.sampled_from((timedelta(0), HOUR)))
     def ask_about_the_fleet(self, tenant: str, size: int, later: timedelta) -> None:
         service, model = self.service(tenant), self.model[tenant]
-        for page_of, expected in ((service.pending, model.pending()), (service.drifted, model.drifted())):
+        for page_of, expected in (
+            (service.pending, model.pending()),
+            (service.drifted, model.drifted()),
+            (service.refused, model.refused()),
+        ):
             walked = page = page_of(limit=size)
             while page:
                 page = page_of(limit=size, after=page[-1].device_id)
@@ -87,22 +101,66 @@ class ServiceAndModel(BothSides):
             assert described(walked) == described(list(expected.values()))
         assert described(list(service.iter_pending(batch_size=size))) == described(list(model.pending().values()))
         assert service.count_pending() == len(model.pending())
+        assert service.count_refused() == model.count_refused()
         now = datetime.now(UTC) + later
         assert service.status_counts(now=now) == model.status_counts(now)
 
     # The service, writing
 
-    @rule(tenant=tenants, device_id=devices, document=any_documents, expectations=expectations)
-    def replace_desired(self, tenant: str, device_id: str, document: Any, expectations: list[int | None]) -> None:
+    @rule(tenant=tenants, device_id=devices, document=any_documents, expectations=expectations, request=requests)
+    def replace_desired(
+        self, tenant: str, device_id: str, document: Any, expectations: list[int | None], request: str | None
+    ) -> None:
         for offset in expectations:
-            version = self.near(tenant, device_id, offset)
-            self.compare(tenant, "replace_desired", device_id, document, expected_version=version)
+            how: Any = {
+                "expected_version": self.near(tenant, device_id, offset),
+                "request_id": request,
+                "reason": "new",
+            }
+            self.compare(tenant, "replace_desired", device_id, document, **how)
 
-    @rule(tenant=tenants, device_id=devices, patch=any_documents, expectations=expectations)
-    def patch_desired(self, tenant: str, device_id: str, patch: Any, expectations: list[int | None]) -> None:
+    @rule(tenant=tenants, device_id=devices, patch=any_documents, expectations=expectations, request=requests)
+    def patch_desired(
+        self, tenant: str, device_id: str, patch: Any, expectations: list[int | None], request: str | None
+    ) -> None:
         for offset in expectations:
+            how: Any = {"expected_version": self.near(tenant, device_id, offset), "request_id": request}
+            self.compare(tenant, "patch_desired", device_id, patch, **how)
+
+    @rule(tenant=tenants, device_id=devices, back=st.integers(-1, 3), expectations=expectations, request=requests)
+    def restore_desired(
+        self, tenant: str, device_id: str, back: int, expectations: list[int | None], request: str | None
+    ) -> None:
+        version = self.near(tenant, device_id, -back) or 0
+        for offset in expectations:
+            how: Any = {"expected_version": self.near(tenant, device_id, offset), "request_id": request}
+            self.compare(tenant, "restore_desired", device_id, version, **how)
+
+    @rule(tenant=tenants, device_id=devices, offset=offsets)
+    def refuse_desired(self, tenant: str, device_id: str, offset: int) -> None:
+        version = self.near(tenant, device_id, offset) or 0
+        self.compare(tenant, "refuse_desired", device_id, version, f"not {version}")
+
+    @rule(tenant=tenants, device_id=devices)
+    def register(self, tenant: str, device_id: str) -> None:
+        self.compare(tenant, "register", device_id, "berlin")
+
+    @rule(tenant=tenants, device_ids=some_devices)
+    def register_many(self, tenant: str, device_ids: list[str]) -> None:
+        self.compare(tenant, "register_many", dict.fromkeys(device_ids, "berlin"))
+
+    @rule(tenant=tenants, device_id=devices, expectations=expectations)
+    def remove(self, tenant: str, device_id: str, expectations: list[int | None]) -> None:
+        for offset in expectations[:2]:
             version = self.near(tenant, device_id, offset)
-            self.compare(tenant, "patch_desired", device_id, patch, expected_version=version)
+            self.compare(tenant, "remove", device_id, expected_version=version, reason="scrapped")
+
+    @rule(happens=rarely, tenant=tenants, keep=st.integers(0, 2))
+    def prune_history(self, happens: bool, tenant: str, keep: int) -> None:  # noqa: FBT001 - drawn
+        if happens:
+            self.commit()  # what this transaction wrote is not old
+            deleted = self.service(tenant).prune_history(older_than=timedelta(0), keep=keep)
+            assert deleted == self.model[tenant].prune_history(Between(self.now(), self.now()), keep)
 
     @rule(tenant=tenants, device_id=devices, document=any_documents, acknowledgements=acknowledgements)
     def replace_reported(
@@ -153,22 +211,23 @@ class ServiceAndModel(BothSides):
         self.compare(tenant, "patch_desired_many", device_ids, patch)
 
     @rule(tenant=tenants, reports=reports)
-    def replace_reported_many(self, tenant: str, reports: list[tuple[str, Any, Acknowledgement]]) -> None:
+    def replace_reported_many(self, tenant: str, reports: list[tuple[str, Any, Acknowledgement, int | None]]) -> None:
         self.compare(tenant, "replace_reported_many", self._batch(tenant, reports))
 
     @rule(tenant=tenants, reports=reports)
-    def patch_reported_many(self, tenant: str, reports: list[tuple[str, Any, Acknowledgement]]) -> None:
+    def patch_reported_many(self, tenant: str, reports: list[tuple[str, Any, Acknowledgement, int | None]]) -> None:
         self.compare(tenant, "patch_reported_many", self._batch(tenant, reports))
 
-    def _batch(self, tenant: str, reports: list[tuple[str, Any, Acknowledgement]]) -> list[Report]:
+    def _batch(self, tenant: str, reports: list[tuple[str, Any, Acknowledgement, int | None]]) -> list[Report]:
         """Where the document is `AS_ASKED`, the one that was asked for when the batch began."""
         return [
             Report(
                 device_id,
                 self.model[tenant].devices.get(device_id, Device({}, {})).desired if reported is AS_ASKED else reported,
                 **self.acknowledging(tenant, device_id, acked),
+                **self.refusing(tenant, device_id, refused),
             )
-            for device_id, reported, acked in reports
+            for device_id, reported, acked, refused in reports
         ]
 
     # Objects
@@ -227,9 +286,10 @@ class ServiceAndModel(BothSides):
         if device is None:
             self.insert(tenant, device_id, Device(desired, reported, *versions))
         else:
+            first = self.now()
             self.session.delete(device)
             self.session.flush()
-            del self.model[tenant].devices[device_id]
+            self.model[tenant].remove(Between(first, self.now()), device_id)
 
     @rule()
     def expire_everything(self) -> None:
@@ -349,6 +409,12 @@ class ServiceAndModel(BothSides):
             for device_id, device in fleet.devices.items()
         }
         assert stored_rows(self.session.connection()) == expected
+        assert stored_versions(self.session.connection()) == {
+            (tenant, device_id, number): described(version)
+            for tenant, fleet in self.model.items()
+            for device_id, versions in fleet.versions.items()
+            for number, version in versions.items()
+        }
         for device in self.session.identity_map.values():
             assert isinstance(device, DeviceState)
             key = typing.cast("tuple[str, str]", inspect(device).identity)

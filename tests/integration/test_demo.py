@@ -62,11 +62,23 @@ def test_the_demo_shows_the_life_of_a_shadow_on_a_server_of_its_own() -> None:
         r"operator +thermostat-0002 is stale: .* it was never seen",
         r"device +plug-0000 has drifted: version 1 is acknowledged, but 'relay' differs",
         r"second +VersionConflict: device 'gateway-0000' is at desired_version 2, not at the expected 1",
-        r"device +LateReport: device 'thermostat-0000' already acknowledged version 2, this report acknowledges 1",
+        r"device +LateReport: device 'thermostat-0000' is at version 2 already, and this message is about version 1",
         r"3 of the tenant's devices are pending: gateway-0000, thermostat-0001, thermostat-0002",
         rf"\$ alembic downgrade 075\n(.*\n)*?.*{downgrades}",
         r"\n5 shadows are parked",
         r"\n5 of 5 shadows are what they were before",
+        r"device +thermostat-0000 is synced: version 3 is acknowledged and nothing differs",
+        r"\nversion 3 by night-job \(nobody is here at night\): \{.*\"target_c\": 5\}"
+        r"\nversion 2 by operator: \{.*\"target_c\": 23\}"
+        r"\nversion 1 by operator: \{.*\"target_c\": 21.5\}"
+        r"\nanna +thermostat-0000 is pending: version 4 is not acknowledged .*'target_c' differs"
+        r".*\ndevice +thermostat-0000 is synced: version 4 is acknowledged and nothing differs",
+        r"device +thermostat-0001 is pending: version 2 is refused \(\"mode 'turbo' is not supported\"",
+        r"\nRefused: thermostat-0001, version 2: mode 'turbo' is not supported\n",
+        r"\nanna +thermostat-0001 is pending: version 3 is not acknowledged",
+        r"\nA new version ends the refusal: 0 devices refuse",
+        r"(\nanna +plug-0000 is pending: version 2 is not acknowledged .*){2}"
+        r"\nanna +RequestReused: request 'request-1' of device 'plug-0000' wrote version 2",
     ):
         assert re.search(line, said), line
 

@@ -80,7 +80,7 @@ class Client:
             connection.request(method, path, body, {"X-Tenant-Id": self.tenant} | self.headers | named)
             response = connection.getresponse()
             etag, retry_after = response.headers["ETag"], response.headers["Retry-After"]
-            return Answer(response.status, etag, json.loads(response.read()), retry_after)
+            return Answer(response.status, etag, json.loads(response.read() or "null"), retry_after)
 
     def twin(self, device_id: str = "t-1", **headers: str) -> Answer:
         return self.send("GET", f"/devices/{device_id}/twin", **headers)
@@ -88,14 +88,32 @@ class Client:
     def delta(self, device_id: str = "t-1") -> Any:
         return self.send("GET", f"/devices/{device_id}/twin/delta").body["delta"]
 
-    def patch(self, patch: Any, device_id: str = "t-1", **headers: str) -> Answer:
-        return self.send("PATCH", f"/devices/{device_id}/twin/desired", patch, **headers)
+    def patch(self, patch: Any, device_id: str = "t-1", query: str = "", **headers: str) -> Answer:
+        return self.send("PATCH", f"/devices/{device_id}/twin/desired{query}", patch, **headers)
+
+    def restore(self, body: Any, query: str = "", **headers: str) -> Answer:
+        return self.send("POST", f"/devices/t-1/twin/desired/restore{query}", body, **headers)
+
+    def history(self, query: str = "", **headers: str) -> Answer:
+        return self.send("GET", f"/devices/t-1/twin/desired/history{query}", **headers)
+
+    def version(self, version: object) -> Answer:
+        return self.send("GET", f"/devices/t-1/twin/desired/versions/{version}")
+
+    def register(self, device_id: str, body: Any) -> Answer:
+        return self.send("PUT", f"/devices/{device_id}", body)
+
+    def remove(self, query: str = "", **headers: str) -> Answer:
+        return self.send("DELETE", f"/devices/t-1{query}", **headers)
 
     def shadow(self) -> Answer:
         return self.send("GET", "/device/v1/shadow")
 
     def report(self, body: Any) -> Answer:
         return self.send("POST", "/device/v1/shadow/reported", body)
+
+    def refuse(self, body: Any) -> Answer:
+        return self.send("POST", "/device/v1/shadow/refusal", body)
 
     def device(self, device_id: str = "t-1") -> Client:
         return Client(self.port, self.tenant, {"X-Device-Id": device_id})
@@ -165,7 +183,7 @@ def operator(port: int, database: Engine, log: Path) -> Iterator[Client]:
 
 
 def test_the_example_is_short_enough_to_be_copied() -> None:
-    assert len(EXAMPLE.read_text().splitlines()) < 250
+    assert len(EXAMPLE.read_text().splitlines()) < 345
 
 
 def test_a_shadow_lives_its_whole_life_over_http(operator: Client) -> None:
@@ -334,6 +352,262 @@ def test_a_write_is_committed_before_it_is_answered(operator: Client, database: 
         connection.execute(text("DROP FUNCTION slow_commit CASCADE"))
 
 
+def test_the_history_says_who_wrote_what_and_why(operator: Client) -> None:
+    why = "ночью здесь никого нет 🌙"
+    operator.patch({"target_c": 21.5}, if_match="*", x_user="anna@example.com")
+    operator.patch(
+        {"mode": "eco"}, query=f"?reason={quote(why)}", if_match="*", x_user="night-job", idempotency_key="night-1"
+    )
+    operator.patch({"mode": "auto"}, if_match="*")
+
+    answer = operator.history()
+
+    assert answer.status == 200
+    names = ("version", "actor", "reason", "request_id", "desired")
+    assert [tuple(version[name] for name in names) for version in answer.body] == [
+        (3, None, None, None, {"target_c": 21.5, "mode": "auto"}),
+        (2, "night-job", why, "night-1", {"target_c": 21.5, "mode": "eco"}),
+        (1, "anna@example.com", None, None, {"target_c": 21.5}),
+        (0, None, None, None, {}),
+    ]
+    assert operator.version(2).body == answer.body[1]
+
+
+def test_the_history_is_read_page_by_page_the_newest_first(operator: Client) -> None:
+    for number in range(5):
+        operator.patch({"number": number}, if_match="*")
+
+    first = operator.history("?limit=2").body
+    second = operator.history(f"?limit=2&before={first[-1]['version']}").body
+
+    assert [version["version"] for version in first + second] == [5, 4, 3, 2]
+    assert operator.history("?before=0").body == []
+
+
+@pytest.mark.parametrize(
+    "query", ["limit=0", "limit=101", "limit=x", "limit=", "before=x", "before=1.5", "before=-1", f"before={2**63}"]
+)
+def test_a_page_that_cannot_be_is_a_bad_request(operator: Client, query: str) -> None:
+    answer = operator.history(f"?{query}")
+
+    assert answer.status == 400
+    assert query.partition("=")[0] in answer.body.get("detail", answer.body.get("name"))
+    assert not [name for name in answer.body if name.startswith("_")]
+
+
+def test_a_version_that_is_not_kept_is_not_found_and_the_answer_names_those_that_are(operator: Client) -> None:
+    operator.patch({"mode": "eco"}, if_match="*")
+
+    for answer in (operator.version(2), operator.restore({"version": 2}, if_match="*")):
+        assert answer.error == "404 VersionNotKept"
+        assert (answer.body["version"], answer.body["oldest"], answer.body["newest"]) == (2, 0, 1)
+    for version in ("x", "1.5"):
+        assert operator.version(version).status == 400
+    assert operator.version(2**63).error == "400 InvalidVersion"
+    assert operator.twin().etag == '"1"'
+
+
+def test_a_restore_writes_an_earlier_version_again_as_a_new_one(operator: Client) -> None:
+    operator.patch({"target_c": 21.5}, if_match="*")
+    operator.patch({"target_c": 5}, if_match="*", x_user="night-job")
+
+    restored = operator.restore({"version": 1}, "?reason=too%20cold", if_match='"2"', x_user="anna")
+
+    assert (restored.status, restored.etag, restored.body["desired"]) == (200, '"3"', {"target_c": 21.5})
+    assert operator.twin() == restored
+    newest = operator.history("?limit=1").body[0]
+    assert (newest["actor"], newest["reason"], newest["desired"]) == ("anna", "too cold", {"target_c": 21.5})
+
+
+def test_a_restore_is_guarded_like_a_patch(operator: Client) -> None:
+    operator.patch({"mode": "eco"}, if_match="*")
+
+    assert operator.restore({"version": 0}).status == 428
+    old = operator.restore({"version": 0}, if_match='"0"')
+    assert (old.error, old.etag) == ("409 VersionConflict", '"1"')
+    assert operator.twin().body["desired"] == {"mode": "eco"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [[], 0, "null", {}, {"version": "0"}, {"version": True}, {"version": 0.0}, {"version": None}],
+    ids=json.dumps,
+)
+def test_what_names_no_version_restores_nothing_and_refuses_nothing(operator: Client, body: Any) -> None:
+    refusal = body | {"reason": "too warm"} if isinstance(body, dict) else body
+
+    for answer in (operator.restore(body, if_match="*"), operator.device().refuse(refusal)):
+        assert answer.status == 400
+        assert ("version" if isinstance(body, dict) else "body") in answer.body["detail"]
+    assert operator.twin().etag == '"0"'
+
+
+def test_a_request_that_is_sent_again_with_its_key_and_its_old_etag_is_written_once(operator: Client) -> None:
+    def patch() -> Answer:
+        return operator.patch({"target_c": 21.5}, if_match='"0"', idempotency_key="request-1")
+
+    first = patch()
+    assert (first.status, first.etag) == (200, '"1"')
+    assert patch() == first
+
+    operator.patch({"mode": "eco"}, if_match="*")
+    later = patch()
+
+    assert (later.status, later.etag, later.body["desired"]) == (200, '"2"', {"target_c": 21.5, "mode": "eco"})
+    assert [version["request_id"] for version in operator.history().body] == [None, "request-1", None]
+
+
+def test_a_restore_that_is_sent_again_with_its_key_is_written_once(operator: Client) -> None:
+    operator.patch({"target_c": 21.5}, if_match="*")
+
+    for _ in range(2):
+        restored = operator.restore({"version": 0}, if_match='"1"', idempotency_key="request-1")
+        assert (restored.status, restored.etag, restored.body["desired"]) == (200, '"2"', {})
+
+
+def test_a_request_that_is_sent_twice_at_the_same_moment_is_written_once(operator: Client) -> None:
+    start = Barrier(2)
+
+    def patch(key: str) -> int:
+        start.wait()
+        return operator.patch({"by": key}, if_match="*", idempotency_key=key).status
+
+    with ThreadPoolExecutor(2) as pool:
+        for number in range(10):
+            key = f"request-{number}"
+            assert [*pool.map(patch, (key, key))] == [200, 200]
+    assert operator.twin().etag == '"10"'
+
+
+def test_the_key_of_another_request_is_a_conflict_and_another_device_has_keys_of_its_own(operator: Client) -> None:
+    operator.patch({"target_c": 21.5}, if_match="*", idempotency_key="request-1")
+
+    reused = operator.patch({"target_c": 30}, if_match="*", idempotency_key="request-1")
+
+    assert (reused.error, reused.etag) == ("409 RequestReused", None)
+    assert (reused.body["request_id"], reused.body["version"]) == ("request-1", 1)
+    assert operator.restore({"version": 0}, if_match="*", idempotency_key="request-1").error == "409 RequestReused"
+    assert operator.twin().body["desired"] == {"target_c": 21.5}
+    assert operator.patch({"target_c": 30}, "t-2", if_match="*", idempotency_key="request-1").etag == '"1"'
+
+
+@pytest.mark.parametrize("name", ["Idempotency-Key", "X-User"])
+@pytest.mark.parametrize("value", ["", "   ", "\xa0", "x" * 256], ids=ascii)
+def test_a_key_or_a_user_that_cannot_be_kept_is_a_bad_request(operator: Client, name: str, value: str) -> None:
+    answer = operator.patch({"mode": "eco"}, if_match="*", **{name: value})
+
+    assert answer.status == 400
+    assert name in answer.body["detail"]
+    assert operator.twin().etag == '"0"'
+
+
+@pytest.mark.parametrize("reason", ["", "%20", "a%00b", "%1c", "x" * 1001], ids=lambda reason: reason[:5])
+def test_a_reason_that_cannot_be_kept_is_a_bad_request(operator: Client, reason: str) -> None:
+    for answer in (
+        operator.patch({"mode": "eco"}, query=f"?reason={reason}", if_match="*"),
+        operator.restore({"version": 0}, f"?reason={reason}", if_match="*"),
+        operator.remove(f"?reason={reason}", if_match="*"),
+    ):
+        assert answer.status == 400
+        assert "reason" in answer.body["detail"]
+    assert operator.twin().etag == '"0"'
+
+
+def test_a_device_that_refuses_says_why_until_something_else_is_desired(operator: Client) -> None:
+    operator.patch({"mode": "turbo"}, if_match="*")
+
+    refused = operator.device().refuse({"version": 1, "reason": "mode 'turbo' is not supported"})
+
+    assert (refused.status, refused.etag, refused.body["sync_status"]) == (200, '"1"', "pending")
+    assert operator.twin().body["refusal"] == "mode 'turbo' is not supported"
+    assert "version 1 is refused" in operator.send("GET", "/devices/t-1/twin/delta").body["explanation"]
+    assert operator.patch({"mode": "eco"}, if_match='"1"').body["refusal"] is None
+
+
+def test_a_refusal_that_comes_late_is_a_conflict_and_one_of_a_version_to_come_a_bad_request(operator: Client) -> None:
+    device = operator.device()
+    operator.patch({"mode": "turbo"}, if_match="*")
+    operator.patch({"mode": "eco"}, if_match="*")
+
+    late = device.refuse({"version": 1, "reason": "mode 'turbo' is not supported"})
+    assert (late.error, late.body["acked"], late.body["current"]) == ("409 LateReport", 1, 2)
+
+    device.report({"reported": {"mode": "eco"}, "acked_version": 2})
+    assert device.refuse({"version": 2, "reason": "too late"}).error == "409 LateReport"
+    assert device.refuse({"version": 3, "reason": "too early"}).error == "400 UnknownVersion"
+    assert operator.twin().body["refusal"] is None
+
+
+@pytest.mark.parametrize("reason", ["", " ", "\0", "\ud83d", "x" * 1001, None, 7, ["x"]], ids=lambda it: ascii(it)[:9])
+def test_a_refusal_without_words_is_a_bad_request(operator: Client, reason: Any) -> None:
+    operator.patch({"mode": "turbo"}, if_match="*")
+
+    answer = operator.device().refuse({"version": 1, "reason": reason})
+
+    assert answer.status == 400
+    assert answer.body["detail"].startswith("reason: ")
+    assert operator.twin().body["refusal"] is None
+
+
+def test_a_device_is_registered_once_however_often_it_is_asked(operator: Client) -> None:
+    registered = operator.register("t-3", {"site_id": "berlin"})
+
+    assert (registered.status, registered.etag, registered.body["desired"]) == (200, '"0"', {})
+    operator.patch({"mode": "eco"}, "t-3", if_match='"0"')
+    again = operator.register("t-3", {"site_id": "berlin"})
+    assert (again.status, again.etag, again.body["desired"]) == (200, '"1"', {"mode": "eco"})
+    assert Client(operator.port, "stranger").twin("t-3").status == 404
+
+
+@pytest.mark.parametrize(
+    "body", [{}, [], {"site_id": ""}, {"site_id": None}, {"site_id": "\0"}, {"site_id": "x" * 256}]
+)
+def test_a_device_without_a_place_is_not_registered(operator: Client, body: Any) -> None:
+    assert operator.register("t-3", body).status == 400
+    assert operator.twin("t-3").status == 404
+
+
+@pytest.mark.parametrize("device_id", ["%00", "%20", "x" * 256], ids=lambda device_id: device_id[:5])
+def test_a_device_that_no_row_can_carry_is_not_registered(operator: Client, device_id: str) -> None:
+    answer = operator.register(device_id, {"site_id": "berlin"})
+
+    assert answer.status == 400
+    assert "device_id" in answer.body["detail"]
+
+
+def test_a_removed_device_is_gone_and_its_history_ends_with_who_removed_it(operator: Client) -> None:
+    operator.patch({"mode": "eco"}, if_match="*")
+
+    removed = operator.remove("?reason=sold", if_match='"1"', x_user="anna")
+
+    assert (removed.status, removed.body) == (204, None)
+    for answer in (operator.twin(), operator.device().shadow(), operator.remove(if_match="*")):
+        assert answer.error == "404 DeviceNotFound"
+    newest, before, *_ = operator.history().body
+    assert (newest["version"], newest["desired"], newest["actor"], newest["reason"]) == (2, None, "anna", "sold")
+    assert (before["version"], before["desired"]) == (1, {"mode": "eco"})
+
+
+def test_a_removal_is_guarded_like_a_patch(operator: Client) -> None:
+    operator.patch({"mode": "eco"}, if_match="*")
+
+    assert operator.remove().status == 428
+    old = operator.remove(if_match='"0"')
+    assert (old.error, old.etag) == ("409 VersionConflict", '"1"')
+    assert operator.twin().etag == '"1"'
+
+
+def test_a_device_that_comes_back_goes_on_at_its_version_and_no_old_etag_fits(operator: Client) -> None:
+    operator.patch({"mode": "eco"}, if_match="*")
+    operator.remove(if_match="*")
+
+    back = operator.register("t-1", {"site_id": "berlin"})
+
+    assert (back.status, back.etag, back.body["desired"], back.body["delta"]) == (200, '"2"', {}, {})
+    assert operator.patch({"mode": "auto"}, if_match='"1"').error == "409 VersionConflict"
+    assert operator.restore({"version": 1}, if_match='"2"').body["desired"] == {"mode": "eco"}
+
+
 def test_a_report_that_comes_late_never_overwrites_newer_state(operator: Client) -> None:
     device = operator.device()
     operator.patch({"mode": "eco"}, if_match="*")
@@ -379,30 +653,61 @@ def test_another_tenants_device_does_not_exist(operator: Client) -> None:
         stranger.patch({"mode": "eco"}, if_match="*"),
         stranger.device().shadow(),
         stranger.device().report({"reported": {}}),
+        stranger.history(),
+        stranger.restore({"version": 0}, if_match="*"),
+        stranger.remove(if_match="*"),
+        stranger.device().refuse({"version": 0, "reason": "too warm"}),
     ):
         assert (answer.error, answer.body["tenant_id"]) == ("404 DeviceNotFound", "stranger")
+    assert stranger.version(0).error == "404 VersionNotKept"
     assert operator.twin().etag == '"0"'
 
 
 def test_who_does_not_say_who_it_is_is_turned_away(operator: Client) -> None:
     nobody = Client(operator.port, "")
-    for answer in (nobody.twin(), nobody.patch({}, if_match="*"), nobody.device().shadow()):
+    for answer in (
+        nobody.twin(),
+        nobody.patch({}, if_match="*"),
+        nobody.device().shadow(),
+        nobody.history(),
+        nobody.version(0),
+        nobody.restore({"version": 0}, if_match="*"),
+        nobody.register("t-3", {"site_id": "berlin"}),
+        nobody.remove(if_match="*"),
+        nobody.device().refuse({"version": 0, "reason": "too warm"}),
+    ):
         assert (answer.status, answer.body) == (401, {"detail": "X-Tenant-Id is missing"})
 
-    for answer in (operator.shadow(), operator.report({"reported": {}})):
+    for answer in (
+        operator.shadow(),
+        operator.report({"reported": {}}),
+        operator.refuse({"version": 0, "reason": "too warm"}),
+    ):
         assert (answer.status, answer.body) == (401, {"detail": "X-Device-Id is missing"})
 
 
-@pytest.mark.parametrize("name", ["X-Tenant-Id", "X-Device-Id", "If-Match"])
+@pytest.mark.parametrize("name", ["X-Tenant-Id", "X-User", "X-Device-Id", "If-Match", "Idempotency-Key"])
 @pytest.mark.parametrize("others", [["globex", "acme"], ["acme", "acme"]])
 def test_a_header_that_is_there_twice_is_a_bad_request(operator: Client, name: str, others: list[str]) -> None:
-    mine = {"X-Tenant-Id": operator.tenant, "X-Device-Id": "t-1", "If-Match": "*"}
+    mine = {
+        "X-Tenant-Id": operator.tenant,
+        "X-User": "anna",
+        "X-Device-Id": "t-1",
+        "If-Match": "*",
+        "Idempotency-Key": "request-1",
+    }
     for method, path in (
         ("GET", "/devices/t-1/twin"),
         ("PATCH", "/devices/t-1/twin/desired"),
         ("GET", "/devices/t-1/twin/delta"),
         ("GET", "/device/v1/shadow"),
         ("POST", "/device/v1/shadow/reported"),
+        ("GET", "/devices/t-1/twin/desired/history"),
+        ("GET", "/devices/t-1/twin/desired/versions/0"),
+        ("POST", "/devices/t-1/twin/desired/restore"),
+        ("PUT", "/devices/t-1"),
+        ("DELETE", "/devices/t-1"),
+        ("POST", "/device/v1/shadow/refusal"),
     ):
         with closing(HTTPConnection("127.0.0.1", operator.port, timeout=10)) as connection:
             connection.putrequest(method, path)
@@ -476,26 +781,62 @@ def test_openapi_shows_the_bodies_the_answers_and_the_errors_of_each_endpoint(op
         "get /devices/{device_id}/twin/delta",
         "get /device/v1/shadow",
         "post /device/v1/shadow/reported",
+        "get /devices/{device_id}/twin/desired/history",
+        "get /devices/{device_id}/twin/desired/versions/{version}",
+        "post /devices/{device_id}/twin/desired/restore",
+        "put /devices/{device_id}",
+        "delete /devices/{device_id}",
+        "post /device/v1/shadow/refusal",
+    }
+    guarded = {
+        "patch /devices/{device_id}/twin/desired",
+        "post /devices/{device_id}/twin/desired/restore",
+        "delete /devices/{device_id}",
     }
     for name, operation in operations.items():
         answers = operation["responses"]
-        writes = not name.startswith("get")
-        expected = {"200", "400", "401", "404", "503", "default"} | ({"409", "413"} if writes else set())
-        assert answers.keys() == expected | ({"428"} if name.startswith("patch") else set())
-        assert answers["200"]["headers"].keys() == {"ETag"}
+        has_body = name.startswith("p")
+        expected = {"204" if name.startswith("delete") else "200", "400", "401", "503", "default"}
+        expected |= {"413"} if has_body else set()
+        expected |= set() if name.startswith("put") else {"404"}
+        expected |= {"409"} if name.startswith("post") or name in guarded else set()
+        assert answers.keys() == expected | ({"428"} if name in guarded else set())
+        shows_a_version = name.startswith("delete") or "/desired/history" in name or "/desired/versions" in name
+        assert ("headers" in answers.get("200", {})) != shows_a_version
         assert answers["503"]["headers"].keys() == {"Retry-After"}
-        assert all(answers[status]["content"]["application/json"]["schema"] for status in answers.keys() - {"default"})
-        assert ("requestBody" in operation) == writes
+        bodies = answers.keys() - {"default", "204"}
+        assert all(answers[status]["content"]["application/json"]["schema"] for status in bodies)
+        assert ("requestBody" in operation) == has_body
         headers = {one["name"] for one in operation["parameters"] if one["in"] == "header"}
-        assert headers >= ({"X-Device-Id"} if "/device/v1" in name else set()) | {"X-Tenant-Id"}
+        assert headers >= ({"X-Device-Id"} if "/device/v1" in name else set()) | {"X-Tenant-Id", "X-User"}
+        assert ("If-Match" in headers) == (name in guarded)
+        assert ("Idempotency-Key" in headers) == (name in guarded and has_body)
     patch = operations["patch /devices/{device_id}/twin/desired"]
     assert patch["requestBody"]["content"]["application/json"]["schema"]["type"] == "object"
     report = operations["post /device/v1/shadow/reported"]["requestBody"]["content"]["application/json"]
     assert report["schema"]["required"] == ["reported"]
     assert operator.device().report(report["example"] | {"acked_version": 0}).status == 200
+    place, restore, refusal = (
+        operations[name]["requestBody"]["content"]["application/json"]["example"]
+        for name in (
+            "put /devices/{device_id}",
+            "post /devices/{device_id}/twin/desired/restore",
+            "post /device/v1/shadow/refusal",
+        )
+    )
+    assert operator.register("t-3", place).status == 200
+    assert operator.restore(restore | {"version": 0}, if_match="*").status == 200
+    assert operator.device().refuse(refusal | {"version": 1}).status == 200
 
 
-@pytest.mark.parametrize(("path", "name"), [("/devices/t-1/twin", "Twin"), ("/devices/t-1/twin/delta", "Delta")])
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/devices/t-1/twin", "Twin"),
+        ("/devices/t-1/twin/delta", "Delta"),
+        ("/devices/t-1/twin/desired/versions/0", "DesiredVersion"),
+    ],
+)
 def test_what_openapi_says_of_an_answer_is_what_is_answered(operator: Client, path: str, name: str) -> None:
     documented = operator.send("GET", "/openapi.json").body["components"]["schemas"][name]["properties"]
 

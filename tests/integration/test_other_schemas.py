@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -44,7 +45,10 @@ def test_the_service_the_guard_and_the_hybrids_work_there(elsewhere: Engine) -> 
         fleet = add_sample_fleet(session)
         session.commit()
         shadows = ShadowService(session, fleet.tenant_id)
-        assert [shadow.device_id for shadow in shadows.iter_pending(batch_size=1)] == [fleet.pending]
+        assert [shadow.device_id for shadow in shadows.iter_pending(batch_size=1)] == [
+            fleet.pending,
+            fleet.refused,
+        ]
         assert [shadow.device_id for shadow in shadows.drifted()] == [fleet.drifted]
         assert shadows.patch_desired_many([fleet.synced, fleet.stale], {"a": 1})[fleet.synced].desired_version == 4
         assert [outcome.status for outcome in shadows.replace_reported_many([Report(fleet.synced, {}, 4)])] == [
@@ -61,6 +65,16 @@ def test_the_service_the_guard_and_the_hybrids_work_there(elsewhere: Engine) -> 
             other.commit()
         with pytest.raises(StaleDataError):
             session.commit()
+        session.rollback()
+
+        assert shadows.restore_desired(fleet.new, 0).desired_version == 2
+        shadows.remove(fleet.new)
+        session.delete(session.get_one(DeviceState, (fleet.tenant_id, fleet.stale)))
+        session.flush()
+        assert [v.version for v in shadows.history(fleet.new)] == [3, 2, 1, 0]
+        assert shadows.register_many({fleet.new: "s", fleet.stale: "s"})[fleet.new].desired_version == 3
+        assert shadows.prune_history(older_than=timedelta(days=1)) == 1  # the one of which nobody knows the age
+        session.commit()
 
 
 @pytest.mark.repeats
@@ -112,8 +126,8 @@ def test_a_team_s_not_null_columns_are_filled_in_the_sample_fleet(new_database: 
             add_sample_fleet(session)
         fleet = add_sample_fleet(session, {"firmware": "4.2", "line": 7})
         rows = session.execute(text("SELECT DISTINCT firmware, line, count(*) FROM device_state GROUP BY 1, 2")).all()
-        assert rows == [("4.2", 7, 10)]
-        assert ShadowService(session, fleet.tenant_id).count_pending() == 1
+        assert rows == [("4.2", 7, 12)]
+        assert ShadowService(session, fleet.tenant_id).count_pending() == 2
         with pytest.raises(ValueError, match=r"desired_state.* of the sample fleet"):
             add_sample_fleet(session, {"desired_state": {}})
 
@@ -126,7 +140,7 @@ def test_the_databases_of_tests_are_copies_with_the_search_path_of_their_templat
         migrate.upgrade(template)
         with database(server, template) as url, Session(create_engine(url, poolclass=NullPool)) as session:
             fleet = add_sample_fleet(session)
-            assert ShadowService(session, fleet.tenant_id).count_pending() == 1
-            assert session.scalar(text('SELECT count(*) FROM "a b".device_state')) == 10
+            assert ShadowService(session, fleet.tenant_id).count_pending() == 2
+            assert session.scalar(text('SELECT count(*) FROM "a b".device_state')) == 12
             row = run_sql(url, "SELECT current_setting('search_path'), current_setting('application_name')")
             assert row == [('"a b", public', 'it\'s, "a" name')]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import NullPool, create_engine, text
 from sqlalchemy.dialects.postgresql import asyncpg
 
-from iot_models._core import statements
+from iot_models._core import desired_statements, history_statements, statements
 from iot_models.testing import throwaway
 from tests.databases.alembic_runs import upgrade
 from tests.databases.devices import TENANT
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.repeats
 PENDING = "idx_device_state_shadow_pending"
 PENDING_IN_ORDER = "idx_device_state_shadow_pending_device"
 PRIMARY_KEY = "device_state_pkey"
+REQUEST = "idx_device_shadow_history_request"
 
 
 # Half of the devices are one tenant's, the others those of 500.
@@ -92,7 +94,7 @@ def prepared_plan(connection: Connection, statement: Executable, **binds: object
 def literal(value: object) -> str:
     if isinstance(value, list):
         return "'{" + ", ".join("NULL" if item is None else f'"{item}"' for item in value) + "}'"
-    return f"'{value}'"
+    return "NULL" if value is None else f"'{value}'"
 
 
 @pytest.mark.parametrize("analysed", [True, False], ids=["analysed", "never analysed"])
@@ -189,16 +191,25 @@ def test_the_primary_key_serves_single_devices_and_batches(fleet: Connection) ->
     ids = list(
         fleet.scalars(text("SELECT device_id FROM device_state WHERE device_id < '01' ORDER BY site_id LIMIT 100"))
     )
-    one: dict[str, object] = {"device": ids[0], "document": "{}"}
-    many: dict[str, object] = {"devices": ids, "documents": ["{}"] * len(ids)}
+    written = {"author": None, "why": None}
+    one: dict[str, object] = {"device": ids[0], "document": "{}", "request": "r", "version": 1, **written}
+    many: dict[str, object] = {"devices": ids, "documents": ["{}"] * len(ids), **written}
     ones = [1] * len(ids)
 
     for statement, binds in (
         (statements.one_shadow(), one),
         (statements.versions(), one),
         (statements.locked_document("desired_state"), one),
-        (statements.write_desired(guarded=False), one),
-        (statements.write_desired(guarded=True), one | {"expected": 1}),
+        (desired_statements.write_desired(guarded=False), one),
+        (desired_statements.write_desired(guarded=True, once=True), one | {"expected": 1}),
+        (desired_statements.write_desired(guarded=True, recorded=False), one | {"expected": 1}),
+        (desired_statements.restore_desired(guarded=False, once=True), one),
+        (desired_statements.remove(guarded=False), one | {"device": ids[1]}),
+        (desired_statements.record_removals(), many),
+        (desired_statements.registered(), many),
+        (desired_statements.go_on(), many),
+        (history_statements.version_of_device(), one),
+        (history_statements.versions_kept(), one),
         (
             statements.write_reported(acked=True, if_converged=False, unchanged=True),
             one | {"acked": 1, "seen": "{}"},
@@ -208,11 +219,15 @@ def test_the_primary_key_serves_single_devices_and_batches(fleet: Connection) ->
         (statements.versions_of_many(), many),
         (statements.locked_devices(), many),
         (statements.locked_devices("desired_state", "reported_state"), many),
-        (statements.write_desired_many(), many | {"expected": [None] * len(ids)}),
+        (desired_statements.write_desired_many(), many | {"expected": [None] * len(ids)}),
         (statements.write_reported_many(), many | {"acked": ones}),
         (
             statements.write_reported_many(if_converged=True),
             many | {"acked": [None] * len(ids), "if_converged": [True] * len(ids)},
+        ),
+        (
+            statements.write_reported_many(refuses=True),
+            many | {"acked": [None] * len(ids), "refused": [2] * len(ids), "refusals": ["no"] * len(ids)},
         ),
         (statements.write_reported_many(decided=True), many | {"acked": ones, "desired": ones, "reported": ones}),
         (
@@ -220,7 +235,7 @@ def test_the_primary_key_serves_single_devices_and_batches(fleet: Connection) ->
             many | {"acked": ones, "desired": ones, "reported": ones, "seen": ["{}"] * len(ids)},
         ),
     ):
-        assert access(fleet, statement, **binds) == {PRIMARY_KEY}, statement
+        assert access(fleet, statement, **binds) - {"device_shadow_history_pkey", REQUEST} == {PRIMARY_KEY}, statement
 
 
 @pytest.mark.parametrize("analysed", [True, False], ids=["analysed", "never analysed"])
@@ -229,7 +244,7 @@ def test_what_a_batch_costs_grows_with_its_devices_and_not_with_their_square(
     own_engine: Engine, mode: str, *, analysed: bool
 ) -> None:
     ids = [f"device-{n}" for n in range(1000)]
-    known = {"devices": ids, "documents": ["{}"] * len(ids)}
+    known = {"devices": ids, "documents": ["{}"] * len(ids), "author": None, "why": None}
     with own_engine.connect() as connection:
         connection.execute(
             text("""INSERT INTO device_state (tenant_id, site_id, device_id, desired_version, reported_version)
@@ -244,7 +259,8 @@ def test_what_a_batch_costs_grows_with_its_devices_and_not_with_their_square(
             (statements.versions_of_many(), {}),
             (statements.locked_devices(), {}),
             (statements.locked_devices("desired_state", "reported_state"), {}),
-            (statements.write_desired_many(), {"expected": [None] * len(ids)}),
+            (desired_statements.write_desired_many(), {"expected": [None] * len(ids)}),
+            (desired_statements.write_desired_many(recorded=False), {"expected": [None] * len(ids)}),
             (statements.write_reported_many(), {"acked": [3] * len(ids)}),
             (
                 statements.write_reported_many(if_converged=True),
@@ -253,9 +269,9 @@ def test_what_a_batch_costs_grows_with_its_devices_and_not_with_their_square(
             (
                 statements.write_reported_many(decided=True, unchanged=True),
                 {
-                    "acked": [3] * len(ids),
-                    "desired": [3] * len(ids),
-                    "reported": [3] * len(ids),
+                    "acked": [4] * len(ids),
+                    "desired": [4] * len(ids),
+                    "reported": [4] * len(ids),
                     "seen": ["{}"] * len(ids),
                 },
             ),
@@ -268,3 +284,22 @@ def test_what_a_batch_costs_grows_with_its_devices_and_not_with_their_square(
             )
             assert plan["Actual Rows"] == len(ids)
             assert compared <= len(ids), statement
+
+
+def test_each_index_of_the_history_serves_its_query(own_engine: Engine) -> None:
+    with own_engine.connect() as connection:
+        connection.execute(
+            text("""INSERT INTO device_shadow_history (tenant_id, device_id, desired_version, desired_state, written_at, request_id)
+                    SELECT 'acme', 'd' || n % 500, n / 500, '{}', now() - n * INTERVAL '1 minute', 'r' || n
+                      FROM generate_series(1, 30000) n""")
+        )
+        connection.execute(text("ANALYZE device_shadow_history"))
+        one = {"device": "d7", "request": "r7", "version": 7}
+        old = {"age": timedelta(days=20), "limit": 100}
+
+        assert access(connection, history_statements.request_done(), **one) == {REQUEST, "device_shadow_history_pkey"}
+        page = access(connection, history_statements.history_page(before=False), **one, limit=5)
+        assert {name for name in page if "history" in name} == {"device_shadow_history_pkey"}
+        assert access(connection, history_statements.prune_history(keep=1), **old) == {
+            "idx_device_shadow_history_written", "device_shadow_history_pkey"
+        }  # fmt: skip

@@ -68,7 +68,7 @@ def test_a_test_with_a_session_and_a_fleet_takes_three_lines_and_the_run_names_i
 
         def test_what_is_pending(shadow_session, shadow_fleet):
             shadows = ShadowService(shadow_session, shadow_fleet.tenant_id)
-            assert [shadow.device_id for shadow in shadows.pending()] == [shadow_fleet.pending]
+            assert [shadow.device_id for shadow in shadows.pending()] == [shadow_fleet.pending, shadow_fleet.refused]
         """
     )
     result = team.run()
@@ -191,7 +191,7 @@ def test_async_code_has_the_same_databases_with_either_driver(team: Team) -> Non
                 await engine.dispose()
                 return count
 
-            assert asyncio.run(pending()) == 1
+            assert asyncio.run(pending()) == 2
         """
     )
     team.run().assert_outcomes(passed=2)

@@ -26,19 +26,25 @@ def shadows(session: Session, fleet: SampleFleet) -> ShadowService:
 
 
 def test_each_device_is_in_the_state_of_its_name(shadows: ShadowService, fleet: SampleFleet) -> None:
-    found = shadows.get_many([fleet.synced, fleet.pending, fleet.drifted, fleet.stale, fleet.new])
+    found = shadows.get_many([fleet.synced, fleet.pending, fleet.drifted, fleet.refused, fleet.stale, fleet.new])
     state = {name: (shadow.sync_status(), shadow.is_pending, shadow.is_drifted) for name, shadow in found.items()}
 
     assert state == {
         "synced": (SyncStatus.SYNCED, False, False),
         "pending": (SyncStatus.PENDING, True, False),
         "drifted": (SyncStatus.SYNCED, False, True),
+        "refused": (SyncStatus.PENDING, True, False),
         "stale": (SyncStatus.STALE, False, False),
         "new": (SyncStatus.STALE, False, False),
     }
     assert found[fleet.pending].delta == {"target_c": 23.5}
     assert found[fleet.drifted].delta == {"mode": "auto"}
     assert (found[fleet.pending].desired_version, found[fleet.pending].reported_version) == (4, 3)
+    refused = found[fleet.refused]
+    assert (refused.desired_version, refused.reported_version, refused.delta) == (4, 3, {"mode": "turbo"})
+    assert {name: shadow.refusal for name, shadow in found.items() if shadow.is_refused} == {
+        "refused": "mode 'turbo' is not supported"
+    }
     silent_since = found[fleet.stale].last_seen_at
     assert silent_since is not None
     assert 3500 < (datetime.now(UTC) - silent_since).total_seconds() < 3700
@@ -50,12 +56,14 @@ def test_every_question_about_the_fleet_has_an_answer_that_differs_from_the_othe
 ) -> None:
     other = ShadowService(session, fleet.other_tenant_id)
 
-    assert (shadows.count_pending(), other.count_pending()) == (1, 5)
+    assert (shadows.count_pending(), other.count_pending()) == (2, 6)
     assert [shadow.device_id for shadow in shadows.drifted()] == [fleet.drifted]
     assert other.drifted() == []
-    assert shadows.status_counts() == {SyncStatus.SYNCED: 2, SyncStatus.PENDING: 1, SyncStatus.STALE: 2}
-    assert other.status_counts()[SyncStatus.PENDING] == 5
-    for device_id in (fleet.synced, fleet.pending, fleet.drifted, fleet.stale, fleet.new):
+    assert [shadow.device_id for shadow in shadows.refused()] == [fleet.refused]
+    assert (shadows.count_refused(), other.count_refused()) == (1, 0)
+    assert shadows.status_counts() == {SyncStatus.SYNCED: 2, SyncStatus.PENDING: 2, SyncStatus.STALE: 2}
+    assert other.status_counts()[SyncStatus.PENDING] == 6
+    for device_id in (fleet.synced, fleet.pending, fleet.drifted, fleet.refused, fleet.stale, fleet.new):
         assert shadows.get(device_id).desired != other.get(device_id).desired
 
 

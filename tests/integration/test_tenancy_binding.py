@@ -53,6 +53,21 @@ def test_bound_in_a_savepoint_that_is_rolled_back_nothing_is_shown_until_it_is_b
         assert tenants(session) == [TENANT]
 
 
+def test_a_savepoint_that_is_rolled_back_gives_the_tenant_of_another_session_back(app: Engine) -> None:
+    with app.connect() as connection, connection.begin():
+        with Session(connection) as session:
+            bind_tenant(session, TENANT)
+            session.commit()
+        savepoint = connection.begin_nested()
+        with Session(connection) as session:
+            bind_tenant(session, OTHER)
+            assert tenants(session) == [OTHER]
+        savepoint.rollback()
+
+        with Session(connection) as session:
+            assert tenants(session) == [TENANT]
+
+
 def test_bound_in_a_savepoint_that_is_released_the_transaction_stays_bound(app: Engine) -> None:
     with Session(app) as session:
         with session.begin_nested(), session.begin_nested():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+from sqlalchemy import text
 
 from iot_models import tenancy
 from tests.databases.tenants import run
@@ -395,3 +396,102 @@ def test_a_rule_counts_for_who_may_do_what_it_waits_for(owner: Connection, app: 
     assert found(owner, app, ["GRANT UPDATE (a) ON log TO {app}"]) == [
         "it may change rows of log, and the rule r changes those of the table with them"
     ]
+
+
+# Triggers that PostgreSQL runs as the owner of their table, in the search path of whoever changes a device.
+
+CASCADED = "CREATE TABLE notes (t text, d text, FOREIGN KEY (t, d) REFERENCES device_state ON DELETE "
+LOGS = (
+    "CREATE FUNCTION logs() RETURNS trigger LANGUAGE plpgsql{} AS 'BEGIN INSERT INTO log VALUES (1); RETURN OLD; END'"
+)
+FIRES = "CREATE TRIGGER fires {} ON notes FOR EACH ROW EXECUTE FUNCTION logs()"
+
+
+def shadowing(owner: Connection, function: str = "logs()") -> str:
+    role = owner.scalar(text("SELECT quote_ident(CAST(current_user AS text))"))
+    return (
+        f"it may put its own tables before those that the function {function} names, which runs as {role} "
+        f"(ALTER FUNCTION {function} SET search_path = public, pg_temp)"
+    )
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        [CASCADED + "CASCADE)", LOGS.format(""), FIRES.format("BEFORE DELETE")],
+        [CASCADED + "SET NULL)", LOGS.format(" SET search_path = public"), FIRES.format("BEFORE UPDATE")],
+        [CASCADED + "SET DEFAULT)", LOGS.format(" SET search_path = pg_temp"), FIRES.format("BEFORE INSERT OR UPDATE")],
+        [CASCADED + "NO ACTION ON UPDATE CASCADE)", LOGS.format(" SECURITY DEFINER"), FIRES.format("AFTER UPDATE")],
+        [
+            "CREATE TABLE notes (note text PRIMARY KEY, t text, d text,"
+            " FOREIGN KEY (t, d) REFERENCES device_state ON DELETE CASCADE)",
+            "CREATE TABLE files (note text REFERENCES notes ON DELETE CASCADE)",
+            LOGS.format(""),
+            FIRES.format("BEFORE DELETE").replace("notes", "files"),
+        ],
+        [LOGS.format(" SECURITY DEFINER"), FIRES.format("AFTER INSERT").replace("notes", "device_state")],
+    ],
+    ids=["CASCADE", "SET NULL", "SET DEFAULT", "ON UPDATE", "two steps away", "SECURITY DEFINER"],
+)
+def test_a_trigger_that_runs_as_another_role_in_the_callers_search_path_is_named_until_it_has_a_path_of_its_own(
+    owner: Connection, app: str, statements: list[str]
+) -> None:
+    assert found(owner, app, statements) == [shadowing(owner)]
+
+    assert found(owner, app, ["ALTER FUNCTION logs() SET search_path = public, pg_temp"]) == []
+
+
+def test_before_postgresql_18_a_trigger_after_a_cascade_runs_as_whoever_changed_the_device(
+    owner: Connection, app: str
+) -> None:
+    new = owner.scalar(text("SELECT current_setting('server_version_num')::int >= 180000"))
+    said = found(owner, app, [CASCADED + "CASCADE)", LOGS.format(""), FIRES.format("AFTER DELETE")])
+    assert said == ([shadowing(owner)] if new else [])
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        [CASCADED + "NO ACTION)", LOGS.format(""), FIRES.format("BEFORE DELETE")],
+        [CASCADED + "CASCADE)", LOGS.format(""), FIRES.format("BEFORE INSERT")],
+        [CASCADED + "CASCADE)", LOGS.format(" SET search_path = ''"), FIRES.format("BEFORE DELETE")],
+        [CASCADED + "CASCADE)", LOGS.format(" SET search_path = pg_catalog"), FIRES.format("BEFORE DELETE")],
+        [
+            CASCADED + "CASCADE)",
+            LOGS.format(""),
+            FIRES.format("BEFORE DELETE"),
+            "ALTER TABLE notes DISABLE TRIGGER fires",
+        ],
+        [
+            CASCADED + "CASCADE)",
+            "CREATE TRIGGER t BEFORE UPDATE ON notes FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()",
+        ],
+        [LOGS.format(""), FIRES.format("BEFORE DELETE").replace("notes", "device_state")],
+        [
+            CASCADED + "CASCADE)",
+            LOGS.format(""),
+            FIRES.format("BEFORE DELETE"),
+            "REVOKE INSERT, UPDATE, DELETE ON device_state, device_shadow_history FROM {app}",
+        ],
+        [
+            CASCADED + "CASCADE)",
+            LOGS.format(""),
+            FIRES.format("BEFORE DELETE"),
+            "DO $$ BEGIN EXECUTE format('REVOKE TEMP ON DATABASE %I FROM PUBLIC', current_database()); END $$",
+            "REVOKE CREATE ON SCHEMA public FROM PUBLIC",
+        ],
+    ],
+    ids=[
+        "no cascade",
+        "for INSERT",
+        "an empty path",
+        "the catalog's path",
+        "a trigger that is disabled",
+        "a function of the catalog",
+        "as the caller",
+        "a role that only reads",
+        "a role that can make no table",
+    ],
+)
+def test_another_trigger_is_no_way_around(owner: Connection, app: str, statements: list[str]) -> None:
+    assert found(owner, app, statements) == []

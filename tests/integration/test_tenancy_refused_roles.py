@@ -64,6 +64,21 @@ WAYS = {
         "GRANT EXECUTE ON FUNCTION pg_read_file(text) TO {app}",
         "GRANT EXECUTE ON FUNCTION lo_import(text) TO PUBLIC",
     ],
+    "it is a member of pg_monitor, which reads what others run: the tenants that they bind, and documents where a driver "
+    "writes values into its statements; it is a member of pg_read_all_stats, which reads what others run: the tenants "
+    "that they bind, and documents where a driver writes values into its statements": ["GRANT pg_monitor TO {app}"],
+    "it may use what no policy limits (REVOKE DELETE, INSERT, UPDATE ON alembic_version_iot_models FROM {app})": [
+        "CREATE TABLE IF NOT EXISTS alembic_version_iot_models (version_num varchar(32))",
+        "GRANT SELECT, INSERT, DELETE ON alembic_version_iot_models TO {app}",
+        "GRANT UPDATE (version_num) ON alembic_version_iot_models TO {app}",
+    ],
+    "everybody may use what no policy limits (REVOKE TRIGGER, TRUNCATE ON device_state_refusals_079 FROM PUBLIC); "
+    "it may use what no policy limits (REVOKE REFERENCES ON device_state_shadow_076 FROM {app})": [
+        "CREATE TABLE device_state_refusals_079 ()",
+        "GRANT SELECT, TRIGGER, TRUNCATE ON device_state_refusals_079 TO PUBLIC",
+        "CREATE TABLE device_state_shadow_076 (device_id text)",
+        "GRANT SELECT, INSERT, REFERENCES (device_id) ON device_state_shadow_076 TO {app}",
+    ],
     "it owns the schema public, and may drop the table": ["ALTER SCHEMA public OWNER TO {app}"],
     "it may use what no policy limits (REVOKE REFERENCES (tenant_id, device_id) ON device_state FROM {app})": [
         "GRANT REFERENCES (tenant_id, device_id) ON device_state TO {app}"

@@ -40,6 +40,12 @@ SHADOWS = """
            shadow_updated_at = '2026-02-03 04:05:06.123456+00' WHERE device_id IN ('d1', 'd2', 'd3');
     UPDATE device_state SET reported_state = '{"only": "reported"}' WHERE device_id = 'd4';
 """
+# A version of one of them, and its refusal: at head.
+VERSIONS = """
+    INSERT INTO device_shadow_history (tenant_id, device_id, desired_version, desired_state, written_at, actor)
+    SELECT tenant_id, device_id, desired_version, desired_state, shadow_updated_at, 'anna' FROM device_state WHERE device_id = 'd1';
+    UPDATE device_state SET refused_version = 7, refusal = 'no', refused_at = '2026-02-04 00:00:00+00' WHERE device_id = 'd1';
+"""
 SHADOW_COLUMNS = "desired_state, reported_state, desired_version, reported_version, shadow_updated_at"
 # Where a downgrade below 076 parks them.
 PARKED = "device_state_shadow_076"
@@ -112,7 +118,7 @@ def cut_off_before_the_columns_go(engine: Engine | type[Engine]) -> Iterator[Non
     """Cut the downgrade below 076 in the block off when the shadows are parked and the columns are still there."""
 
     def cut(_c: object, _cursor: object, statement: str, *_rest: object) -> None:
-        if "DROP COLUMN IF EXISTS" in statement:
+        if "DROP COLUMN IF EXISTS desired_state" in statement:
             raise KeyboardInterrupt
 
     event.listen(engine, "before_cursor_execute", cut)

@@ -158,6 +158,7 @@ def test_the_printed_sql_parks_no_shadow_if_row_level_security_hides_others(
     upgrade(url)
     run_sql(url, SHADOWS, f"""
         ALTER TABLE device_state OWNER TO {server_role};
+        ALTER TABLE device_shadow_history OWNER TO {server_role};
         ALTER TABLE alembic_version_iot_models OWNER TO {server_role};
         ALTER SCHEMA public OWNER TO {server_role};
         ALTER TABLE device_state ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;

@@ -34,6 +34,7 @@ from tests.migrations.raw_sql import (
     RAW_075,
     SHADOW_COLUMNS,
     SHADOWS,
+    VERSIONS,
     as_role,
     revision_of,
     rows_of,
@@ -357,11 +358,13 @@ class Way(NamedTuple):
 
 
 WAYS = {
-    "raw 075 to head": Way(upgrade, raw_again, 12),
-    "076 to head": Way(upgrade, lambda url: downgrade(url, "076"), 4),
-    "head to 076": Way(lambda url: downgrade(url, "076"), upgrade, 5),
-    "head to 075": Way(lambda url: downgrade(url, "075"), upgrade, 12),
-    "075 with parked shadows to head": Way(upgrade, lambda url: downgrade(url, "075"), 12),
+    "raw 075 to 077": Way(lambda url: upgrade(url, "077"), raw_again, 12),
+    "076 to 077": Way(lambda url: upgrade(url, "077"), lambda url: downgrade(url, "076"), 4),
+    "077 to 076": Way(lambda url: downgrade(url, "076"), lambda url: upgrade(url, "077"), 5),
+    "077 to 075": Way(lambda url: downgrade(url, "075"), lambda url: upgrade(url, "077"), 12),
+    "075 with parked shadows to 077": Way(lambda url: upgrade(url, "077"), lambda url: downgrade(url, "075"), 12),
+    "077 with parked history and refusals to head": Way(upgrade, lambda url: downgrade(url, "077"), 12),
+    "head to 077": Way(lambda url: downgrade(url, "077"), upgrade, 8),
 }
 
 
@@ -370,9 +373,12 @@ WAYS = {
 def test_cut_off_after_any_change_the_same_command_ends_in_the_same_result(url: str, way: str) -> None:
     there, back, least = WAYS[way]
     upgrade(url)
-    if way != "raw 075 to head":
-        run_sql(url, SHADOWS)
-    if not way.startswith("head"):
+    if not way.startswith("raw"):
+        run_sql(url, SHADOWS, VERSIONS)
+    downgrade(url, "077")
+    if "to head" in way or way.startswith("head"):
+        upgrade(url)
+    if not way.startswith(("head", "077 to")):
         back(url)
 
     with cut_after(0) as statements:
@@ -422,7 +428,7 @@ event.listen(Engine, {moment!r}, kill)
             "DROP INDEX IF EXISTS idx_device_state_shadow_pending_device",
         ),
         ("downgrade(sys.argv[1], '075')", "after_cursor_execute", "WITH page AS"),
-        ("downgrade(sys.argv[1], '075')", "after_cursor_execute", "DROP COLUMN"),
+        ("downgrade(sys.argv[1], '075')", "after_cursor_execute", "DROP COLUMN IF EXISTS desired_state"),
     ],
 )
 def test_after_kill_9_of_the_client_the_next_run_completes_the_migration(
@@ -453,7 +459,7 @@ def test_a_server_that_crashes_in_the_middle_is_no_harm_either() -> None:
         run_sql(server.url, RAW_075 + FLEET)
         for needle, migrate in (
             ("CREATE INDEX", upgrade),
-            ("DROP COLUMN", lambda url: downgrade(url, "075")),
+            ("DROP COLUMN IF EXISTS desired_state", lambda url: downgrade(url, "075")),
             ("WITH page AS", upgrade),
         ):
             before = rows_of(server.url, columns="device_id, state")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from iot_models import (
@@ -11,11 +11,13 @@ from iot_models import (
     IotModelsError,
     ReportOutcome,
     ReportStatus,
+    RequestReused,
     SyncStatus,
     VersionConflict,
+    VersionNotKept,
 )
 from tests.reference.documents import LIMITS, Limits
-from tests.reference.json_values import merge_patch
+from tests.reference.json_values import equal, merge_patch
 from tests.reference.shadows import Between, Device, not_before
 from tests.reference.versions import (
     ERRORS,
@@ -33,6 +35,16 @@ if TYPE_CHECKING:
     from iot_models import Report
 
 
+@dataclass(frozen=True)
+class Version:
+    """A row of the history."""
+
+    desired: Any  # None: the device was removed
+    written_at: Between | datetime | None = None
+    reason: str | None = None
+    request_id: str | None = None
+
+
 class Fleet:
     """One tenant's devices. Methods have the names and errors of the service's; a refused call changes nothing.
 
@@ -44,6 +56,7 @@ class Fleet:
         self.limits = limits
         self.devices: dict[str, Device] = {}
         self.parked: dict[str, Device] = {}
+        self.versions: dict[str, dict[int, Version]] = {}  # by device and desired_version; each dict is never changed
 
     # Reads
 
@@ -67,6 +80,32 @@ class Fleet:
     def drifted(self) -> dict[str, Device]:
         return {device_id: device for device_id, device in sorted(self.devices.items()) if device.is_drifted}
 
+    def refused(self) -> dict[str, Device]:
+        return {device_id: device for device_id, device in self.pending().items() if device.refusal is not None}
+
+    def count_refused(self) -> int:
+        return len(self.refused())
+
+    def history(self, device_id: str) -> dict[int, Version]:
+        kept = self._kept(device_id)
+        if not kept:
+            raise DeviceNotFound(self.tenant_id, device_id)
+        return dict(sorted(kept.items(), reverse=True))
+
+    def desired_at(self, device_id: str, version: int) -> Version:
+        kept = self._kept(device_id)
+        if version not in kept:
+            raise VersionNotKept(device_id, version, min(kept, default=None), max(kept, default=None))
+        return kept[version]
+
+    def _kept(self, device_id: str) -> dict[int, Version]:
+        """The history, and the version that the device is at."""
+        kept = self.versions.get(device_id, {})
+        device = self.devices.get(device_id)
+        if device is None:
+            return kept
+        return {device.desired_version: Version(device.desired, device.shadow_updated_at)} | kept
+
     def status_counts(self, now: datetime) -> dict[SyncStatus, int]:
         statuses = [device.sync_status(now) for device in self.devices.values()]
         return {status: statuses.count(status) for status in SyncStatus}
@@ -74,20 +113,103 @@ class Fleet:
     # Writes
 
     def replace_desired(
-        self, at: Between, device_id: str, desired: object, *, expected_version: int | None = None
+        self,
+        at: Between,
+        device_id: str,
+        desired: object,
+        *,
+        expected_version: int | None = None,
+        reason: str | None = None,
+        request_id: str | None = None,
     ) -> Device:
         self._require(self.limits.refusal(desired))
+        if (done := self._done(device_id, request_id, lambda *_: desired)) is not None:
+            return done
         self._require_version(device_id, expected_version)
-        return self.write_desired(at, device_id, desired)
+        return self.write_desired(at, device_id, desired, reason, request_id)
 
     def patch_desired(
-        self, at: Between, device_id: str, patch: object, *, expected_version: int | None = None
+        self,
+        at: Between,
+        device_id: str,
+        patch: object,
+        *,
+        expected_version: int | None = None,
+        reason: str | None = None,
+        request_id: str | None = None,
     ) -> Device:
         self._require(self.limits.refusal_of_patch(patch))
+        if (
+            done := self._done(
+                device_id,
+                request_id,
+                lambda before, written, _: merge_patch(written if before is None else before, patch),
+            )
+        ) is not None:
+            return done
         self._require_version(device_id, expected_version)
         desired = merge_patch(self.devices[device_id].desired, patch)
         self._require(self.limits.refusal(desired))
-        return self.write_desired(at, device_id, desired)
+        return self.write_desired(at, device_id, desired, reason, request_id)
+
+    def restore_desired(
+        self,
+        at: Between,
+        device_id: str,
+        version: int,
+        *,
+        expected_version: int | None = None,
+        reason: str | None = None,
+        request_id: str | None = None,
+    ) -> Device:
+        def restored(_before: Any, written: Any, number: int) -> Any:
+            kept = self._kept(device_id)
+            # Pruned since: nobody can tell.
+            return kept[version].desired if version in kept else written if version < number else None
+
+        if (done := self._done(device_id, request_id, restored)) is not None:
+            return done
+        self._require_version(device_id, expected_version)
+        kept = self._kept(device_id)
+        device = self.devices[device_id]
+        desired = self.desired_at(device_id, version).desired
+        if desired is None and version == device.desired_version:  # registered again at the version of its removal
+            desired = device.desired
+        if desired is None:
+            raise VersionNotKept(device_id, version, min(kept), max(kept))
+        return self.write_desired(at, device_id, desired, reason, request_id)
+
+    def refuse_desired(self, at: Between, device_id: str, version: int, reason: str) -> Device:
+        device = self.get(device_id)
+        status = status_of_report(None, device.desired_version, device.reported_version, version)
+        if status is not ReportStatus.ACCEPTED:
+            raise ERRORS[status](device_id, version, device.desired_version)
+        seen = not_before(device.last_seen_at, at)
+        return self.change(device_id, refused=(version, reason), last_seen_at=seen)
+
+    def register(self, _at: Between, device_id: str, _site_id: str) -> Device:
+        if device_id not in self.devices:
+            self.add(device_id, Device({}, {}))
+        return self.devices[device_id]
+
+    def register_many(self, at: Between, sites: Mapping[str, str]) -> dict[str, Device]:
+        return {device_id: self.register(at, device_id, site_id) for device_id, site_id in sites.items()}
+
+    def remove(
+        self, at: Between, device_id: str, *, expected_version: int | None = None, reason: str | None = None
+    ) -> None:
+        self._require_version(device_id, expected_version)
+        self._record(device_id, Version(None, not_before(self.devices[device_id].shadow_updated_at, at), reason))
+        del self.devices[device_id]
+
+    def prune_history(self, _at: Between, keep: int) -> int:
+        """All that is not among the newest, whatever its age."""
+        before = sum(map(len, self.versions.values()))
+        self.versions = {
+            device_id: dict(sorted(kept.items())[max(0, len(kept) - keep) :])
+            for device_id, kept in self.versions.items()
+        }
+        return before - sum(map(len, self.versions.values()))
 
     def replace_reported(
         self,
@@ -97,10 +219,12 @@ class Fleet:
         *,
         acked_version: int | None = None,
         ack_if_converged: bool = False,
+        refuses: tuple[int, str] | None = None,
     ) -> Device:
         self._require(self.limits.refusal(reported))
-        self._require_acceptance(device_id, acked_version)
-        return self._write_reported(at, device_id, reported, IF_CONVERGED if ack_if_converged else acked_version)
+        self._require_acceptance(device_id, acked_version, refuses)
+        acknowledges: Acknowledges = IF_CONVERGED if ack_if_converged else acked_version
+        return self._write_reported(at, device_id, reported, acknowledges, refuses)
 
     def patch_reported(
         self,
@@ -110,12 +234,14 @@ class Fleet:
         *,
         acked_version: int | None = None,
         ack_if_converged: bool = False,
+        refuses: tuple[int, str] | None = None,
     ) -> Device:
         self._require(self.limits.refusal_of_patch(patch))
-        self._require_acceptance(device_id, acked_version)
+        self._require_acceptance(device_id, acked_version, refuses)
         reported = merge_patch(self.devices[device_id].reported, patch)
         self._require(self.limits.refusal(reported))
-        return self._write_reported(at, device_id, reported, IF_CONVERGED if ack_if_converged else acked_version)
+        acknowledges: Acknowledges = IF_CONVERGED if ack_if_converged else acked_version
+        return self._write_reported(at, device_id, reported, acknowledges, refuses)
 
     def replace_desired_many(
         self, at: Between, documents: Mapping[str, object], *, expected_versions: Mapping[str, int]
@@ -139,34 +265,78 @@ class Fleet:
 
     # What happens beside the service
 
-    def write_desired(self, at: Between, device_id: str, desired: object) -> Device:
+    def write_desired(
+        self,
+        at: Between,
+        device_id: str,
+        desired: object,
+        reason: str | None = None,
+        request_id: str | None = None,
+    ) -> Device:
         """A desired write that nothing stands against, be it by the service or by a mapped object."""
         device = self.devices[device_id]
+        written_at = not_before(device.shadow_updated_at, at)
+        version = self._record(device_id, Version(desired, written_at, reason, request_id))
         return self.change(
             device_id,
             desired=desired,
-            desired_version=device.desired_version + 1,
+            desired_version=version,
             # A version ahead, which others stored, is brought back.
             reported_version=min(device.reported_version, device.desired_version),
-            shadow_updated_at=not_before(device.shadow_updated_at, at),
+            shadow_updated_at=written_at,
+            refused=None,
         )
+
+    def add(self, device_id: str, device: Device) -> None:
+        """A row is inserted: it goes on above its history, with a version of its own if it asks for anything."""
+        newest = max(self.versions.get(device_id, ()), default=0)
+        if device.desired_version < newest:
+            version = newest + (not equal(device.desired, {}))
+            device = replace(device, desired_version=version, reported_version=newest)
+        self.devices[device_id] = device
+
+    def _record(self, device_id: str, version: Version) -> int:
+        """The version above the row's and above its history; the state before it is recorded too."""
+        device, kept = self.devices[device_id], self.versions.get(device_id, {})
+        newest = max(kept, default=-1)
+        if newest < device.desired_version:
+            kept = kept | {device.desired_version: Version(device.desired, device.shadow_updated_at)}
+        number = max(device.desired_version, newest) + 1
+        self.versions[device_id] = kept | {number: version}
+        return number
+
+    def _done(self, device_id: str, request_id: str | None, asked: Callable[[Any, Any, int], Any]) -> Device | None:
+        """The device as it is, if the request was done before."""
+        device = self.get(device_id)
+        kept = self.versions.get(device_id, {})
+        done = {version.request_id: number for number, version in kept.items()}
+        if request_id is None or request_id not in done:
+            return None
+        number = done[request_id]
+        before = kept[number - 1].desired if number - 1 in kept else None
+        # The version before may be pruned, or its number may be another one.
+        if not equal(asked(before, kept[number].desired, number), kept[number].desired):
+            raise RequestReused(device_id, request_id, number)
+        return device
 
     def change(self, device_id: str, **columns: Any) -> Device:
         self.devices[device_id] = replace(self.devices[device_id], **columns)
         return self.devices[device_id]
 
     def downgrade(self) -> None:
-        """The shadow columns are gone; what was ever written in them is parked."""
+        """The shadow columns are gone; what was ever written in them is parked. So are refusals that count."""
         for device_id, device in self.devices.items():
             if not _never_written(device):
                 self.parked[device_id] = device
-            self.devices[device_id] = _with_shadow_of(device, Device({}, {}))
+            self.devices[device_id] = replace(_with_shadow_of(device, Device({}, {})), refused=None)
 
     def upgrade(self) -> None:
         """Each parked shadow is back with its device, if there is one without a shadow."""
         for device_id in self.devices.keys() & self.parked.keys():
             if _never_written(self.devices[device_id]):
-                self.devices[device_id] = _with_shadow_of(self.devices[device_id], self.parked.pop(device_id))
+                parked = self.parked.pop(device_id)
+                refused = None if parked.refusal is None else parked.refused
+                self.devices[device_id] = replace(_with_shadow_of(self.devices[device_id], parked), refused=refused)
 
     def _require(self, refusal: Any) -> None:
         if refusal is not None:
@@ -177,26 +347,39 @@ class Fleet:
         if expected is not None and is_conflict(expected, actual):
             raise VersionConflict(device_id, expected, actual)
 
-    def _require_acceptance(self, device_id: str, acked: int | None) -> None:
+    def _require_acceptance(self, device_id: str, acked: int | None, refuses: tuple[int, str] | None) -> None:
         device = self.get(device_id)
-        status = status_of_report(acked, device.desired_version, device.reported_version)
+        refused = None if refuses is None else refuses[0]
+        status = status_of_report(acked, device.desired_version, device.reported_version, refused)
         if status is not ReportStatus.ACCEPTED:
             stands = device.reported_version if status is ReportStatus.LATE else device.desired_version
             raise ERRORS[status](device_id, acked, stands)
 
-    def _write_reported(self, at: Between, device_id: str, reported: object, acknowledges: Acknowledges) -> Device:
+    def _write_reported(
+        self,
+        at: Between,
+        device_id: str,
+        reported: object,
+        acknowledges: Acknowledges,
+        refuses: tuple[int, str] | None,
+    ) -> Device:
         device = replace(self.devices[device_id], reported=reported)
         version = reported_version_after(
             acknowledges, device.desired_version, device.reported_version, is_converged=device.is_converged
         )
         seen = not_before(device.last_seen_at, at)
-        return self.change(device_id, reported=reported, reported_version=version, last_seen_at=seen)
+        refused = refuses or device.refused
+        return self.change(device_id, reported=reported, reported_version=version, last_seen_at=seen, refused=refused)
 
     def _outcome(self, at: Between, write: Callable[..., Device], report: Report) -> ReportOutcome:
         status = ReportStatus.ACCEPTED
-        acknowledges = {"acked_version": report.acked_version, "ack_if_converged": report.ack_if_converged}
+        how: dict[str, Any] = {
+            "acked_version": report.acked_version,
+            "ack_if_converged": report.ack_if_converged,
+            "refuses": None if report.refused_version is None else (report.refused_version, report.refusal),
+        }
         try:
-            write(at, report.device_id, report.reported, **acknowledges)
+            write(at, report.device_id, report.reported, **how)
         except IotModelsError as error:
             (status,) = (status for status, kind in ERRORS.items() if isinstance(error, kind))
         device = self.devices.get(report.device_id)
@@ -204,7 +387,7 @@ class Fleet:
         return ReportOutcome(report.device_id, status, *versions)
 
     def _all_or_none(self, device_ids: Iterable[str], write: Any) -> dict[str, Device]:
-        before = dict(self.devices)
+        before = dict(self.devices), dict(self.versions)
         written: dict[str, Device] = {}
         errors: dict[str, IotModelsError] = {}
         for device_id in dict.fromkeys(device_ids):
@@ -213,7 +396,7 @@ class Fleet:
             except IotModelsError as error:
                 errors[device_id] = error
         if errors:
-            self.devices = before
+            self.devices, self.versions = before
             raise BatchRejected(errors)
         return written
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
-Section = Literal["desired", "reported"]
+Section = Literal["desired", "reported", "life", "history"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Write:
     """How a method writes.
 
     Attributes:
-        section: The document that it writes.
+        section: The document that it writes; or `life` or `history`, where it is none.
         merges: Whether it takes a merge patch, and not the whole document.
         devices: `one`; of several `all` or none; or `each` by itself, with an outcome of its own.
     """
@@ -30,8 +30,14 @@ class Write:
 WRITES: Final = {
     "replace_desired": Write("desired"),
     "patch_desired": Write("desired", merges=True),
+    "restore_desired": Write("desired"),
     "replace_reported": Write("reported"),
     "patch_reported": Write("reported", merges=True),
+    "refuse_desired": Write("reported"),
+    "register": Write("life"),
+    "register_many": Write("life", devices="all"),
+    "remove": Write("life"),
+    "prune_history": Write("history", devices="all"),
     "replace_desired_many": Write("desired", devices="all"),
     "patch_desired_many": Write("desired", merges=True, devices="all"),
     "replace_reported_many": Write("reported", devices="each"),
@@ -44,5 +50,9 @@ READS: Final = {
     "iter_pending",
     "count_pending",
     "drifted",
+    "refused",
+    "count_refused",
+    "history",
+    "desired_at",
     "status_counts",
 }

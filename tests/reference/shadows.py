@@ -48,6 +48,14 @@ class Device:
     shadow_updated_at: Between | datetime | None = None
     last_seen_at: Between | datetime | None = None
     status: str = "OFFLINE"
+    refused: tuple[int, str] | None = None  # the version, and why
+
+    @property
+    def refusal(self) -> str | None:
+        if self.refused is None or not self.is_pending:
+            return None
+        version, words = self.refused
+        return words if version == self.desired_version else None
 
     @property
     def delta(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from alembic.util import CommandError
 from sqlalchemy import Connection, Engine, NullPool, create_engine, event, make_url, text
 
 from iot_models import engine, migrate, tenancy
-from iot_models._migrations import deployers, operations, strangers
+from iot_models._migrations import deployers, obstacles, operations, strangers
 from iot_models._migrations.command_line import main
 from iot_models.testing import throwaway
 from tests.databases.backends import connected
@@ -459,7 +459,7 @@ def test_who_fills_a_schema_with_functions_does_not_slow_down_a_look_that_is_tak
            END LOOP; END $$; ANALYZE pg_proc""",
     )
     with connected(database) as connection:
-        binds = {"table": "device_state", "tables": [PARKED], "trigger": PARK, "columns": ["status"]}
+        binds = {"table": "device_state", "tables": [PARKED], "alone": [], "trigger": PARK, "columns": ["status"]}
         (plan,) = connection.scalar(text("EXPLAIN (FORMAT JSON) " + strangers._FOUND), binds)  # noqa: SLF001 - its plan
     looks = [node for node in nodes(plan["Plan"]) if node.get("Relation Name") in {"pg_proc", "pg_operator"}]
     assert looks
@@ -514,6 +514,127 @@ def test_a_version_table_that_is_taken_over_is_its_owners_to_write_alone(
     ):
         with pytest.raises(psycopg.Error, match="permission denied"):
             run_sql(attacker, statement)
+
+
+VERSION_TABLE = strangers.VERSION_TABLE
+GRANTED = "GRANT ALL ON {0} TO {1}; GRANT UPDATE ({2}) ON {0} TO {1}; GRANT SELECT ON {0} TO PUBLIC"
+
+
+def rights_of_others(database: str, table: str) -> list[tuple[Any, ...]]:
+    return run_sql(database, f"""
+        SELECT DISTINCT a.privilege_type FROM pg_class c CROSS JOIN LATERAL (
+                 SELECT * FROM aclexplode(c.relacl)
+                 UNION ALL SELECT e.* FROM pg_attribute t CROSS JOIN aclexplode(t.attacl) e WHERE t.attrelid = c.oid) a
+         WHERE c.oid = '{table}'::regclass AND a.grantee <> c.relowner""")  # fmt: skip
+
+
+@pytest.fixture
+def parked(database: str) -> str:
+    """The database at 075, with parked shadows."""
+    run_sql(database, RAW_075, FLEET)
+    migrate.upgrade(database)
+    run_sql(database, SHADOWS)
+    migrate.downgrade(database, "075")
+    return database
+
+
+def test_each_command_takes_the_rights_of_others_on_our_tables_away(parked: str, attacker: str) -> None:
+    role = make_url(attacker).username
+    for table, column in ((VERSION_TABLE, "version_num"), (PARKED, "tenant_id")):
+        run_sql(parked, GRANTED.format(table, role, column))
+
+    migrate.upgrade(parked, "075")
+
+    assert rights_of_others(parked, VERSION_TABLE) == [("SELECT",)]
+    assert rights_of_others(parked, PARKED) == []
+    migrate.upgrade(parked)
+    assert run_sql(parked, "SELECT count(*) FROM device_state WHERE desired_version = 7") == [(3,)]
+
+
+def test_printed_sql_takes_them_away_too(parked: str, attacker: str) -> None:
+    run_sql(parked, GRANTED.format(VERSION_TABLE, make_url(attacker).username, "version_num"))
+
+    printed = psql(parked, migrate.sql("075:head"))
+
+    assert printed.returncode == 0, printed.stderr
+    assert rights_of_others(parked, VERSION_TABLE) == [("SELECT",)]
+
+
+def test_the_env_py_of_a_team_lets_nobody_make_a_trigger_on_what_is_parked(
+    database: str, attacker: str, tmp_path: Path
+) -> None:
+    migrate.upgrade(database)
+    run_sql(database, FLEET, SHADOWS, f"CREATE TABLE alembic_version AS TABLE {VERSION_TABLE}")
+    theirs = team(tmp_path / "team", database, online=GUARDED, beside_ours=True)
+    theirs.alembic("downgrade", "075")
+    # A device that has a newer shadow lets its parked one stay.
+    run_sql(database, "ALTER TABLE device_state ADD desired_version int NOT NULL DEFAULT 0",
+            "UPDATE device_state SET desired_version = 9 WHERE device_id = 'd1'",
+            GRANTED.format(PARKED, make_url(attacker).username, "tenant_id"))  # fmt: skip
+    assert rights_of_others(database, PARKED) != []
+
+    theirs.alembic("upgrade", "iot_models@head")
+
+    assert run_sql(database, f"SELECT device_id FROM {PARKED}") == [("d1",)]
+    assert rights_of_others(database, PARKED) == []
+
+
+TELLS = f"CREATE FUNCTION tell() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {TELL}; RETURN NEW; END $$"
+
+
+@pytest.mark.parametrize("table", [VERSION_TABLE, PARKED, "device_state"])
+def test_a_trigger_that_is_committed_while_a_migration_waits_for_the_table_is_not_called(
+    parked: str, attacker: str, table: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where no time has passed since the last look for strangers."""
+    monkeypatch.setattr(obstacles, "_FRESH_SECONDS", 600.0)
+    if table == "device_state":
+        run_sql(parked, f"DROP TABLE {PARKED}")
+    run_sql(parked, f"GRANT TRIGGER ON {table} TO {make_url(attacker).username}")
+    run_sql(attacker, TELLS)
+    with connected(attacker) as connection, ThreadPoolExecutor(1) as pool:
+        connection.execute(text(f"CREATE TRIGGER tell BEFORE INSERT OR UPDATE OR DELETE ON {table}"
+                                " FOR EACH ROW EXECUTE FUNCTION tell()"))  # fmt: skip
+        upgrading = pool.submit(migrate.upgrade, parked, lock_timeout="200ms")
+        while f"{table} is in use" not in caplog.text:
+            assert not upgrading.done()
+        connection.commit()
+        with pytest.raises(CommandError, match=r"function tell\(\) of role"):
+            upgrading.result()
+    assert calls(parked) == []
+    assert run_sql(parked, f"SELECT * FROM {VERSION_TABLE}") == [("075",)]
+
+
+@pytest.mark.parametrize("to", ["{}", "PUBLIC"])
+def test_what_is_parked_is_not_put_back_while_others_may_make_triggers_on_the_table(
+    parked: str, attacker: str, to: str
+) -> None:
+    """One that is made between two pages would run as whoever migrates, and no look could come before it."""
+    others = to.format(make_url(attacker).username)
+    run_sql(parked, f"GRANT ALL ON device_state TO {others}")
+    named = f"(?s)others may make triggers on device_state.*REVOKE TRIGGER ON device_state FROM {others}"
+    with pytest.raises(CommandError, match=named):
+        migrate.upgrade(parked)
+    assert any(re.search(named, problem) for problem in migrate.check(parked))
+
+    run_sql(parked, f"REVOKE TRIGGER ON device_state FROM {others}")
+    migrate.upgrade(parked)
+    assert run_sql(parked, "SELECT count(*) FROM device_state WHERE desired_version = 7") == [(3,)]
+
+
+@pytest.mark.parametrize(
+    ("planted", "named"),
+    [
+        ("ALTER TABLE child ADD CHECK (kind(device_id))", r"function kind\(text\) of role"),
+        ("ALTER TABLE child OWNER TO {}", "table child of role"),
+    ],
+)
+def test_what_a_child_of_the_table_uses_is_no_strangers(database: str, attacker: str, planted: str, named: str) -> None:
+    run_sql(attacker, "CREATE FUNCTION kind(text) RETURNS bool IMMUTABLE LANGUAGE sql AS 'SELECT true'")
+    run_sql(database, RAW_075, "CREATE TABLE child () INHERITS (device_state)",
+            planted.format(make_url(attacker).username))  # fmt: skip
+    with pytest.raises(CommandError, match=named):
+        migrate.upgrade(database)
 
 
 def test_a_path_is_not_reordered_where_others_could_hide_what_comes_behind(database: str) -> None:

@@ -242,6 +242,54 @@ def test_an_error_of_the_database_shows_no_document(
     assert SECRET not in said
 
 
+QUOTING = {
+    "the parameters of the statement": (
+        "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET log_parameter_max_length_on_error = -1',"
+        " current_database()); END $$;"
+        "CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN RAISE EXCEPTION 'refused' USING HINT = 'ask the team'; END $$"
+    ),
+    "a statement that a trigger has made": (
+        "CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN EXECUTE format('SELECT refused(%L)', NEW.desired_state); END $$"
+    ),
+    "a statement with a fault in it": (
+        "CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN EXECUTE format('SELECT %L refused, ?', NEW.desired_state); END $$"
+    ),
+}
+
+
+@pytest.mark.parametrize("driver", KINDS)
+@pytest.mark.parametrize("quotes", QUOTING)
+def test_what_an_error_says_of_where_it_was_raised_shows_no_document(
+    own_engine: Engine, driver: str, quotes: str
+) -> None:
+    with Session(own_engine) as session, session.begin():
+        add_device(session)
+        session.execute(text(QUOTING[quotes]))
+        session.execute(text("CREATE TRIGGER t BEFORE UPDATE ON device_state FOR EACH ROW EXECUTE FUNCTION f()"))
+    own_engine.dispose()
+
+    kind = Kind(driver, own_engine.url)
+    with pytest.raises(DBAPIError) as caught:
+        kind.ask(lambda connection: ShadowService(Session(connection), TENANT).replace_desired(DEVICE, DOCUMENT))
+
+    original: Any = caught.value.orig
+    said = "".join(traceback.format_exception(caught.value))
+    if driver == "asyncpg":
+        read = original.__cause__.as_dict()
+        hint = read.get("hint")
+    else:
+        read = [original.__reduce__(), original.diag.context, original.diag.internal_query]
+        hint = original.diag.message_hint
+        assert not hint or f"HINT:  {hint}" in said
+    assert SECRET not in said + repr(read)
+    assert original.sqlstate in {"P0001", "42883", "42601"}
+    assert "UPDATE device_state" in said
+    assert hint == "ask the team" or quotes != "the parameters of the statement"
+
+
 @pytest.mark.repeats
 def test_an_error_of_a_migration_shows_no_document(shadow_database: str, capsys: pytest.CaptureFixture[str]) -> None:
     engine = create_engine(shadow_database, poolclass=NullPool)
@@ -346,6 +394,39 @@ def test_an_assertion_that_compares_the_url_does_not_show_the_password(
     assert "iot:***@127.0.0.1:9" in said
     assert SECRET not in said
     assert "assert 1 == 2" in said
+
+
+def test_a_test_that_changes_the_variable_does_not_show_the_password(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IOT_MODELS_TEST_DATABASE_URL", NOWHERE)
+    pytester.makepyfile("""
+        import os
+        from unittest import mock
+
+        URL = os.environ["IOT_MODELS_TEST_DATABASE_URL"]
+
+        def test_taken_away(monkeypatch):
+            monkeypatch.delenv("IOT_MODELS_TEST_DATABASE_URL")
+            assert URL == "x"
+
+        def test_another(monkeypatch):
+            monkeypatch.setenv("IOT_MODELS_TEST_DATABASE_URL", "postgresql://a:correct-horse@c/d")
+            print("connecting to", URL, os.environ["IOT_MODELS_TEST_DATABASE_URL"])
+            assert 0
+
+        def test_nothing_left():
+            with mock.patch.dict(os.environ, clear=True):
+                assert URL + " postgresql://a:correct-horse@c/d" == "x"
+    """)
+    result = pytester.runpytest_inprocess("-p", "no:cacheprovider")
+
+    result.assert_outcomes(failed=3)
+    said = result.stdout.str()
+    assert "iot:***@127.0.0.1:9" in said
+    assert "a:***@c/d" in said
+    assert SECRET not in said
+    assert "correct-horse" not in said.split("Captured stdout", maxsplit=1)[1]
 
 
 def test_the_reason_of_a_test_that_is_left_out_does_not_show_the_password(

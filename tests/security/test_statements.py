@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
@@ -39,6 +40,8 @@ FUNCTIONS = [
     "unnest",
     "cardinality",
     "count",
+    "max",
+    "min",
     "current_setting",
     "extract",
     "jsonb_each",
@@ -80,9 +83,18 @@ def _flush(session: Session) -> None:
     session.flush()
 
 
+def _life(session: Session) -> None:
+    for _ in range(2):
+        device = DeviceState(tenant_id=TENANT, site_id="s", device_id="object")
+        session.add(device)
+        session.flush()
+        session.delete(device)
+        session.flush()
+
+
 def _hybrids(session: Session) -> None:
     session.execute(
-        select(DeviceState.delta, DeviceState.is_converged, DeviceState.is_drifted, DeviceState.is_pending)
+        select(DeviceState.delta, DeviceState.is_converged, DeviceState.is_drifted, DeviceState.is_refused)
     ).all()
 
 
@@ -121,6 +133,38 @@ CALLS: dict[str, Callable[[Session], object]] = {
         )
     ),
     "patch_reported_many": _service(lambda s: s.patch_reported_many([Report("a", {"p": 1}, ack_if_converged=True)])),
+    "requests": _service(
+        lambda s: [
+            write("a", content, request_id=f"{write.__name__} {content}")
+            for _ in range(2)
+            for write, content in ((s.replace_desired, {"r": 1}), (s.patch_desired, {"r": 2}), (s.restore_desired, 0))
+        ]
+    ),
+    "history": _service(
+        lambda s: (
+            s.patch_desired("a", {"h": 1}, reason="r"),
+            s.history("a"),
+            s.history("a", before=1),
+            s.desired_at("a", 0),
+            s.restore_desired("a", 0, expected_version=s.get("a").desired_version),
+            s.prune_history(older_than=timedelta(days=1)),
+        )
+    ),
+    "refusals": _service(
+        lambda s: (
+            s.refuse_desired("a", s.patch_desired("a", {"x": 1}).desired_version, "no"),
+            s.replace_reported_many(
+                [Report("a", {}, refused_version=s.patch_desired("a", {}).desired_version, refusal="no")]
+            ),
+            s.refused(),
+            s.refused(after="a"),
+            s.count_refused(),
+        )
+    ),
+    "life": _service(
+        lambda s: (s.register("new", "s"), s.remove("new", expected_version=0), s.register_many({"new": "s", "a": "s"}))
+    ),
+    "an object's life": _life,
     "a flush": _flush,
     "the hybrids": _hybrids,
     "binding a tenant": lambda session: tenancy.bind_tenant(session, TENANT),

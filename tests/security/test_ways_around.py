@@ -13,6 +13,8 @@ from sqlalchemy import NullPool, create_engine, text
 from sqlalchemy.orm import Session
 
 from iot_models import tenancy
+from iot_models._core import ways_around
+from iot_models._migrations import dependents, strangers
 from iot_models.testing import PostgresServer, database
 from tests.databases.devices import TENANT, add_device
 from tests.databases.tenants import OTHER, isolate, login, rows, run
@@ -38,6 +40,15 @@ NOTES = """
     CREATE TABLE notes (tenant_id text, device_id text, PRIMARY KEY (tenant_id, device_id),
                         FOREIGN KEY (tenant_id, device_id) REFERENCES device_state ON DELETE CASCADE ON UPDATE CASCADE);
     INSERT INTO notes SELECT tenant_id, device_id FROM device_state;
+"""
+LOGS = """
+    CREATE TABLE log (device_id text);
+    CREATE FUNCTION logs() RETURNS trigger LANGUAGE plpgsql {} AS $$
+      BEGIN INSERT INTO log VALUES (OLD.device_id); RETURN OLD; END $$;
+"""
+SHADOWED = """
+    CREATE TEMP TABLE log (device_id text); GRANT ALL ON log TO PUBLIC;
+    CREATE TRIGGER t BEFORE INSERT ON log FOR EACH ROW EXECUTE FUNCTION mine.on_a_row();
 """
 BOUND = "SET app.tenant_id = 'acme';"
 MOVES = BOUND + "UPDATE device_state SET device_id = 'moved'"
@@ -95,6 +106,18 @@ WAYS = {
         "CREATE TRIGGER t BEFORE INSERT ON log FOR EACH ROW EXECUTE FUNCTION mine.on_a_row()",
         REMOVES,
         "it owns the function mine.on_a_row(), which runs with the rights of whoever writes: trigger t on table log",
+    ),
+    "a trigger of the owner's that runs as the owner in the caller's search path": Way(
+        NOTES + LOGS.replace("{}", "") + "CREATE TRIGGER t BEFORE DELETE ON notes FOR EACH ROW EXECUTE FUNCTION logs()",
+        SHADOWED + REMOVES,
+        "it may put its own tables before those that the function logs() names, which runs as postgres "
+        "(ALTER FUNCTION logs() SET search_path = public, pg_temp)",
+    ),
+    "a function with the owner's rights and the caller's search path": Way(
+        LOGS.replace("{}", "SECURITY DEFINER SET search_path = public")
+        + "CREATE TRIGGER t AFTER DELETE ON device_state FOR EACH ROW EXECUTE FUNCTION logs()",
+        SHADOWED + REMOVES,
+        "it may put its own tables before those that the function logs() names, which runs as postgres",
     ),
     "an expression of statistics": Way(
         "CREATE STATISTICS s ON (mine.same(device_id)), site_id FROM device_state",
@@ -222,3 +245,8 @@ def test_what_reaches_another_tenants_rows_is_found_before_it_is_used(
 
 def victims(owner: Engine) -> list[str]:
     return [row for row in rows(owner) if OTHER in row]
+
+
+def test_check_and_migrations_give_our_tables_the_same_names() -> None:
+    names = [strangers.VERSION_TABLE, dependents.PARKED, dependents.PARKED_HISTORY, dependents.PARKED_REFUSALS]
+    assert [*ways_around._OTHERS] == names  # noqa: SLF001 - _core imports nothing from _migrations

@@ -25,22 +25,6 @@ def test_an_error_that_a_driver_raises_itself_says_what_to_do(error: Exception, 
     assert [way_out in note for note in error.__notes__] == [True]
 
 
-def test_a_constraints_error_says_which_constraint_and_shows_no_row() -> None:
-    violated = 'null value in column "a"'
-    of_psycopg = Exception(f"{violated}\nDETAIL:  Failing row contains (1, {{secret}}).\nCONTEXT:  COPY")
-    of_asyncpg = Exception(violated)
-    of_asyncpg.detail = "Failing row contains (1, {secret})."  # type: ignore[attr-defined]
-    of_psycopg.__cause__ = of_asyncpg
-    of_psycopg.sqlstate = "23502"  # type: ignore[attr-defined]
-    error = IntegrityError("UPDATE", {}, of_psycopg)
-
-    hide_row(SimpleNamespace(sqlalchemy_exception=error, original_exception=of_psycopg))  # type: ignore[arg-type]
-
-    assert error.args == (f"(builtins.Exception) {violated}\nCONTEXT:  COPY",)
-    assert of_psycopg.args == (f"{violated}\nCONTEXT:  COPY",)
-    assert of_asyncpg.detail is None  # type: ignore[attr-defined]
-
-
 @pytest.mark.parametrize(
     ("detail", "stays"),
     [
@@ -54,11 +38,13 @@ def test_a_constraints_error_says_which_constraint_and_shows_no_row() -> None:
 )
 def test_of_a_constraints_detail_a_key_of_plain_columns_stays_in_any_language(detail: str, *, stays: bool) -> None:
     original = Exception(f"violated\nDÉTAIL :  {detail}")
-    original.sqlstate = "23505"  # type: ignore[attr-defined]
-    original.diag = SimpleNamespace(message_detail=detail)  # type: ignore[attr-defined]
+    original.diag = SimpleNamespace(  # type: ignore[attr-defined]
+        message_primary="violated", message_detail=detail, message_hint=None, sqlstate="23505"
+    )
     error = IntegrityError("UPDATE", {}, original)
 
     hide_row(SimpleNamespace(sqlalchemy_exception=error, original_exception=original))  # type: ignore[arg-type]
 
     assert (detail in str(error)) is stays
     assert (detail in str(original)) is stays
+    assert "violated" in str(error)

@@ -16,17 +16,21 @@ from iot_models import (
     InvalidVersion,
     IotModelsError,
     LateReport,
+    RequestReused,
     UnknownVersion,
     UnreadableShadow,
     VersionConflict,
+    VersionNotKept,
 )
 
 ERRORS: dict[type[IotModelsError], tuple[IotModelsError, int, dict[str, object], str]] = {
-    DeviceNotFound: (DeviceNotFound("acme", "d1"), 404, {"tenant_id": "acme", "device_id": "d1"}, "insert its device_state"),
+    DeviceNotFound: (DeviceNotFound("acme", "d1"), 404, {"tenant_id": "acme", "device_id": "d1"}, "register it first"),
     VersionConflict: (VersionConflict("d1", 7, 8), 409, {"device_id": "d1", "expected": 7, "actual": 8}, "read the shadow again"),
     LateReport: (LateReport("d1", 3, 5), 409, {"device_id": "d1", "acked": 3, "current": 5}, "drop it"),
     UnknownVersion: (UnknownVersion("d1", 9, 5), 400, {"device_id": "d1", "acked": 9, "desired": 5}, "fetch its shadow again"),
     UnreadableShadow: (UnreadableShadow("acme", "d1", "is null"), 500, {"tenant_id": "acme", "device_id": "d1", "reason": "is null"}, "replace that document"),
+    VersionNotKept: (VersionNotKept("d1", 9, 2, 7), 404, {"device_id": "d1", "version": 9, "oldest": 2, "newest": 7}, "versions from 2 to 7"),
+    RequestReused: (RequestReused("d1", "r-1", 7), 409, {"device_id": "d1", "request_id": "r-1", "version": 7}, "an id of its own"),
     InvalidVersion: (InvalidVersion("acked_version", -1), 400, {"name": "acked_version", "value": -1}, "an integer from 0"),
     InvalidDocument: (InvalidDocument("/a", "nope"), 400, {"path": "/a", "reason": "nope"}, "nope"),
     DocumentTooLarge: (DocumentTooLarge("", "too much"), 413, {"path": "", "reason": "too much"}, "at its root"),
@@ -67,6 +71,7 @@ def test_every_exported_error_is_covered_here_and_stands_under_the_one_base() ->
     ("kind", "builtin"),
     [
         (DeviceNotFound, LookupError),
+        (VersionNotKept, LookupError),
         (UnknownVersion, ValueError),
         (InvalidVersion, ValueError),
         (InvalidDocument, ValueError),

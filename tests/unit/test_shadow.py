@@ -108,6 +108,7 @@ def test_to_dict_is_what_an_http_api_returns() -> None:
         "desired_version": 7,
         "reported_version": 7,
         "sync_status": "synced",
+        "refusal": None,
         "shadow_updated_at": "2026-11-01T12:00:00+00:00",
     }
     assert shadow(shadow_updated_at=None).to_dict()["shadow_updated_at"] is None

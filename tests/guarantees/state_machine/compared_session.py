@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     # Which of the device's versions the one acknowledged is next to, and how far; None: no version.
     Acknowledgement: TypeAlias = tuple[str, int] | str | None
 
-PARKED = {"parked": r"device\_state\_shadow\_%"}  # what a downgrade leaves behind
+PARKED = {"parked": r"device\_s%\_0%"}  # what a downgrade leaves behind
 # So small that documents often pass them.
 MAX_BYTES, MAX_DEPTH = 200, 4
 
@@ -45,6 +45,7 @@ class BothSides(RuleBasedStateMachine):
         self.objects: list[DeviceState] = []  # the session holds them by weak references
         with self.engine.begin() as connection:
             connection.execute(text("DELETE FROM device_state"))
+            connection.execute(text("DELETE FROM device_shadow_history"))
             for (table,) in connection.execute(
                 text("SELECT tablename FROM pg_tables WHERE tablename LIKE :parked"), PARKED
             ):
@@ -69,6 +70,8 @@ class BothSides(RuleBasedStateMachine):
     def compare_read(self, tenant: str, method: str, *arguments: Any) -> None:
         actual = outcome(lambda: getattr(self.service(tenant), method)(*arguments))
         expected = outcome(lambda: getattr(self.model[tenant], method)(*arguments))
+        if method == "history" and isinstance(actual, list):
+            actual = {version.version: version for version in actual}
         _require_agreement(method, actual, expected)
 
     def compare(self, tenant: str, method: str, *arguments: Any, **more: Any) -> None:
@@ -92,6 +95,12 @@ class BothSides(RuleBasedStateMachine):
             return {"ack_if_converged": acked == IF_CONVERGED}
         return {"acked_version": self.near(tenant, device_id, acked[1], acked[0])}
 
+    def refusing(self, tenant: str, device_id: str, offset: int | None) -> Any:
+        """The arguments by which a report refuses the version that is so far from the newest."""
+        if offset is None:
+            return {}
+        return {"refused_version": self.near(tenant, device_id, offset), "refusal": f"not {offset}"}
+
     def load(self, tenant: str, device_id: str) -> DeviceState | None:
         device = self.session.get(DeviceState, (tenant, device_id))
         assert (device is not None) == (device_id in self.model[tenant].devices)
@@ -112,7 +121,7 @@ class BothSides(RuleBasedStateMachine):
         self.session.add(row)
         self.session.flush()
         self.objects.append(row)
-        self.model[tenant].devices[device_id] = device
+        self.model[tenant].add(device_id, device)
 
     @contextmanager
     def desired_written(self, tenant: str, device_id: str, document: Any) -> Iterator[None]:
@@ -121,11 +130,15 @@ class BothSides(RuleBasedStateMachine):
         self.model[tenant].write_desired(Between(first, self.now()), device_id, document)
 
     def snapshot(self) -> Any:
-        return {tenant: (dict(fleet.devices), dict(fleet.parked)) for tenant, fleet in self.model.items()}
+        return {
+            tenant: (dict(fleet.devices), dict(fleet.parked), dict(fleet.versions))
+            for tenant, fleet in self.model.items()
+        }
 
     def restore(self, snapshot: Any) -> None:
-        for tenant, (rows, parked) in snapshot.items():
-            self.model[tenant].devices, self.model[tenant].parked = dict(rows), dict(parked)
+        for tenant, (rows, parked, versions) in snapshot.items():
+            fleet = self.model[tenant]
+            fleet.devices, fleet.parked, fleet.versions = dict(rows), dict(parked), dict(versions)
 
 
 def _require_agreement(method: str, actual: object, expected: object) -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import inspect, text
 
-from iot_models import BatchRejected, DeviceState, InvalidDocument, IotModelsError, Shadow
+from iot_models import BatchRejected, DesiredVersion, DeviceState, InvalidDocument, IotModelsError, Shadow
+from tests.reference.fleet import Version
 from tests.reference.json_values import canonical
 from tests.reference.shadows import Device
 
@@ -28,8 +29,12 @@ def described(result: Any) -> Any:
             result.is_pending,
             result.is_converged,
             result.is_drifted,
+            result.refusal,
         )
         return *map(canonical, documents), *versions, result.shadow_updated_at, result.last_seen_at
+    if isinstance(result, DesiredVersion | Version):
+        desired = "removed" if result.desired is None else canonical(result.desired)
+        return desired, result.written_at, result.reason, result.request_id
     if isinstance(result, BatchRejected):
         return BatchRejected, described(dict(result.errors))
     if isinstance(result, IotModelsError):
@@ -58,6 +63,8 @@ def columns(device: Device) -> dict[str, Any]:
         "shadow_updated_at": device.shadow_updated_at,
         "last_seen_at": device.last_seen_at,
         "status": device.status,
+        "refused_version": device.refused[0] if device.refused else None,
+        "refusal": device.refused[1] if device.refused else None,
     }
 
 
@@ -72,6 +79,25 @@ def stored_rows(connection: Connection) -> dict[tuple[str, str], dict[str, Any]]
             "desired_state": canonical(json.loads(row["desired"], parse_float=Decimal)),
             "reported_state": canonical(json.loads(row["reported"], parse_float=Decimal)),
         }
+        for row in rows
+    }
+
+
+def stored_versions(connection: Connection) -> dict[tuple[str, str, int], Any]:
+    """The history, asked for in no way that the service does."""
+    rows = connection.execute(
+        text("""SELECT tenant_id, device_id, desired_version, desired_state::text AS desired, reason, request_id,
+                       written_at FROM device_shadow_history""")
+    )
+    return {
+        (row.tenant_id, row.device_id, row.desired_version): described(
+            Version(
+                None if row.desired is None else json.loads(row.desired, parse_float=Decimal),
+                row.written_at,
+                row.reason,
+                row.request_id,
+            )
+        )
         for row in rows
     }
 

@@ -32,7 +32,14 @@ _acknowledgements = (
 acknowledgement = st.sampled_from(_acknowledgements)
 acknowledgements = st.permutations(_acknowledgements)
 AS_ASKED = object()
-reports = st.lists(st.tuples(devices, any_documents | st.just(AS_ASKED), acknowledgement), max_size=6)
+# A refused version by what it is next to; mostly none. With an acknowledgement only of an older version.
+_refusals = st.sampled_from((None, None, None, -1, 0, 0, 1))
+reports = st.lists(
+    st.tuples(devices, any_documents | st.just(AS_ASKED), acknowledgement, st.none())
+    | st.tuples(devices, any_documents, st.none(), _refusals),
+    max_size=6,
+)
+requests = st.sampled_from((None, None, "r1", "r2"))
 reporting = st.sampled_from(("replace_reported", "patch_reported", "replace_reported_many", "patch_reported_many"))
 rarely = st.integers(0, 3).map(lambda number: number == 3)
 

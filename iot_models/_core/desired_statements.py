@@ -1,0 +1,294 @@
+"""What a desired write asks of PostgreSQL: the document, its version and its row of the history, in one statement.
+
+    locked       the rows, locked in the order of device_id, if they are at their expected versions
+    recorded     the same, each with the newest version that the history has of the device
+    newest       adds the new version to the history
+    kept         adds the state before it, if the history lacks it: nothing in it is without a predecessor
+    written      writes the row of the device
+
+The new version is one above the row's. A row may be behind its history: SQL by hand removed a device and inserted it
+again, or set its version back. It goes on above the newest version of its history, so that no version stands for two
+documents, and no message of the earlier life fits.
+
+What is read for a decision, is read between the lock and the write: see `statements`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import (
+    BigInteger,
+    Text,
+    bindparam,
+    case,
+    cast,
+    delete,
+    exists,
+    func,
+    literal_column,
+    null,
+    or_,
+    select,
+    update,
+)
+from sqlalchemy.dialects.postgresql import JSONB, insert
+
+from iot_models._core.column_types import PlainText
+from iot_models._core.statements import (
+    DEVICES,
+    DOCUMENT,
+    LOCKED,
+    OF_DEVICE,
+    OF_DEVICES,
+    OF_TENANT,
+    SHADOW,
+    lock,
+    locked_rows,
+    not_before,
+    rows_of,
+)
+from iot_models.models import HISTORY, TABLE
+
+if TYPE_CHECKING:
+    from sqlalchemy import CTE, ColumnElement, Executable
+    from sqlalchemy.sql.dml import ReturningInsert
+
+    from iot_models._core.statements import ShadowSelect, ShadowUpdate
+
+_C: Final = TABLE.c
+_H: Final = HISTORY.c
+_TENANT: Final = cast(bindparam("tenant", type_=Text), Text)
+_ACTOR, _REASON, _REQUEST = (cast(bindparam(name, type_=Text), Text) for name in ("author", "why", "request"))
+_NOBODY: Final = cast(null(), Text)
+_COLUMNS: Final = tuple(column.name for column in HISTORY.columns)
+_REQUEST_KEY: Final = ("tenant_id", "device_id", "request_id")
+
+
+def _desired_columns(document: ColumnElement[Any], version: ColumnElement[int]) -> dict[str, Any]:
+    """What a desired write does to a row, besides its time.
+
+    A `reported_version` ahead of the desired one, which others may have stored, is brought back to it: the device is
+    an ordinary pending one from then on. A refusal was one of the version before.
+    """
+    return {
+        "desired_state": document,
+        "desired_version": version,
+        "reported_version": func.least(_C.reported_version, _C.desired_version),
+        "refused_version": None,
+        "refusal": None,
+        "refused_at": None,
+    }
+
+
+@cache
+def write_desired(*, guarded: bool, recorded: bool = True, once: bool = False) -> ShadowSelect | ShadowUpdate:
+    """Set the desired document and raise its version. Binds `tenant`, `device`, `document`.
+
+    If guarded, it writes only a row whose `desired_version` is the bound `expected`. If recorded, it adds the version
+    to the history, and binds `author` and `why`. If once, it binds `request`, and writes nothing where the history
+    has a version of this request already, or another transaction is just adding it.
+    """
+    if not recorded:
+        guard = [_C.desired_version == bindparam("expected", type_=BigInteger)] if guarded else []
+        return _unrecorded(DOCUMENT, OF_DEVICE, *guard)
+    return _write(_with_newest(_locked_device(guarded=guarded)), DOCUMENT, once=once)
+
+
+@cache
+def restore_desired(*, guarded: bool, once: bool) -> ShadowSelect:
+    """Set the desired document to that of an earlier version. Binds `version`, and what `write_desired` binds."""
+    version = bindparam("version", type_=BigInteger)
+    locked = _locked_device(guarded=guarded)
+    of_version = (_H.device_id == locked.c.device_id) & (_H.desired_version == version)
+    kept = select(_H.desired_state).where(_of_tenant(), of_version).scalar_subquery()
+    current = case((locked.c.desired_version == version, locked.c.desired_state))
+    found = _with_newest(locked, func.coalesce(kept, current).label("found"))
+    is_document = func.jsonb_typeof(found.c.found) == literal_column("'object'", Text)
+    return _write(found, found.c.found, where=is_document, once=once)
+
+
+@cache
+def write_desired_many(*, recorded: bool = True) -> ShadowSelect | ShadowUpdate:
+    """Set the desired documents of several devices and raise their versions, all or none; binds `tenant` and arrays.
+
+    The arrays are `devices` (each once), `documents` and `expected` (NULL: any version). First the rows at their
+    expected version are locked, in order. The statement writes only if these are all the devices of the batch. If
+    recorded, as `write_desired`.
+
+    The documents pass through the CTE that locks, as in `statements.write_reported_many`.
+    """
+    new = rows_of("new", documents=Text(), expected=BigInteger())
+    at_expected = func.coalesce(new.c.expected, LOCKED.c.desired_version) == LOCKED.c.desired_version
+    before = [LOCKED.c[name] for name in ("desired_state", "desired_version", "shadow_updated_at")]
+    locked = locked_rows(new, at_expected, carrying=(*before, new.c.documents))
+    all_locked = select(func.count()).select_from(locked).scalar_subquery() == func.pg_catalog.cardinality(DEVICES)
+    if recorded:
+        found = _with_newest(locked)
+        return _write(found, cast(found.c.documents, JSONB), where=all_locked)
+    return _unrecorded(cast(locked.c.documents, JSONB), _C.device_id == locked.c.device_id, all_locked)
+
+
+def _unrecorded(document: ColumnElement[Any], *where: ColumnElement[bool]) -> ShadowUpdate:
+    """Write `document` and leave the history alone."""
+    values = _desired_columns(document, _C.desired_version + 1)
+    values["shadow_updated_at"] = not_before(_C.shadow_updated_at)
+    return update(TABLE).where(OF_TENANT, *where).values(values).returning(*SHADOW)
+
+
+def _write(
+    found: CTE, document: ColumnElement[Any], *, where: ColumnElement[bool] | None = None, once: bool = False
+) -> ShadowSelect:
+    """Write `document` to the rows that were found, and to their history; returns the new shadows."""
+    conditions_ = [] if where is None else [where]
+    version = func.greatest(found.c.desired_version, found.c.newest) + 1
+    request = _REQUEST if once else _NOBODY
+    added = insert(HISTORY).from_select(
+        _COLUMNS,
+        select(
+            _TENANT,
+            found.c.device_id,
+            version,
+            document,
+            not_before(found.c.shadow_updated_at),
+            _ACTOR,
+            _REASON,
+            request,
+        ).where(*conditions_),
+    )
+    if once:
+        added = added.on_conflict_do_nothing(index_elements=_REQUEST_KEY, index_where=_H.request_id.is_not(None))
+    newest = added.returning(_H.device_id, _H.desired_version, _H.desired_state, _H.written_at).cte("newest")
+    values = _desired_columns(newest.c.desired_state, newest.c.desired_version)
+    written = (
+        update(TABLE)
+        .where(OF_TENANT, _C.device_id == newest.c.device_id)
+        .values(values | {"shadow_updated_at": newest.c.written_at})
+        .returning(*SHADOW)
+        .cte("written")
+    )
+    kept = _kept(found, [exists(select(newest.c.device_id))] if once else conditions_)
+    return select(*written.c).add_cte(kept)
+
+
+def _kept(found: CTE, where: list[ColumnElement[bool]]) -> CTE:
+    """Record the state before a write, if the history lacks it."""
+    is_lacking = or_(found.c.newest.is_(None), found.c.newest < found.c.desired_version)
+    before = select(
+        _TENANT,
+        found.c.device_id,
+        found.c.desired_version,
+        found.c.desired_state,
+        found.c.shadow_updated_at,
+        _NOBODY,
+        _NOBODY,
+        _NOBODY,
+    ).where(is_lacking, *where)
+    # The history as it was when the statement began: another transaction may have recorded it since.
+    return insert(HISTORY).from_select(_COLUMNS, before).on_conflict_do_nothing().cte("kept")
+
+
+def _locked_device(*, guarded: bool) -> CTE:
+    guard = [LOCKED.c.desired_version == bindparam("expected", type_=BigInteger)] if guarded else []
+    columns = [LOCKED.c[name] for name in ("device_id", "desired_state", "desired_version", "shadow_updated_at")]
+    of_device = LOCKED.c.device_id == bindparam("device", type_=PlainText())
+    return lock(select(*columns).where(of_device, *guard))
+
+
+def _with_newest(locked: CTE, *besides: ColumnElement[Any]) -> CTE:
+    newest = _newest_of(locked.c.device_id)
+    return select(*locked.c, newest.label("newest"), *besides).cte("recorded").prefix_with("MATERIALIZED")
+
+
+def _newest_of(device_id: ColumnElement[str]) -> ColumnElement[int]:
+    """The newest version that the history has of a device; NULL if it has none."""
+    return (
+        select(func.max(_H.desired_version))
+        .where(_of_tenant(), _H.device_id == device_id)
+        .correlate_except(HISTORY)
+        .scalar_subquery()
+    )
+
+
+def _of_tenant() -> ColumnElement[bool]:
+    return _H.tenant_id == bindparam("tenant", type_=PlainText())
+
+
+@cache
+def remove(*, guarded: bool) -> ReturningInsert[str, int]:
+    """Delete the row of a device, and add a version without a document to its history.
+
+    Binds `tenant`, `device`, `author`, `why`; if guarded, `expected`. Returns the `device_id` and that version.
+    """
+    guard = [_C.desired_version == bindparam("expected", type_=BigInteger)] if guarded else []
+    before = (_C.device_id, _C.desired_state, _C.desired_version, _C.shadow_updated_at)
+    return _end(delete(TABLE).where(OF_TENANT, OF_DEVICE, *guard).returning(*before).cte("gone"))
+
+
+@cache
+def record_removals() -> ReturningInsert[str, int]:
+    """The same for rows that the next statement deletes: they are locked.
+
+    Binds `tenant`, `author`, `why` and the array `devices`.
+    """
+    before = (LOCKED.c.device_id, LOCKED.c.desired_state, LOCKED.c.desired_version, LOCKED.c.shadow_updated_at)
+    wanted = rows_of("wanted")
+    of_tenant = LOCKED.c.tenant_id == bindparam("tenant", type_=PlainText())
+    rows = select(*before).join_from(LOCKED, wanted, LOCKED.c.device_id == wanted.c.devices).where(of_tenant)
+    locked = rows.order_by(LOCKED.c.device_id).with_for_update(of=LOCKED).cte("gone").prefix_with("MATERIALIZED")
+    return _end(locked)
+
+
+def _end(gone: CTE) -> ReturningInsert[str, int]:
+    found = _with_newest(gone)
+    version = func.greatest(found.c.desired_version, found.c.newest) + 1
+    end = select(
+        _TENANT,
+        found.c.device_id,
+        version,
+        cast(null(), JSONB(none_as_null=True)),
+        not_before(found.c.shadow_updated_at),
+        _ACTOR,
+        _REASON,
+        _NOBODY,
+    )
+    added = insert(HISTORY).from_select(_COLUMNS, end).add_cte(_kept(found, []))
+    return added.returning(_H.device_id, _H.desired_version)
+
+
+@cache
+def register() -> Executable:
+    """Insert the devices that are not there. Binds `tenant` and the arrays `devices` and `sites`.
+
+    A device that has a history goes on at its newest version, acknowledged.
+    """
+    new = rows_of("new", sites=Text())
+    version = func.coalesce(_newest_of(new.c.devices), 0)
+    rows = select(_TENANT, new.c.devices, new.c.sites, version, version).order_by(new.c.devices)
+    names = ["tenant_id", "device_id", "site_id", "desired_version", "reported_version"]
+    return insert(TABLE).from_select(names, rows).on_conflict_do_nothing(index_elements=["tenant_id", "device_id"])
+
+
+@cache
+def registered() -> ShadowSelect:
+    """The shadows of several devices, each with the `newest` version of its history. Binds `tenant`, `devices`."""
+    return select(*SHADOW, _newest_of(_C.device_id).label("newest")).where(OF_TENANT, OF_DEVICES)
+
+
+@cache
+def go_on() -> ShadowUpdate:
+    """Let devices that are behind their history go on at its newest version. Binds `tenant`, `devices`.
+
+    A device that has a desired document already asks for it under a version of its own.
+    """
+    wanted = rows_of("wanted")
+    found = select(wanted.c.devices, _newest_of(wanted.c.devices).label("version"))
+    newest = found.cte("newest").prefix_with("MATERIALIZED")
+    asks = case((_C.desired_state == literal_column("'{}'::jsonb", JSONB), 0), else_=1)
+    return (
+        update(TABLE)
+        .where(OF_TENANT, _C.device_id == newest.c.devices, _C.desired_version < newest.c.version)
+        .values({"desired_version": newest.c.version + asks, "reported_version": newest.c.version})
+        .returning(*SHADOW)
+    )

@@ -1,0 +1,282 @@
+"""A device's whole life: it is registered, removed, and registered again; no message of an earlier life fits."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import Engine, select, text
+from sqlalchemy.orm import Session
+from sqlalchemy.orm.exc import ObjectDeletedError, StaleDataError
+
+from iot_models import DeviceNotFound, DeviceState, LateReport, ShadowService, UnknownVersion, VersionConflict
+from tests.databases.devices import DEVICE, TENANT, add_device
+from tests.databases.statements import counted_statements
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@pytest.fixture
+def service(session: Session) -> ShadowService:
+    return ShadowService(session, TENANT, actor="anna")
+
+
+@pytest.fixture
+def lived(service: ShadowService) -> ShadowService:
+    """A device whose life ended at version 3."""
+    service.register(DEVICE, "berlin")
+    service.replace_desired(DEVICE, {"n": 1})
+    service.replace_desired(DEVICE, {"n": 2})
+    service.replace_reported(DEVICE, {"n": 2}, acked_version=2)
+    service.remove(DEVICE, reason="scrapped")
+    return service
+
+
+def test_a_registered_device_is_new_and_where_it_is_there_it_is_returned(service: ShadowService) -> None:
+    made = service.register(DEVICE, "berlin")
+    assert (made.desired, made.reported, made.desired_version, made.is_pending, made.last_seen_at) == (
+        {},
+        {},
+        0,
+        False,
+        None,
+    )
+    service.replace_desired(DEVICE, {"n": 1})
+    assert service.register(DEVICE, "paris") == service.get(DEVICE)
+    assert service.get(DEVICE).desired == {"n": 1}
+
+
+def test_ten_thousand_are_registered_by_as_many_statements_as_one(session: Session, service: ShadowService) -> None:
+    service.register("00007", "berlin")
+    sites = {f"{n:05}": "berlin" for n in range(10_000)}
+    with counted_statements(session.connection()) as one:
+        service.register("x", "berlin")
+    with counted_statements(session.connection()) as many:
+        made = service.register_many(sites)
+
+    assert len(many) == len(one) == 2
+    assert list(made) == list(sites)
+    assert session.scalar(text("SELECT count(*) FROM device_state WHERE site_id = 'berlin'")) == 10_001
+    assert service.register_many({}) == {}
+
+
+@pytest.mark.parametrize(
+    ("sites", "error"),
+    [({"": "s"}, ValueError), ({"a": ""}, ValueError), ({"a\0": "s"}, ValueError), ({"a": "\ud800"}, ValueError),
+     ({7: "s"}, TypeError), ({"a": None}, TypeError), (["a"], TypeError), ("a", TypeError)],
+)  # fmt: skip
+def test_ids_that_no_row_can_have_are_refused_and_nothing_is_written(
+    session: Session, service: ShadowService, sites: Any, error: type[Exception]
+) -> None:
+    with counted_statements(session.connection()) as statements, pytest.raises(error):
+        service.register_many({"good": "s"} | sites if isinstance(sites, dict) else sites)
+    assert statements == []
+
+
+def test_a_removed_device_is_in_no_page_and_its_history_ends_without_a_document(
+    session: Session, lived: ShadowService
+) -> None:
+    with pytest.raises(DeviceNotFound):
+        lived.get(DEVICE)
+    assert (lived.get_many([DEVICE]), lived.pending(), lived.drifted(), lived.refused()) == ({}, [], [], [])
+    assert sum(lived.status_counts().values()) == 0
+    (end, before, *_) = lived.history(DEVICE)
+    assert (end.version, end.desired, end.actor, end.reason) == (3, None, "anna", "scrapped")
+    assert (before.version, before.desired) == (2, {"n": 2})
+    assert lived.desired_at(DEVICE, 3) == end
+    assert session.scalar(text("SELECT desired_state IS NULL FROM device_shadow_history WHERE desired_version = 3"))
+
+
+def test_a_removal_is_one_statement_and_records_what_was_there_before(session: Session, service: ShadowService) -> None:
+    add_device(session, desired_state={"n": 7}, desired_version=7)
+    with counted_statements(session.connection()) as statements:
+        service.remove(DEVICE, expected_version=7)
+    assert len(statements) == 1
+    assert [(v.version, v.desired) for v in service.history(DEVICE)] == [(8, None), (7, {"n": 7})]
+
+
+def test_a_removal_that_is_overtaken_or_of_nobody_is_refused(service: ShadowService) -> None:
+    service.register(DEVICE, "berlin")
+    service.replace_desired(DEVICE, {"n": 1})
+    with pytest.raises(VersionConflict):
+        service.remove(DEVICE, expected_version=0)
+    with pytest.raises(DeviceNotFound):
+        service.remove("nobody")
+    assert service.get(DEVICE).desired == {"n": 1}
+
+
+def test_an_object_of_a_removed_device_says_so(session: Session, service: ShadowService) -> None:
+    service.register(DEVICE, "berlin")
+    device = session.get_one(DeviceState, (TENANT, DEVICE))
+    with session.begin_nested() as savepoint:
+        service.remove(DEVICE)
+        with pytest.raises(ObjectDeletedError):
+            _ = device.desired_state
+        savepoint.rollback()
+    assert device.desired_version == 0
+    service.remove(DEVICE)
+    device.status = "ONLINE"
+    with pytest.raises((StaleDataError, ObjectDeletedError)):
+        session.flush()
+
+
+# Again.
+
+
+def add_an_object(_service: ShadowService, session: Session) -> None:
+    session.add(DeviceState(tenant_id=TENANT, site_id="paris", device_id=DEVICE))
+    session.flush()
+
+
+AGAIN: dict[str, Callable[[ShadowService, Session], object]] = {
+    "register": lambda service, _: service.register(DEVICE, "paris"),
+    "register_many": lambda service, _: service.register_many({DEVICE: "paris"}),
+    "the ORM": add_an_object,
+}
+again = pytest.mark.parametrize("way", AGAIN)
+
+
+@again
+def test_registered_again_it_goes_on_at_the_version_of_its_removal_and_nothing_is_pending(
+    session: Session, lived: ShadowService, way: str
+) -> None:
+    with counted_statements(session.connection()) as statements:
+        AGAIN[way](lived, session)
+
+    assert len(statements) == 2  # in AUTOCOMMIT mode nobody sees it at another version in between
+    shadow = lived.get(DEVICE)
+    assert (shadow.desired, shadow.desired_version, shadow.reported_version, shadow.reported) == ({}, 3, 3, {})
+    assert (shadow.is_pending, shadow.is_drifted) == (False, False)
+    device = session.get_one(DeviceState, (TENANT, DEVICE))
+    assert (device.desired_version, device.reported_version) == (3, 3)
+    assert lived.replace_desired(DEVICE, {"n": 4}).desired_version == 4
+    assert [(v.version, v.desired) for v in lived.history(DEVICE)][:3] == [(4, {"n": 4}), (3, None), (2, {"n": 2})]
+
+
+@again
+def test_no_message_of_the_earlier_life_fits(session: Session, lived: ShadowService, way: str) -> None:
+    AGAIN[way](lived, session)
+    for acked in (0, 1, 2):
+        with pytest.raises(LateReport):
+            lived.replace_reported(DEVICE, {}, acked_version=acked)
+        with pytest.raises(LateReport):
+            lived.refuse_desired(DEVICE, acked, "no")
+        with pytest.raises(VersionConflict):
+            lived.replace_desired(DEVICE, {}, expected_version=acked)
+    with pytest.raises(UnknownVersion):
+        lived.replace_reported(DEVICE, {}, acked_version=4)
+
+
+def test_no_object_of_the_earlier_life_is_written(own_engine: Engine) -> None:
+    with Session(own_engine) as old, Session(own_engine) as new:
+        service = ShadowService(new, TENANT)
+        service.register(DEVICE, "berlin")
+        service.replace_desired(DEVICE, {"n": 1})
+        new.commit()
+        device = old.get_one(DeviceState, (TENANT, DEVICE))
+        document = device.desired_state
+        service.remove(DEVICE)
+        service.register(DEVICE, "berlin")
+        new.commit()
+        document["n"] = 2
+        with pytest.raises(StaleDataError):
+            old.commit()
+        assert service.get(DEVICE).desired == {}
+
+
+def test_deleted_objects_end_their_lives_in_one_statement_for_all_of_a_flush(
+    session: Session, service: ShadowService
+) -> None:
+    session.info["iot_models.actor"] = "ops"
+    service.register_many({f"d{n}": "berlin" for n in range(50)})
+    ShadowService(session, "globex").register("d1", "berlin")
+    devices = session.scalars(select(DeviceState)).all()
+    for device in devices:
+        session.delete(device)
+    with counted_statements(session.connection()) as statements:
+        session.flush()
+
+    assert sum("device_shadow_history" in statement for statement in statements) == 2  # a tenant each
+    assert session.scalar(text("SELECT count(*) FROM device_state")) == 0
+    assert [(v.version, v.desired, v.actor) for v in service.history("d7")] == [(1, None, "ops"), (0, {}, None)]
+    assert ShadowService(session, "globex").register("d1", "berlin").desired_version == 1
+
+
+def test_a_deletion_that_is_rolled_back_is_recorded_when_it_is_done_again(
+    session: Session, service: ShadowService
+) -> None:
+    service.register(DEVICE, "berlin")
+    device = session.get_one(DeviceState, (TENANT, DEVICE))
+    with session.begin_nested() as savepoint:
+        session.delete(device)
+        session.flush()
+        savepoint.rollback()
+    assert [v.version for v in service.history(DEVICE)] == [0]
+    session.delete(device)
+    session.flush()
+    assert [v.version for v in service.history(DEVICE)] == [1, 0]
+
+
+def test_an_object_that_comes_with_a_document_asks_for_it_under_a_new_version(
+    session: Session, lived: ShadowService
+) -> None:
+    device = DeviceState(tenant_id=TENANT, site_id="s", device_id=DEVICE, desired_state={"n": 9})
+    session.add(device)
+    session.flush()
+    assert (device.desired_version, device.reported_version, device.is_pending) == (4, 3, True)
+    device.desired_state["n"] = 10
+    session.flush()
+    assert [(v.version, v.desired) for v in lived.history(DEVICE)][:3] == [(5, {"n": 10}), (4, {"n": 9}), (3, None)]
+
+
+def test_an_object_that_comes_with_a_version_above_its_history_keeps_it(session: Session, lived: ShadowService) -> None:
+    session.add(DeviceState(tenant_id=TENANT, site_id="s", device_id=DEVICE, desired_version=9, reported_version=8))
+    session.flush()
+    assert (lived.get(DEVICE).desired_version, lived.get(DEVICE).reported_version) == (9, 8)
+
+
+def test_a_row_that_sql_by_hand_took_away_and_made_again_goes_on_above_its_history(
+    session: Session, service: ShadowService
+) -> None:
+    service.register(DEVICE, "berlin")
+    for n in range(3):
+        service.replace_desired(DEVICE, {"n": n})
+    session.execute(text("DELETE FROM device_state"))
+    add_device(session)
+
+    assert service.patch_desired(DEVICE, {"new": 1}).desired_version == 4
+    assert [v.version for v in service.history(DEVICE)] == [4, 3, 2, 1, 0]
+    session.execute(text("UPDATE device_state SET desired_version = 1"))
+    assert service.replace_desired_many({DEVICE: {}})[DEVICE].desired_version == 5
+    session.execute(text("DELETE FROM device_state"))
+    assert service.register(DEVICE, "berlin").desired_version == 5
+
+
+def test_once_its_removal_is_forgotten_a_device_starts_anew(session: Session, lived: ShadowService) -> None:
+    session.execute(text("UPDATE device_shadow_history SET written_at = NULL"))
+    assert lived.prune_history(older_than=timedelta(0)) == 3
+    assert [v.version for v in lived.history(DEVICE)] == [3]
+    assert lived.prune_history(older_than=timedelta(0), keep=0) == 1
+    assert lived.register(DEVICE, "berlin").desired_version == 0
+
+
+@pytest.mark.parametrize("way", ["register", "the ORM"])
+def test_registered_while_another_transaction_removes_it_it_goes_on_all_the_same(own_engine: Engine, way: str) -> None:
+    with Session(own_engine) as removing, Session(own_engine) as registering, ThreadPoolExecutor(1) as pool:
+        ShadowService(removing, TENANT).register(DEVICE, "berlin")
+        removing.commit()
+        ShadowService(removing, TENANT).remove(DEVICE)
+        registered = pool.submit(AGAIN[way], ShadowService(registering, TENANT), registering)
+        waiting = text(
+            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        )
+        with own_engine.connect() as observer:
+            while not observer.scalar(waiting):
+                observer.rollback()
+                assert not registered.done()
+        removing.commit()
+        registered.result()
+        assert ShadowService(registering, TENANT).get(DEVICE).desired_version == 1
