@@ -780,9 +780,9 @@ BREAKS = [
     ),
     Break(
         "a device that is registered while it is removed starts at 0",
-        "iot_models/service.py",
-        "if row.desired_version < (row.newest or 0)]",
-        "if row.desired_version < 0]",
+        "iot_models/_core/desired_statements.py",
+        "version, version).where(~is_there)",
+        "version, version)",
         (LIFE,),
     ),
     Break(

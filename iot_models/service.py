@@ -21,7 +21,7 @@ from iot_models._core.database_errors import explained
 from iot_models._core.documents import DocumentLimits, check_document, decode_document, encode_document
 from iot_models._core.equality import json_equal
 from iot_models._core.report_rules import Versions
-from iot_models._core.retries import device_not_written, until_written
+from iot_models._core.retries import device_not_written, devices_not_written, until_written
 from iot_models._core.statement_names import METHOD
 from iot_models._core.stored_json import read_json, why_no_document
 from iot_models.errors import (
@@ -259,7 +259,9 @@ class ShadowService:
 
         def is_same(done: _Done) -> bool:
             try:
-                return json_equal(self._version("restore_desired", device_id, wanted).desired, done.written)
+                # The version of a removal: of a device that was registered again there, which has asked for nothing.
+                restored = self._version("restore_desired", device_id, wanted).desired or {}
+                return json_equal(restored, done.written)
             except VersionNotKept:
                 return wanted < done.version  # pruned since: nobody can tell
 
@@ -802,13 +804,14 @@ class ShadowService:
             validation.require_new_id("device_id", device_id)
             validation.require_new_id("site_id", site_id)
         binds: dict[str, object] = {"tenant": self.tenant_id, "devices": list(sites), "sites": list(sites.values())}
-        self._execute(method, desired_statements.register(), binds)
-        rows = {row.device_id: row for row in self._execute(method, desired_statements.registered(), binds)}
-        # Removed by a transaction that was not committed yet when the first statement began.
-        if behind := [device_id for device_id, row in rows.items() if row.desired_version < (row.newest or 0)]:
-            gone_on = self._execute(method, desired_statements.go_on(), binds | {"devices": behind})
-            rows |= {row.device_id: row for row in gone_on}
-        return self._written_in_order(sites, rows.values())
+
+        def attempt() -> list[_Row] | None:
+            self._execute(method, desired_statements.register(), binds)
+            rows = self._execute(method, statements.many_shadows(), binds).all()
+            return [*rows] if len(rows) == len(sites) else None  # one was removed in between
+
+        rows = until_written(attempt, lambda: devices_not_written(list(sites)))
+        return self._written_in_order(sites, rows)
 
     def _versions(self, method: str, device_id: str) -> Versions:
         row = self._one(method, statements.versions(), device_id)

@@ -41,7 +41,6 @@ from iot_models._core.statements import (
     DOCUMENT,
     LOCKED,
     OF_DEVICE,
-    OF_DEVICES,
     OF_TENANT,
     SHADOW,
     lock,
@@ -261,19 +260,15 @@ def _end(gone: CTE) -> ReturningInsert[str, int]:
 def register() -> Executable:
     """Insert the devices that are not there. Binds `tenant` and the arrays `devices` and `sites`.
 
-    A device that has a history goes on at its newest version, acknowledged.
+    A device that has a history goes on at its newest version, acknowledged. No INSERT waits for the end of a
+    transaction that is just removing the device: it would not know the version of the removal. Until then, it is there.
     """
     new = rows_of("new", sites=Text())
     version = func.coalesce(_newest_of(new.c.devices), 0)
-    rows = select(_TENANT, new.c.devices, new.c.sites, version, version).order_by(new.c.devices)
+    is_there = exists(select(_C.device_id).where(OF_TENANT, _C.device_id == new.c.devices).correlate(new))
+    rows = select(_TENANT, new.c.devices, new.c.sites, version, version).where(~is_there).order_by(new.c.devices)
     names = ["tenant_id", "device_id", "site_id", "desired_version", "reported_version"]
     return insert(TABLE).from_select(names, rows).on_conflict_do_nothing(index_elements=["tenant_id", "device_id"])
-
-
-@cache
-def registered() -> ShadowSelect:
-    """The shadows of several devices, each with the `newest` version of its history. Binds `tenant`, `devices`."""
-    return select(*SHADOW, _newest_of(_C.device_id).label("newest")).where(OF_TENANT, OF_DEVICES)
 
 
 @cache
@@ -281,14 +276,27 @@ def go_on() -> ShadowUpdate:
     """Let devices that are behind their history go on at its newest version. Binds `tenant`, `devices`.
 
     A device that has a desired document already asks for it under a version of its own.
+
+    Returns the rows, and how many are `seen` of each: two where this transaction works on a snapshot (REPEATABLE READ,
+    SERIALIZABLE) and another one has removed the device since: the version of the removal cannot be seen. If it takes
+    the removed row first, it fails with SQLSTATE 40001.
     """
     wanted = rows_of("wanted")
-    found = select(wanted.c.devices, _newest_of(wanted.c.devices).label("version"))
+    same = TABLE.alias("same")
+    seen = (
+        select(func.count())
+        .where(same.c.tenant_id == bindparam("tenant", type_=PlainText()), same.c.device_id == wanted.c.devices)
+        .correlate(wanted)
+        .scalar_subquery()
+    )
+    found = select(wanted.c.devices, _newest_of(wanted.c.devices).label("version"), seen.label("seen"))
     newest = found.cte("newest").prefix_with("MATERIALIZED")
+    is_behind = or_(_C.desired_version < newest.c.version, newest.c.seen > 1)
     asks = case((_C.desired_state == literal_column("'{}'::jsonb", JSONB), 0), else_=1)
+    version = func.coalesce(newest.c.version, _C.desired_version)
     return (
         update(TABLE)
-        .where(OF_TENANT, _C.device_id == newest.c.devices, _C.desired_version < newest.c.version)
-        .values({"desired_version": newest.c.version + asks, "reported_version": newest.c.version})
-        .returning(*SHADOW)
+        .where(OF_TENANT, _C.device_id == newest.c.devices, is_behind)
+        .values({"desired_version": version + asks, "reported_version": version})
+        .returning(*SHADOW, newest.c.seen)
     )

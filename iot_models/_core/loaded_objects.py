@@ -88,10 +88,15 @@ def show(session: Session, row: Row[*tuple[Any, ...]], *, besides: DeviceState |
 
 
 def expire(session: Session, tenant_id: str, device_ids: Iterable[str]) -> None:
-    """Let the loaded objects of these devices, which were removed, say so where they are read."""
+    """Let the loaded objects of these devices, which were removed, say so where they are read.
+
+    An object with changes that are not flushed yet says so when it is flushed.
+    """
     for devices in loaded(session, tenant_id, device_ids).values():
         for device in devices:
-            session.expire(device)
+            notice(inspect(device))
+            if device not in session.dirty:
+                session.expire(device)
 
 
 def remember(session: Session, tenant_id: str, device_ids: Iterable[str]) -> None:

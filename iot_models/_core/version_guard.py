@@ -137,6 +137,11 @@ def _go_on(session: Session, _context: object) -> None:
     for tenant_id, device_ids in _by_tenant(added).items():
         binds = {"tenant": tenant_id, "devices": device_ids}
         for row in cast("Connection", connection).execute(desired_statements.go_on(), binds):
+            if row.seen > 1:
+                raise StaleDataError(
+                    f"device {row.device_id!r} was removed by another transaction since this one began, and added "
+                    "again here: roll back, and run all of it again"
+                )
             loaded_objects.show(session, row)
 
 

@@ -4,9 +4,9 @@
 
 Writers run all the time, at READ COMMITTED, REPEATABLE READ and SERIALIZABLE in turn, while the server is shut down and
 killed under them, connections are cut, statements cancelled, rows held locked, timeouts fire, pools are full, and
-writers die. Every other phase ends with a rollback to revision 075 under that load; then the writers end, as in a
-deployment, and the database is migrated again. Exit code 1 on any violation: the records and the history then stay in
-the folder that is named.
+writers die. A request whose answer was lost is made again until it is answered. Every other phase ends with a rollback
+to revision 075 under that load; then the writers end, as in a deployment, and the database is migrated again. Exit code
+1 on any violation: the records and the history then stay in the folder that is named.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from sqlalchemy import NullPool, create_engine
 from iot_models import migrate
 from tests.databases.durable_server import DurableServer, durable_postgres
 from tests.guarantees.load.faults import Faults
-from tests.guarantees.load.history import Key, State, keep_history, read_rows
+from tests.guarantees.load.history import Fleet, keep_history, read_fleet
 from tests.guarantees.load.many_writers import Findings, Load
 from tests.guarantees.load.workload import DEVICES, TENANTS
 from tests.guarantees.load.writer import Plan
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
 _LEVELS: Final = ("READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
 _PROGRESS_SECONDS: Final = 5.0
@@ -51,17 +51,22 @@ class Tally:
     by_level: Counter[str] = field(default_factory=Counter)
     calls: int = 0
     versions: int = 0
+    requests: int = 0
+    repeats: int = 0
     checks: int = 0
     violations: list[str] = field(default_factory=list)
 
-    def add(self, findings: Findings, level: str, before: Mapping[Key, State]) -> None:
+    def add(self, findings: Findings, level: str, before: Fleet) -> None:
         self.units.update(unit.outcome for unit in findings.units)
         self.errors.update(findings.errors)
         self.by_level[level] += len(findings.units)
         self.calls += sum(len(unit.operations) for unit in findings.units)
         self.versions += sum(
-            state.desired_version - before[key].desired_version for key, state in findings.after.items()
+            state.desired_version - before.states[key].desired_version for key, state in findings.after.states.items()
         )
+        requests = findings.requests()
+        self.requests += len(requests)
+        self.repeats += requests.total() - len(requests)
         self.checks += 1
         self.violations += findings.violations
 
@@ -110,7 +115,7 @@ def _run(
         if left <= 0 or tally.violations:
             return
         with engine.connect() as connection:
-            before = read_rows(connection)
+            before = read_fleet(connection)
         plan = Plan(server.url, f"p{number}", str(folder), level, seed + 1000 * number, hostile=True)
         load = Load(plan, given.processes)
         interrupted = False
@@ -156,12 +161,13 @@ def _progress(units: Counter[str], faults: Faults, tally: Tally, level: str) -> 
     )
 
 
-def _keep_evidence(folder: Path, before: Mapping[Key, State], findings: Findings) -> None:
+def _keep_evidence(folder: Path, before: Fleet, findings: Findings) -> None:
     evidence = {
         "violations": findings.violations,
-        "before": [[*key, *state] for key, state in before.items()],
-        "after": [[*key, *state] for key, state in findings.after.items()],
-        "history": [[*key, *state] for key, state in findings.history],
+        "before": [[*key, *state] for key, state in before.states.items()],
+        "after": [[*key, *state] for key, state in findings.after.states.items()],
+        "history": [[*change.key, *change.state, change.site] for change in findings.history],
+        "kept": [[*key, version, *row] for key, rows in findings.after.kept.items() for version, row in rows.items()],
     }
     (folder / "evidence.json").write_text(json.dumps(evidence, indent=1))
 
@@ -181,6 +187,7 @@ def _summary(tally: Tally, faults: Faults, arguments: str) -> str:
             f"| units of work | {tally.units.total():,} of {tally.calls:,} calls: {listed(tally.units)} |",
             f"| by isolation level | {listed(tally.by_level)} |",
             f"| desired versions | {tally.versions:,}{'' if tally.violations else ', without a gap'} |",
+            f"| requests | {tally.requests:,}, repeated {tally.repeats:,} times{'' if tally.violations else ', each done once'} |",
             f"| faults injected | {faults.injected.total():,}: {listed(faults.injected)} |",
             f"| what writers met | {listed(tally.errors)} |",
             f"| **violations** | **{len(tally.violations)}** |",

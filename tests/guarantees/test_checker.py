@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.guarantees.load.checker import violations
-from tests.guarantees.load.history import Change, State
+from tests.guarantees.load.history import Change, Fleet, Kept, Key, State
 from tests.guarantees.load.record import (
     AUTOCOMMIT,
     READ,
+    STANDS,
     WRITTEN,
     Answer,
     Entry,
     Operation,
     Recorder,
     Unit,
+    latest_requests,
     read_records,
 )
 
@@ -59,11 +61,35 @@ HISTORY = [
 ]
 
 
-def found(units: list[Unit], history: list[Change], **rows: State) -> str:
-    """What the checker says of it, if the rows are what the history leaves behind; `fan=` and `lamp=` are other rows."""
+def found(
+    units: list[Unit], history: list[Change], kept: dict[Key, dict[int, Kept]] | None = None, **rows: State
+) -> str:
+    """What the checker says of it, if the rows are what the log leaves behind; `fan=` and `lamp=` are other rows.
+
+    `kept` is another history than the one that the product makes of these changes.
+    """
     before = {KEY: NOTHING, OTHER: NOTHING}
-    after = before | dict(history) | {("acme", device): state for device, state in rows.items()}
-    return "\n".join(violations(units, history, before, after))
+    last = before | {change.key: change.state for change in history}
+    after = {key: state for key, state in last.items() if state.is_there}
+    after |= {("acme", device): state for device, state in rows.items()}
+    kept = rows_of(units, history) if kept is None else kept
+    return "\n".join(violations(units, history, Fleet(before, {}), Fleet(after, kept)))
+
+
+def rows_of(units: list[Unit], history: list[Change]) -> dict[Key, dict[int, Kept]]:
+    """The rows of our own history, if the product is honest."""
+    writes = {entry.token: (work, entry) for unit in units for work in unit.operations for entry in work.entries}
+    removal = next((token for token, (work, _) in writes.items() if work.kind == "remove"), None)
+    kept: dict[Key, dict[int, Kept]] = {}
+    for key, state, _ in history:
+        rows = kept.setdefault(key, {0: Kept({})})
+        if not state.is_there:
+            rows[state.desired_version + 1] = Kept(None, None, removal)
+        elif state.desired_version not in rows:
+            work, entry = writes.get(str(state.desired.get("by")), (None, None))
+            reason = entry.token if entry is not None and work is not None and work.gives_reason else None
+            rows[state.desired_version] = Kept(state.desired, entry.request if entry is not None else None, reason)
+    return kept
 
 
 def test_an_honest_history_has_no_violation() -> None:
@@ -250,6 +276,259 @@ def test_of_several_reports_of_a_device_in_a_batch_the_last_accepted_one_is_ther
     assert found([WRITE_A, WRITE_B, batch], [*HISTORY[:2], Change(KEY, State(2, 2, AB, {"reported by": "R"}))]) == ""
     first = [*HISTORY[:2], Change(KEY, State(2, 2, AB, {"reported by": "R2"}))]
     assert "R of acme/fan (acknowledged) is not there" in found([WRITE_A, WRITE_B, batch], first)
+
+
+# A request P, made three times: the first answer was lost, then B wrote, then it was answered.
+P = {"by": "P", "p": 1}
+PB = P | B
+REQUEST = operation("replace_desired", Entry("fan", P, 0, "request P"))
+LOST = unit("P", 1, (REQUEST, (Answer(WRITTEN, 1, 0, P),)), outcome="unknown", answers=None, end=1.5)
+AFTER_P = replace(WRITE_B, answers=((Answer(WRITTEN, 2, 0, PB),),))
+REPEAT = unit("P again", 3, (REQUEST, (Answer(WRITTEN, 2, 0, PB),)))
+DONE_ONCE = [Change(KEY, State(1, 0, P, {})), Change(KEY, State(2, 0, PB, {}))]
+
+
+def test_a_request_that_was_repeated_is_one_write_at_any_of_its_attempts() -> None:
+    assert found([LOST, AFTER_P, REPEAT], DONE_ONCE) == ""
+    first = replace(LOST, outcome="acknowledged", answers=((Answer(WRITTEN, 1, 0, P),),))
+    assert found([first, AFTER_P, REPEAT], DONE_ONCE) == ""
+    # Two attempts at the same moment: either can have written.
+    both = [unit(name, 1, (REQUEST, (Answer(WRITTEN, 1, 0, P),))) for name in ("P", "P again")]
+    assert found(both, DONE_ONCE[:1]) == ""
+    # One that was refused is none, unless it is the only one.
+    refused = replace(LOST, name="P refused", outcome="refused", error="rolled back on purpose")
+    assert found([refused, *both], DONE_ONCE[:1]) == ""
+    assert "was refused (rolled back on purpose), and left a trace" in found([refused], DONE_ONCE[:1])
+
+
+def test_a_request_of_unknown_outcome_may_be_there_or_not_until_a_repeat_is_answered() -> None:
+    again = replace(LOST, name="P again")
+    assert found([LOST, again], []) == ""
+    assert found([LOST, again], DONE_ONCE[:1]) == ""
+    answered = replace(REPEAT, answers=((Answer(WRITTEN, 1, 0, P),),))
+    assert "P of acme/fan (acknowledged) is not there" in found([LOST, answered], [])
+
+
+def test_a_request_that_was_done_twice_is_found() -> None:
+    """A repeat that wrote, whether it was told so or not."""
+    twice = [*DONE_ONCE, Change(KEY, State(3, 0, P, {}))]
+    for answer in (Answer(WRITTEN, 3, 0, P), Answer(WRITTEN, 2, 0, PB)):
+        repeat = replace(REPEAT, answers=((answer,),))
+        assert "P was applied 2 times to acme/fan" in found([LOST, AFTER_P, repeat], twice)
+    assert "P was applied 2 times to acme/fan" in found([LOST, AFTER_P, replace(LOST, name="P again")], twice)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (Answer(WRITTEN, 0, 0, {}), "was told versions 0 and 0, but 1 and 0 were stored"),  # from before the request
+        (Answer(WRITTEN, 1, 0, P), "did not stand at that version then"),  # B was acknowledged before
+        (Answer(WRITTEN, 3, 0, PB), "did not stand at that version then"),
+        (Answer(WRITTEN, 2, 0, P), f"that version is {PB}"),
+        (Answer("VersionConflict", 2), ""),  # refused, and the outcome of the first attempt is still unknown
+        (Answer("RequestReused"), "an answer that the contract does not have"),
+    ],
+)
+def test_a_repeat_is_answered_by_the_shadow_as_it_stands(answer: Answer, reason: str) -> None:
+    reasons = found([LOST, AFTER_P, replace(REPEAT, answers=((answer,),))], DONE_ONCE)
+    assert reason in reasons
+    assert bool(reason) == bool(reasons)
+
+
+def test_half_of_a_unit_is_found_if_a_repeat_cannot_have_written_that_half() -> None:
+    lamp = operation("replace_desired", Entry("lamp", B))
+    both = replace(LOST, operations=(REQUEST, lamp), answers=((Answer(WRITTEN, 1, 0, P),), (Answer(WRITTEN, 1, 0, B),)))
+    on_lamp = Change(OTHER, State(1, 0, B, {}))
+    assert "half of a unit was written" in found([both], DONE_ONCE[:1])
+    assert "half of a unit was written" in found([both], [on_lamp])
+    repeat = replace(REPEAT, answers=((Answer(WRITTEN, 1, 0, P),),))
+    assert found([both, repeat], DONE_ONCE[:1]) == ""
+    assert found([both, repeat], [*DONE_ONCE[:1], on_lamp]) == ""
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ({2: None}, "version 2 of acme/fan has no row in the history"),
+        ({0: None}, "version 0 of acme/fan has no row in the history"),  # the state before the first write
+        ({3: Kept(P)}, "the history has version 3 of acme/fan, "),
+        ({2: Kept(B, None, "B")}, "as version 2 of acme/fan, which is "),
+        ({1: Kept(P, None, "P")}, "as version 1 of acme/fan, which is "),  # a request that the history forgot
+        ({2: Kept(PB, "request P", "B")}, "as version 2 of acme/fan, which is "),  # recorded twice
+        ({2: Kept(PB, None, None)}, "as version 2 of acme/fan, which is "),
+    ],
+)
+def test_a_history_that_is_not_that_of_the_changes_is_found(rows: dict[int, Kept | None], reason: str) -> None:
+    units = [LOST, AFTER_P, REPEAT]
+    kept = {**rows_of(units, DONE_ONCE)[KEY], **rows}
+    assert reason in found(units, DONE_ONCE, {KEY: {version: row for version, row in kept.items() if row is not None}})
+
+
+def test_a_history_without_a_change_is_found() -> None:
+    assert "the history has version 1 of acme/lamp" in found([], [], {OTHER: {1: Kept(B)}})
+
+
+# X removes what A and B wrote; G registers it again.
+REMOVAL = unit("X", 3, (operation("remove", Entry("fan", {"by": "X"}, 2)), (Answer(WRITTEN),)))
+REGISTRATION = unit("G", 4, (operation("register", Entry("fan", {"by": "G"})), (Answer(STANDS, 3, 3, {}),)))
+LIFE = [*HISTORY[:2], Change(KEY, State(2, 0, AB, {}, is_there=False))]
+NEXT_LIFE = [*LIFE, Change(KEY, State(3, 3, {}, {}), "G")]
+
+
+def test_a_device_that_is_registered_again_goes_on_at_the_version_of_its_removal() -> None:
+    lives = [WRITE_A, WRITE_B, REMOVAL, REGISTRATION]
+    assert found(lives[:3], LIFE) == ""
+    assert found(lives, NEXT_LIFE) == ""
+    for version in (0, 2, 4):
+        registered = Change(KEY, State(version, version, {}, {}), "G")
+        assert f"from desired_version 3 to {version}: registered as" in found(lives, [*LIFE, registered])
+    pending = Change(KEY, State(3, 0, {}, {}), "G")
+    assert "registered as" in found(lives, [*LIFE, pending])
+    documents = Change(KEY, State(3, 3, AB, {}), "G")
+    assert "registered as" in found(lives, [*LIFE, documents])
+    assert "registered as" in found(lives, [*HISTORY[:2], Change(KEY, State(3, 3, {}, {}), "G")])  # it was there
+
+
+def test_a_removal_is_a_version_of_its_own() -> None:
+    lives = [WRITE_A, WRITE_B, REMOVAL]
+    rows = rows_of(lives, LIFE)[KEY]
+    assert "version 3 of acme/fan has no row" in found(lives, LIFE, {KEY: {n: rows[n] for n in range(3)}})
+    assert "acme/fan is gone" in found(lives[:2], LIFE[:2], fan=State(3, 3, {}, {}, is_there=False))
+    assert "X of acme/fan (acknowledged) is not there" in found(lives, LIFE[:2])
+    guarded = replace(REMOVAL, operations=(operation("remove", Entry("fan", {"by": "X"}, 1)),))
+    assert "expected version 1, but replaced version 2" in found([WRITE_A, WRITE_B, guarded], LIFE)
+    other = [*LIFE[:2], Change(KEY, State(1, 0, A, {}, is_there=False))]
+    assert "its last change says" in found(lives, other)
+
+
+def test_an_acknowledgement_of_the_life_before_that_was_accepted_is_found() -> None:
+    late = unit(
+        "L", 5, (operation("replace_reported", Entry("fan", {"reported by": "L"}, 2)), (Answer(WRITTEN, 3, 2),))
+    )
+    lives = [WRITE_A, WRITE_B, REMOVAL, REGISTRATION, late]
+    reasons = found(lives, [*NEXT_LIFE, Change(KEY, State(3, 2, {}, {"reported by": "L"}))])
+    assert "reported_version went down from 3 to 2" in reasons
+    assert "acknowledged 2, with 3 acknowledged and 3 asked for" in reasons
+
+
+def test_an_object_of_the_life_before_that_was_written_is_found() -> None:
+    change = unit("O", 5, (operation("orm_change", Entry("fan", {"by": "O"})), (Answer(WRITTEN),)))
+    lives = [WRITE_A, WRITE_B, REMOVAL, REGISTRATION, change]
+    assert found(lives, [*NEXT_LIFE, Change(KEY, State(4, 3, {"by": "O"}, {}))]) == ""
+    old = [*NEXT_LIFE, Change(KEY, State(4, 3, AB | {"by": "O"}, {}))]
+    assert "a write in between was lost" in found(lives, old)
+
+
+def test_a_device_is_not_found_only_while_it_is_gone() -> None:
+    lives = [WRITE_A, WRITE_B, REMOVAL, REGISTRATION]
+    for at, honest in ((2.9, True), (3.8, True), (4.4, True), (2.1, False), (5, False)):
+        reading = unit("D", at, (operation("get", Entry("fan", {"by": "D"})), (Answer("DeviceNotFound"),)))
+        assert (found([*lives, reading], NEXT_LIFE) == "") == honest
+        assert ("there was no reason for that" in found([*lives, reading], NEXT_LIFE)) != honest
+
+
+def test_a_device_that_was_there_is_registered_without_a_trace() -> None:
+    stands = unit("G", 3, (operation("register", Entry("fan", {"by": "G"})), (Answer(STANDS, 2, 0, AB),)))
+    assert found([WRITE_A, WRITE_B, stands], HISTORY[:2]) == ""
+    wrong = replace(stands, answers=((Answer(STANDS, 2, 0, A),),))
+    assert "that version is" in found([WRITE_A, WRITE_B, wrong], HISTORY[:2])
+
+
+def refusal(name: str, at: float, version: int, answer: Answer) -> Unit:
+    return unit(
+        name, at, (operation("refuse_desired", Entry("fan", {"reported by": name}, version=version)), (answer,))
+    )
+
+
+REFUSED = [*HISTORY[:2], Change(KEY, State(2, 0, AB, {}, "F"))]
+
+
+def test_a_refusal_of_the_newest_version_is_honest_and_ends_with_the_next_write() -> None:
+    refuses = refusal("F", 3, 2, Answer(WRITTEN, 2, 0))
+    assert found([WRITE_A, WRITE_B, refuses], REFUSED) == ""
+    after = {"by": "D"}
+    writes = unit("D", 4, (operation("replace_desired", Entry("fan", after)), (Answer(WRITTEN, 3, 0, after),)))
+    units = [WRITE_A, WRITE_B, refuses, writes]
+    assert found(units, [*REFUSED, Change(KEY, State(3, 0, after, {}))]) == ""
+    stays = Change(KEY, State(3, 0, after, {}, "F"))
+    assert "one change touched 2 documents" in found(units, [*REFUSED, stays])
+    report = replace(REPORT, start=4, end=4.5)
+    assert found([WRITE_A, WRITE_B, refuses, report], [*REFUSED, Change(KEY, State(2, 2, AB, R))]) == ""
+    assert "is not there" in found([WRITE_A, WRITE_B, refuses], HISTORY[:2])
+
+
+@pytest.mark.parametrize(
+    ("version", "stands", "wrong"),
+    [
+        (1, State(2, 0, AB, {}), "refused 1, with 0 acknowledged and 2 asked for"),  # there is a newer version
+        (2, State(2, 2, AB, R), "refused 2, with 2 acknowledged and 2 asked for"),  # it is acknowledged
+        (3, State(2, 0, AB, {}), "refused 3, with 0 acknowledged and 2 asked for"),  # it was never asked for
+    ],
+)
+def test_a_refusal_that_is_not_of_the_newest_version_and_was_accepted_is_found(
+    version: int, stands: State, wrong: str
+) -> None:
+    refuses = refusal("F", 4, version, Answer(WRITTEN, 2, stands.reported_version))
+    history = [*HISTORY[:2], *([HISTORY[2]] if stands.reported else []), Change(KEY, stands._replace(refusal="F"))]
+    assert wrong in found([*UNITS[: len(history) - 1], refuses], history)
+
+
+@pytest.mark.parametrize(
+    ("version", "answer", "honest"),
+    [
+        (1, Answer("LateReport", 2), True),
+        (2, Answer("LateReport", 2), True),  # REPORT acknowledges it
+        (2, Answer("LateReport", 3), False),  # it never stood there
+        (3, Answer("UnknownVersion", 2), True),
+        (2, Answer("UnknownVersion", 2), False),
+    ],
+)
+def test_a_refusal_that_was_not_accepted_needs_its_reason(version: int, answer: Answer, honest: bool) -> None:  # noqa: FBT001
+    assert (found([*UNITS[:3], refusal("F", 6, version, answer)], HISTORY[:3]) == "") == honest
+
+
+def test_a_refusal_called_late_though_nothing_was_acknowledged_is_found() -> None:
+    assert "that version was never acknowledged" in found(
+        [WRITE_A, WRITE_B, refusal("F", 6, 2, Answer("LateReport", 2))], HISTORY[:2]
+    )
+
+
+def test_a_report_that_refuses_leaves_its_own_words() -> None:
+    entry = Entry("fan", {"reported by": "F"}, None, version=2)
+    report = unit("F", 3, (operation("replace_reported_many", entry), (Answer(WRITTEN, 2, 0),)))
+    for words, honest in (("F", True), ("another", False), (None, False)):
+        history = [*HISTORY[:2], Change(KEY, State(2, 0, AB, {"reported by": "F"}, words))]
+        assert (found([WRITE_A, WRITE_B, report], history) == "") == honest
+
+
+def restoring(version: int, answer: Answer) -> Unit:
+    return unit("S", 3, (operation("restore_desired", Entry("fan", {"by": "S"}, version=version)), (answer,)))
+
+
+def test_what_is_restored_is_the_document_of_that_version() -> None:
+    """The document names A; it is the history that names the write."""
+    restores = restoring(1, Answer(WRITTEN, 3, 0, A))
+    rows = {0: Kept({}), 1: Kept(A, None, "A"), 2: Kept(AB, None, "B"), 3: Kept(A, None, "S")}
+    restored = [*HISTORY[:2], Change(KEY, State(3, 0, A, {}))]
+    assert found([WRITE_A, WRITE_B, restores], restored, {KEY: rows}) == ""
+    other = restoring(2, Answer(WRITTEN, 3, 0, A))
+    assert "but {'by': 'A', 'a': 1} was stored" in found([WRITE_A, WRITE_B, other], restored, {KEY: rows})
+
+
+@pytest.mark.parametrize(("version", "honest"), [(0, False), (1, False), (2, False), (3, True)])
+def test_a_version_that_is_said_not_to_be_kept_is_none(version: int, honest: bool) -> None:  # noqa: FBT001
+    restores = restoring(version, Answer("VersionNotKept"))
+    assert (found([WRITE_A, WRITE_B, restores], HISTORY[:2]) == "") == honest
+
+
+def test_the_latest_requests_of_a_record_are_those_that_can_be_repeated(tmp_path: Path) -> None:
+    path = tmp_path / "w.jsonl"
+    recorder = Recorder(path)
+    recorder.begin("A", "READ COMMITTED", WRITE_A.operations)
+    recorder.begin("P", "READ COMMITTED", (*WRITE_B.operations, REQUEST))
+    recorder.committing("P", ())
+    recorder.close()
+    assert latest_requests(path) == [REQUEST]
 
 
 def test_a_record_says_what_a_killed_writer_was_told(tmp_path: Path) -> None:

@@ -24,11 +24,13 @@ from iot_models import (
     IotModelsError,
     LateReport,
     Report,
+    RequestReused,
     Shadow,
     ShadowService,
     SyncStatus,
     UnknownVersion,
     VersionConflict,
+    VersionNotKept,
 )
 from tests.databases.async_engines import ASYNC_DRIVERS, async_engine, in_event_loop, url_for
 from tests.databases.devices import DEVICE, TENANT, add_device
@@ -133,6 +135,42 @@ async def test_the_life_of_a_shadow(url: URL) -> None:
         assert await service.drifted(limit=5) == [drifted]
         assert await service.count_pending() == 0
         assert (await service.status_counts())[SyncStatus.SYNCED] == 1
+
+
+@in_event_loop
+async def test_a_life_with_its_history(url: URL) -> None:
+    async with async_engine(url) as engine, AsyncSession(engine, info={"iot_models.actor": "anna"}) as session:
+        shadows = AsyncShadowService(session, TENANT)
+        assert (await shadows.register(DEVICE, "berlin")).desired_version == 0
+        await shadows.register_many({"other": "berlin"})
+        for _ in range(2):
+            written = await shadows.patch_desired(DEVICE, {"n": 1}, reason="why", request_id="r-1")
+        await shadows.replace_desired(DEVICE, {"n": 2}, request_id="r-2")
+        with pytest.raises(RequestReused):
+            await shadows.replace_desired(DEVICE, {"n": 3}, request_id="r-2")
+        assert (await shadows.refuse_desired(DEVICE, 2, "no")).refusal == "no"
+        assert ([shadow.device_id for shadow in await shadows.refused()], await shadows.count_refused()) == (
+            [DEVICE],
+            1,
+        )
+        restored = await shadows.restore_desired(DEVICE, 1)
+        await shadows.remove(DEVICE, reason="scrapped")
+        history = await shadows.history(DEVICE)
+        again = await shadows.register(DEVICE, "berlin")
+
+        assert (written.desired_version, restored.desired, restored.refusal) == (1, {"n": 1}, None)
+        assert [(v.version, v.desired, v.actor, v.reason) for v in history] == [
+            (4, None, "anna", "scrapped"),
+            (3, {"n": 1}, "anna", None),
+            (2, {"n": 2}, "anna", None),
+            (1, {"n": 1}, "anna", "why"),
+            (0, {}, None, None),
+        ]
+        assert (again.desired_version, again.is_pending) == (4, False)
+        assert (await shadows.desired_at(DEVICE, 1)).request_id == "r-1"
+        assert await shadows.prune_history(older_than=timedelta(days=1)) == 1  # the one of which nobody knows the age
+        with pytest.raises(VersionNotKept):
+            await shadows.desired_at(DEVICE, 0)
 
 
 @in_event_loop

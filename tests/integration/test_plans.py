@@ -206,7 +206,6 @@ def test_the_primary_key_serves_single_devices_and_batches(fleet: Connection) ->
         (desired_statements.restore_desired(guarded=False, once=True), one),
         (desired_statements.remove(guarded=False), one | {"device": ids[1]}),
         (desired_statements.record_removals(), many),
-        (desired_statements.registered(), many),
         (desired_statements.go_on(), many),
         (history_statements.version_of_device(), one),
         (history_statements.versions_kept(), one),

@@ -165,7 +165,7 @@ class Fleet:
         def restored(_before: Any, written: Any, number: int) -> Any:
             kept = self._kept(device_id)
             # Pruned since: nobody can tell.
-            return kept[version].desired if version in kept else written if version < number else None
+            return kept[version].desired or {} if version in kept else written if version < number else None
 
         if (done := self._done(device_id, request_id, restored)) is not None:
             return done

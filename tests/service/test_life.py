@@ -7,13 +7,16 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import Engine, select, text
+from sqlalchemy import Connection, Engine, literal, select, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 from sqlalchemy.orm.exc import ObjectDeletedError, StaleDataError
 
 from iot_models import DeviceNotFound, DeviceState, LateReport, ShadowService, UnknownVersion, VersionConflict
+from iot_models._core import desired_statements
+from iot_models._core.statements import OF_DEVICES, OF_TENANT, SHADOW
 from tests.databases.devices import DEVICE, TENANT, add_device
-from tests.databases.statements import counted_statements
+from tests.databases.statements import at_statement, counted_statements
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -263,20 +266,98 @@ def test_once_its_removal_is_forgotten_a_device_starts_anew(session: Session, li
     assert lived.register(DEVICE, "berlin").desired_version == 0
 
 
-@pytest.mark.parametrize("way", ["register", "the ORM"])
-def test_registered_while_another_transaction_removes_it_it_goes_on_all_the_same(own_engine: Engine, way: str) -> None:
-    with Session(own_engine) as removing, Session(own_engine) as registering, ThreadPoolExecutor(1) as pool:
-        ShadowService(removing, TENANT).register(DEVICE, "berlin")
-        removing.commit()
+LEVELS = ["READ COMMITTED", "AUTOCOMMIT", "REPEATABLE READ", "SERIALIZABLE"]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_while_another_transaction_removes_a_device_it_is_there_and_registering_it_waits_for_nothing(
+    own_engine: Engine, level: str
+) -> None:
+    lived_until(own_engine, 2)
+    with Session(own_engine) as removing, Session(own_engine.execution_options(isolation_level=level)) as registering:
+        service = ShadowService(registering, TENANT)
         ShadowService(removing, TENANT).remove(DEVICE)
-        registered = pool.submit(AGAIN[way], ShadowService(registering, TENANT), registering)
+        assert service.register(DEVICE, "berlin").desired_version == 2
+        removing.commit()
+        registering.commit()
+        assert service.register(DEVICE, "berlin").desired_version == 3
+
+
+@pytest.mark.parametrize("way", ["register", "the ORM"])
+@pytest.mark.parametrize("level", LEVELS[2:])
+def test_what_was_removed_since_the_snapshot_is_not_made_at_a_version_of_its_earlier_life(
+    own_engine: Engine, level: str, way: str
+) -> None:
+    lived_until(own_engine, 2)
+    with Session(own_engine) as removing, Session(own_engine.execution_options(isolation_level=level)) as registering:
+        service = ShadowService(registering, TENANT)
+        service.get(DEVICE)
+        ShadowService(removing, TENANT).remove(DEVICE)
+        removing.commit()
+        if way == "register":  # as the snapshot has it: it was there
+            assert service.register(DEVICE, "berlin").desired_version == 2
+        else:
+            with pytest.raises((StaleDataError, OperationalError), match=r"removed by another|could not serialize"):
+                AGAIN[way](service, registering)
+        registering.rollback()
+        AGAIN[way](service, registering)
+        assert service.get(DEVICE).desired_version == 3
+
+
+def test_where_the_statement_meets_the_row_that_was_added_first_the_error_says_what_to_do(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which of two rows it meets first is the planner's choice: here both are seen, and the new one is met."""
+    both = select(*SHADOW, literal(2).label("seen")).where(OF_TENANT, OF_DEVICES)
+    monkeypatch.setattr(desired_statements, "go_on", lambda: both)
+    with pytest.raises(StaleDataError, match=f"{DEVICE}.* was removed by another transaction .* run all of it again"):
+        add_an_object(ShadowService(session, TENANT), session)
+
+
+def test_an_object_that_is_added_while_another_transaction_removes_its_device_goes_on_all_the_same(
+    own_engine: Engine,
+) -> None:
+    lived_until(own_engine, 2)
+    with Session(own_engine) as removing, Session(own_engine) as adding, ThreadPoolExecutor(1) as pool:
+        ShadowService(removing, TENANT).remove(DEVICE)
+        added = pool.submit(AGAIN["the ORM"], ShadowService(adding, TENANT), adding)
         waiting = text(
             "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
         )
         with own_engine.connect() as observer:
             while not observer.scalar(waiting):
                 observer.rollback()
-                assert not registered.done()
+                assert not added.done()
         removing.commit()
-        registered.result()
-        assert ShadowService(registering, TENANT).get(DEVICE).desired_version == 1
+        added.result()
+        assert ShadowService(adding, TENANT).get(DEVICE).desired_version == 3
+
+
+def test_a_device_that_is_removed_between_the_statements_of_its_registration_is_made_again(own_engine: Engine) -> None:
+    lived_until(own_engine, 2)
+
+    def remove(_connection: Connection) -> None:
+        with Session(own_engine) as other, other.begin():
+            ShadowService(other, TENANT).remove(DEVICE)
+
+    with Session(own_engine) as session, at_statement(own_engine, 1, remove):
+        assert ShadowService(session, TENANT).register(DEVICE, "berlin").desired_version == 3
+
+
+def test_changes_that_are_not_flushed_are_not_lost_silently_with_their_device(session: Session) -> None:
+    service = ShadowService(session, TENANT)
+    service.register(DEVICE, "berlin")
+    device = session.get_one(DeviceState, (TENANT, DEVICE))
+    session.autoflush = False
+    device.desired_state["n"] = 1
+    service.remove(DEVICE)
+    with pytest.raises(StaleDataError):
+        session.flush()
+
+
+def lived_until(engine: Engine, version: int) -> None:
+    with Session(engine) as session, session.begin():
+        service = ShadowService(session, TENANT)
+        service.register(DEVICE, "berlin")
+        for n in range(version):
+            service.replace_desired(DEVICE, {"n": n})

@@ -124,6 +124,13 @@ def test_a_restore_is_repeated_though_the_version_that_it_restored_was_pruned(
         service.restore_desired(DEVICE, 99, request_id="r-2")
 
 
+def test_a_restore_of_what_a_device_was_registered_with_is_repeated(service: ShadowService) -> None:
+    service.remove(DEVICE)
+    version = service.register(DEVICE, "berlin").desired_version
+    service.restore_desired(DEVICE, version, request_id="r-1")
+    assert service.restore_desired(DEVICE, version, request_id="r-1").desired_version == version + 1
+
+
 def test_a_request_can_be_done_again_once_its_version_is_pruned(session: Session, service: ShadowService) -> None:
     service.replace_desired(DEVICE, {"n": 1}, request_id="r-1")
     service.replace_desired(DEVICE, {"n": 2})

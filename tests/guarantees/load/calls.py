@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy.orm import defer, load_only
@@ -12,13 +12,14 @@ from iot_models import (
     DeviceNotFound,
     DeviceState,
     IotModelsError,
+    LateReport,
     Report,
     ReportStatus,
     Shadow,
     ShadowService,
 )
 from tests.guarantees.load.reads_and_refusals import REJECTED
-from tests.guarantees.load.record import READ, WRITTEN, Answer, Operation
+from tests.guarantees.load.record import NOTHING_OLD, READ, STANDS, WRITTEN, Answer, Operation
 from tests.reference.versions import IF_CONVERGED, Acknowledges
 
 if TYPE_CHECKING:
@@ -49,24 +50,64 @@ def call(session: Session, operation: Operation, random: Random) -> tuple[Answer
     try:
         if operation.kind in _BY_ORM:
             return _by_orm(session, operation, random)
-        return _CALLS.get(operation.kind, _one)(service, operation)
+        if operation.kind == "remove":
+            session.flush()  # what an operation before left to COMMIT is a write of its own; a removal drops it
+        return _CALLS.get(operation.kind, _report)(service, operation)
     except BatchRejected as rejected:
         return tuple(
-            _refused(rejected.errors[entry.device]) if entry.device in rejected.errors else Answer(REJECTED)
+            _refused(rejected.errors[entry.device], operation) if entry.device in rejected.errors else Answer(REJECTED)
             for entry in operation.entries
         )
     except IotModelsError as refused:
-        return (_refused(refused),) * len(operation.entries)
+        return (_refused(refused, operation),) * len(operation.entries)
 
 
-def _one(service: ShadowService, operation: Operation) -> tuple[Answer, ...]:
-    ((device, document, guard),) = operation.entries
-    how = {"expected_version": guard} if operation.section == "desired" else _acknowledging(guard)
-    return (_answer(WRITTEN, getattr(service, operation.kind)(device, document, **how), operation),)
+def _desire(service: ShadowService, operation: Operation) -> tuple[Answer, ...]:
+    (entry,) = operation.entries
+    what = entry.document if entry.version is None else entry.version
+    shadow = getattr(service, operation.kind)(
+        entry.device, what, expected_version=entry.guard, reason=entry.token, request_id=entry.request
+    )
+    return (_answer(WRITTEN, shadow, operation),)
+
+
+def _report(service: ShadowService, operation: Operation) -> tuple[Answer, ...]:
+    (entry,) = operation.entries
+    shadow = getattr(service, operation.kind)(entry.device, entry.document, **_acknowledging(entry.guard))
+    return (_answer(WRITTEN, shadow, operation),)
 
 
 def _acknowledging(guard: Acknowledges) -> Any:
     return {"ack_if_converged": True} if guard == IF_CONVERGED else {"acked_version": guard}
+
+
+def _refuse(service: ShadowService, operation: Operation) -> tuple[Answer, ...]:
+    (entry,) = operation.entries
+    shadow = service.refuse_desired(entry.device, entry.version or 0, entry.token)
+    return (Answer(WRITTEN, shadow.desired_version, shadow.reported_version),)
+
+
+def _register(service: ShadowService, operation: Operation) -> tuple[Answer, ...]:
+    (entry,) = operation.entries
+    return (_answer(STANDS, service.register(entry.device, entry.token), operation),)
+
+
+def _register_many(service: ShadowService, operation: Operation) -> tuple[Answer, ...]:
+    shadows = service.register_many({entry.device: entry.token for entry in operation.entries})
+    return tuple(_answer(STANDS, shadows[entry.device], operation) for entry in operation.entries)
+
+
+def _remove(service: ShadowService, operation: Operation) -> tuple[Answer, ...]:
+    (entry,) = operation.entries
+    expected = entry.guard if isinstance(entry.guard, int) else None
+    service.remove(entry.device, expected_version=expected, reason=entry.token)
+    return (Answer(WRITTEN),)
+
+
+def _prune(service: ShadowService, _operation: Operation) -> tuple[Answer, ...]:
+    """Of an age that no version of a load has: so the history can be compared with every change."""
+    deleted = service.prune_history(older_than=timedelta(days=1))
+    return (Answer(NOTHING_OLD if deleted == 0 else f"deleted {deleted}"),)
 
 
 def _get(service: ShadowService, operation: Operation) -> tuple[Answer, ...]:
@@ -87,7 +128,16 @@ def _patch_many(service: ShadowService, operation: Operation) -> tuple[Answer, .
 
 
 def _report_many(service: ShadowService, operation: Operation) -> tuple[Answer, ...]:
-    reports = [Report(device, document, **_acknowledging(guard)) for device, document, guard in operation.entries]
+    reports = [
+        Report(
+            entry.device,
+            entry.document,
+            **_acknowledging(entry.guard),
+            refused_version=entry.version,
+            refusal=None if entry.version is None else entry.token,
+        )
+        for entry in operation.entries
+    ]
     return tuple(
         Answer(_STATUSES[outcome.status], outcome.desired_version, outcome.reported_version)
         for outcome in getattr(service, operation.kind)(reports)
@@ -95,8 +145,9 @@ def _report_many(service: ShadowService, operation: Operation) -> tuple[Answer, 
 
 
 def _by_orm(session: Session, operation: Operation, random: Random) -> tuple[Answer, ...]:
-    ((name, document, _guard),) = operation.entries
-    device = _loaded(session, (operation.tenant, name), random)
+    (entry,) = operation.entries
+    document = entry.document
+    device = _loaded(session, (operation.tenant, entry.device), random)
     if operation.kind == "orm_replace":
         device.desired_state = document
     elif operation.kind == "orm_change":
@@ -128,6 +179,14 @@ def _loaded(session: Session, key: Key, random: Random) -> DeviceState:
 
 _CALLS: Final = {
     "get": _get,
+    "replace_desired": _desire,
+    "patch_desired": _desire,
+    "restore_desired": _desire,
+    "refuse_desired": _refuse,
+    "register": _register,
+    "register_many": _register_many,
+    "remove": _remove,
+    "prune_history": _prune,
     "replace_desired_many": _replace_many,
     "patch_desired_many": _patch_many,
     "replace_reported_many": _report_many,
@@ -165,7 +224,9 @@ def _answer(status: str, shadow: Shadow, operation: Operation) -> Answer:
     return Answer(status, shadow.desired_version, shadow.reported_version, dict(document))
 
 
-def _refused(error: IotModelsError) -> Answer:
+def _refused(error: IotModelsError, operation: Operation) -> Answer:
     name = "InvalidDocument" if isinstance(error, ValueError) and hasattr(error, "path") else type(error).__name__
     desired_version = getattr(error, "actual", None) or getattr(error, "desired", None) or 0
+    if isinstance(error, LateReport) and operation.kind == "refuse_desired":
+        return Answer(name, error.current)  # of a refusal that is the newest version, of a report the acknowledged one
     return Answer(name, desired_version, getattr(error, "current", None))

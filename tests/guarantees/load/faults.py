@@ -98,7 +98,7 @@ class Faults:
 
     def _take_two_rows(self, connection: Connection) -> None:
         rows: list[Any] = list(connection.execute(text("SELECT tenant_id, device_id FROM device_state")))
-        for tenant, device in self._random.sample(rows, 2):
+        for tenant, device in self._random.sample(rows, min(len(rows), 2)):  # devices are removed, too
             connection.execute(
                 text("SELECT FROM device_state WHERE tenant_id = :tenant AND device_id = :device FOR UPDATE"),
                 {"tenant": tenant, "device": device},

@@ -18,16 +18,16 @@ from sqlalchemy import NullPool, create_engine, text
 from tests.databases.alembic_runs import CHECKOUT
 from tests.guarantees.load import writer
 from tests.guarantees.load.checker import violations
-from tests.guarantees.load.history import forget_history, read_history, read_rows
+from tests.guarantees.load.history import forget_history, read_fleet, read_history
 from tests.guarantees.load.record import read_records
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
     from pathlib import Path
 
     from sqlalchemy import Connection
 
-    from tests.guarantees.load.history import Change, Key, State
+    from tests.guarantees.load.history import Change, Fleet
     from tests.guarantees.load.record import Unit
     from tests.guarantees.load.writer import Plan
 
@@ -49,6 +49,7 @@ _FAULTS: Final = frozenset(
         "OperationalError without SQLSTATE",  # the connection is gone, or refused
         writer.NOT_RESET,
         "ProgrammingError 42703",  # the database is rolled back to revision 075: undefined column
+        "ProgrammingError 42P01",  # on the way there: undefined table, the history
     }
 )
 
@@ -60,11 +61,21 @@ class Findings:
     violations: list[str]
     units: list[Unit]
     history: list[Change]
-    after: Mapping[Key, State]
+    after: Fleet
     errors: Counter[str] = field(init=False)
 
     def __post_init__(self) -> None:
         self.errors = Counter(unit.error for unit in self.units if unit.error is not None)
+
+    def requests(self) -> Counter[tuple[str, str, str]]:
+        """How often each request was made, by its device and id."""
+        return Counter(
+            (operation.tenant, entry.device, entry.request)
+            for unit in self.units
+            for operation in unit.operations
+            for entry in operation.entries
+            if entry.request is not None
+        )
 
     def answers(self) -> Counter[tuple[str, str]]:
         """How often each kind of operation got which answer."""
@@ -126,11 +137,11 @@ class Load:
         self._notice_deaths()
         return self.counts
 
-    def findings(self, before: Mapping[Key, State]) -> Findings:
+    def findings(self, before: Fleet) -> Findings:
         """Check everything; forget the history and the records if nothing is wrong. `before`: when writers began."""
         units = read_records(plan.path for plan in self._plans if plan.path.exists())
         with self._connection("REPEATABLE READ") as connection:
-            history, after = read_history(connection), read_rows(connection)
+            history, after = read_history(connection), read_fleet(connection)
         found = self.broken + violations(units, history, before, after)
         found += [f"{u.name} ({u.mode}) met {u.error}" for u in units if not _may_meet_that(u, self._plan)]
         if not found:
@@ -189,8 +200,10 @@ def _may_meet_that(unit: Unit, plan: Plan) -> bool:
     match unit.error:
         case None | writer.ROLLED_BACK:
             return True
-        case "StaleDataError" | writer.UNGUARDED:
-            return any(operation.kind.startswith("orm_") for operation in unit.operations)
+        case "StaleDataError" | writer.UNGUARDED | writer.GONE:
+            return any(
+                operation.kind.startswith("orm_") or operation.kind == "heartbeat" for operation in unit.operations
+            )
         case "OperationalError 40P01":
             # Calls lock in one order: a deadlock takes transactions of several. Its victim can be any that waits, also
             # one call for one row: being the first in the row's queue is a lock too.

@@ -25,10 +25,16 @@ Document: TypeAlias = dict[str, Any]
 Outcome: TypeAlias = Literal["acknowledged", "refused", "unknown"]
 
 AUTOCOMMIT: Final = "AUTOCOMMIT"
-WRITTEN: Final = "written"
+WRITTEN: Final = "written"  # of a request: now, or by an attempt before
 READ: Final = "read"
-# Under these keys a document names the write that it is of: two, so that a report can hold all of a desired document.
+STANDS: Final = "stands"  # registered now, or there before: the shadow as it stands
+NOTHING_OLD: Final = "nothing old"  # nothing of the history was old enough to be pruned
+# Under these keys a document names the write that it is of: two, so that a report can hold all of a desired document. A
+# write without a document is named by the reason for it in our own history, a refusal by its words, a device that is
+# registered by its site.
 MARKS: Final[dict[Section, str]] = {"desired": "by", "reported": "reported by"}
+
+_LATEST_BYTES: Final = 8_192
 
 # The kinds of an operation, and how each writes: the service's methods, and what a program does with an object.
 KINDS: Final[dict[str, Write | None]] = {
@@ -41,11 +47,21 @@ KINDS: Final[dict[str, Write | None]] = {
 
 
 class Entry(NamedTuple):
-    """One device of an operation: the document or patch, and the `expected_version` or what a report acknowledges."""
+    """One device of an operation.
+
+    Attributes:
+        device: Its id.
+        document: The document or patch. Where the method takes none, it holds only the token: see `MARKS`.
+        guard: The `expected_version`, or what a report acknowledges.
+        request: The `request_id`. Attempts of one request are one write: they have the same token.
+        version: The version that is restored or refused.
+    """
 
     device: str
     document: Document
     guard: Acknowledges = None
+    request: str | None = None
+    version: int | None = None
 
     @property
     def token(self) -> str:
@@ -72,7 +88,7 @@ class Operation:
 
     @property
     def section(self) -> Section | None:
-        """Which document it writes; None if none."""
+        """What it writes; None if nothing of a shadow."""
         write = KINDS[self.kind]
         return write.section if write else None
 
@@ -87,6 +103,19 @@ class Operation:
         """Whether all its entries are written, or none."""
         write = KINDS[self.kind]
         return write is not None and write.devices == "all"
+
+    @property
+    def gives_reason(self) -> bool:
+        """Whether the token of its entry is the reason that our own history has of the write.
+
+        So the history names a write whose document does not: one that restores or removes.
+        """
+        return self.kind in {"replace_desired", "patch_desired", "restore_desired", "remove"}
+
+    @property
+    def is_request(self) -> bool:
+        """Whether it can be repeated, and is done once."""
+        return any(entry.request is not None for entry in self.entries)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +176,15 @@ def read_records(paths: Iterable[Path]) -> list[Unit]:
     return [unit for path in paths for unit in _units(path)]
 
 
+def latest_requests(path: Path) -> list[Operation]:
+    """The requests that this file's writer made of late; the last one may be under way."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _LATEST_BYTES))
+        lines = file.read().split(b"\n")[1:-1]  # the first and the last one can be torn
+    begun = [json.loads(line) for line in lines if line.startswith(b'{"event":"begin"')]
+    return [operation for line in begun for operation in _operations(line) if operation.is_request]
+
+
 def _units(path: Path) -> Iterator[Unit]:
     open_unit: Unit | None = None
     for line in _lines(path):
@@ -167,12 +205,16 @@ def _units(path: Path) -> Iterator[Unit]:
 
 def _begun(line: dict[str, Any]) -> Unit:
     """A unit as it stands if nothing more is heard of it: in a transaction, COMMIT was not sent."""
-    operations = tuple(
+    operations = _operations(line)
+    outcome: Outcome = "unknown" if line["mode"] == AUTOCOMMIT else "refused"
+    return Unit(line["unit"], line["mode"], line["start"], float("inf"), outcome, "writer killed", operations, None)
+
+
+def _operations(line: dict[str, Any]) -> tuple[Operation, ...]:
+    return tuple(
         Operation(kind, tenant, tuple(Entry(*entry) for entry in entries))
         for kind, tenant, entries in line["operations"]
     )
-    outcome: Outcome = "unknown" if line["mode"] == AUTOCOMMIT else "refused"
-    return Unit(line["unit"], line["mode"], line["start"], float("inf"), outcome, "writer killed", operations, None)
 
 
 def _of(unit: Unit | None, line: dict[str, Any], path: Path, **changes: Any) -> Unit:

@@ -22,11 +22,20 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, OperationalError, ProgrammingError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
-from sqlalchemy.orm.exc import StaleDataError
+from sqlalchemy.orm.exc import ObjectDeletedError, StaleDataError
 
 from iot_models.engine import create_engine
 from tests.guarantees.load.calls import call
-from tests.guarantees.load.record import AUTOCOMMIT, WRITTEN, Answer, Operation, Outcome, Recorder
+from tests.guarantees.load.record import (
+    AUTOCOMMIT,
+    STANDS,
+    WRITTEN,
+    Answer,
+    Operation,
+    Outcome,
+    Recorder,
+    latest_requests,
+)
 from tests.guarantees.load.workload import Workload
 
 if TYPE_CHECKING:
@@ -35,6 +44,7 @@ if TYPE_CHECKING:
 APPLICATION: Final = "iot_models_writer"  # by which its connections are found in pg_stat_activity
 ROLLED_BACK: Final = "rolled back on purpose"
 UNGUARDED: Final = "document read without its version"
+GONE: Final = "an object's row was removed"
 NOT_RESET: Final = "connection came from the pool in a failed transaction"
 
 
@@ -88,6 +98,7 @@ class Writer:
         )
         self._autocommit = self._engine.execution_options(isolation_level=AUTOCOMMIT)
         self._count = 0
+        self._unanswered: tuple[Operation, ...] = ()  # requests whose answer was lost: they are made again
 
     def work(self) -> None:
         """One unit, recorded."""
@@ -104,8 +115,10 @@ class Writer:
 
     def _unit(self) -> None:
         name = f"{self._plan.name}-{self._count}"
-        alone = self._random.random() < 0.3
-        operations = self._workload.operations(name, 1 if alone else self._length())
+        alone = self._random.random() < 0.3 and len(self._unanswered) < 2
+        operations = self._unanswered or self._with_a_repeat(
+            self._workload.operations(name, 1 if alone else self._length())
+        )
         unit = _Unit(self._autocommit if alone else self._engine, operations, self._random)
         self._recorder.begin(name, AUTOCOMMIT if alone else self._plan.isolation, operations)
         try:
@@ -117,8 +130,22 @@ class Writer:
             unit.fail(error)
         self._recorder.end(name, unit.outcome, unit.error, unit.answers)
         self._remember(unit)
+        if unit.is_unanswered:
+            self._unanswered = tuple(operation for operation in operations if operation.is_request)
+        elif unit.outcome == "acknowledged":
+            self._unanswered = ()
         if unit.unreachable:
             time.sleep(0.05)  # the server is down: do not fill the record with that
+
+    def _with_a_repeat(self, operations: tuple[Operation, ...]) -> tuple[Operation, ...]:
+        """Now and then the last one is a request that a writer made before, maybe at this very moment."""
+        if self._random.random() >= 0.15:
+            return operations
+        records = sorted(self._plan.path.parent.glob(f"{self._plan.name.rpartition('-')[0]}-w*.jsonl"))
+        requests = latest_requests(self._random.choice(records))
+        if not requests:
+            return operations
+        return (*operations[:-1], self._random.choice([requests[-1], self._random.choice(requests)]))
 
     def _length(self) -> int:
         return min(self._random.choice([1, 1, 1, 1, 2, 3, 4]), self._plan.longest)
@@ -143,12 +170,16 @@ class Writer:
             for entry, answer in zip(operation.entries, answers, strict=True):
                 key = operation.tenant, entry.device
                 desired, reported = self._workload.seen.get(key, (0, 0))
-                current = answer.status == WRITTEN and unit.outcome == "acknowledged"
-                if current or answer.status not in {WRITTEN, "InvalidDocument"}:
+                current = answer.status in {WRITTEN, STANDS} and unit.outcome == "acknowledged"
+                if current or answer.status not in {WRITTEN, STANDS, "InvalidDocument"}:
                     seen = (answer.desired_version or desired, answer.reported_version or reported)
                     self._workload.seen[key] = seen
                 if current and operation.section == "desired" and answer.document is not None:
                     self._workload.wanted[key] = answer.document
+
+
+# See test_report_batch_in_autocommit. To register inserts first, and asks for the shadow then.
+_IN_STEPS: Final = {"replace_reported_many", "patch_reported_many", "register", "register_many"}
 
 
 class _Unit:
@@ -163,6 +194,7 @@ class _Unit:
         self.error: str | None = None
         self.committing = False
         self.unreachable = False
+        self.is_unanswered = False
 
     def run(self, session: Session) -> None:
         for operation in self.operations:
@@ -178,17 +210,19 @@ class _Unit:
     def fail(self, error: SQLAlchemyError) -> None:
         """Unknown only if the connection was lost while the work was being committed.
 
-        Also of a batch of reports in AUTOCOMMIT mode: see test_report_batch_in_autocommit.
+        Also in AUTOCOMMIT mode of what takes several statements that write: of them the first may have been committed.
         """
         self.error = _name(error)
         if self.outcome == "acknowledged":
             return
-        self.unreachable = isinstance(error, DBAPIError) and error.statement is None and not self.answers
-        if not self.committing or self.unreachable or not isinstance(error, DBAPIError):
+        if not isinstance(error, DBAPIError):
             return
-        in_rounds = not self.answers and self.operations[0].kind in {"replace_reported_many", "patch_reported_many"}
-        if in_rounds or not _is_definite(error):
-            self.outcome = "unknown"
+        self.unreachable = error.statement is None and not self.answers
+        self.is_unanswered = not _is_definite(error)
+        if self.committing and not self.unreachable:
+            in_steps = not self.answers and self.operations[0].kind in _IN_STEPS
+            if in_steps or not _is_definite(error):
+                self.outcome = "unknown"
 
 
 def _sqlstate(error: DBAPIError) -> str | None:
@@ -209,6 +243,8 @@ def _name(error: SQLAlchemyError) -> str:
         return type(error).__name__
     if isinstance(error, InvalidRequestError) and "was read without the desired_version" in str(error):
         return UNGUARDED
+    if isinstance(error, ObjectDeletedError) or "Could not refresh instance" in str(error):
+        return GONE
     # Probably a ROLLBACK that was itself cancelled, after which the connection went back to the pool as it was. The ping
     # of the next user fails, and the pool makes another connection.
     if isinstance(error, ProgrammingError) and "can't change 'autocommit' now" in str(error):
