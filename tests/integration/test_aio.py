@@ -143,8 +143,8 @@ async def test_a_life_with_its_history(url: URL) -> None:
         shadows = AsyncShadowService(session, TENANT)
         assert (await shadows.register(DEVICE, "berlin")).desired_version == 0
         await shadows.register_many({"other": "berlin"})
-        for _ in range(2):
-            written = await shadows.patch_desired(DEVICE, {"n": 1}, reason="why", request_id="r-1")
+        written = await shadows.patch_desired(DEVICE, {"n": 1}, reason="why", request_id="r-1")
+        assert await shadows.patch_desired(DEVICE, {"n": 1}, request_id="r-1") == written
         await shadows.replace_desired(DEVICE, {"n": 2}, request_id="r-2")
         with pytest.raises(RequestReused):
             await shadows.replace_desired(DEVICE, {"n": 3}, request_id="r-2")

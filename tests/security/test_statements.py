@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
@@ -83,6 +84,12 @@ def _flush(session: Session) -> None:
     session.flush()
 
 
+def _registered_and_removed(service: ShadowService) -> None:
+    service.register("new", "s")
+    service.remove("new", expected_version=0)
+    service.register_many({"new": "s", "a": "s"})
+
+
 def _life(session: Session) -> None:
     for _ in range(2):
         device = DeviceState(tenant_id=TENANT, site_id="s", device_id="object")
@@ -135,9 +142,13 @@ CALLS: dict[str, Callable[[Session], object]] = {
     "patch_reported_many": _service(lambda s: s.patch_reported_many([Report("a", {"p": 1}, ack_if_converged=True)])),
     "requests": _service(
         lambda s: [
-            write("a", content, request_id=f"{write.__name__} {content}")
+            write()
+            for write in (
+                partial(s.replace_desired, "a", {"r": 1}, request_id="r-1"),
+                partial(s.patch_desired, "a", {"r": 2}, request_id="r-2"),
+                partial(s.restore_desired, "a", 0, request_id="r-3"),
+            )
             for _ in range(2)
-            for write, content in ((s.replace_desired, {"r": 1}), (s.patch_desired, {"r": 2}), (s.restore_desired, 0))
         ]
     ),
     "history": _service(
@@ -161,9 +172,7 @@ CALLS: dict[str, Callable[[Session], object]] = {
             s.count_refused(),
         )
     ),
-    "life": _service(
-        lambda s: (s.register("new", "s"), s.remove("new", expected_version=0), s.register_many({"new": "s", "a": "s"}))
-    ),
+    "life": _service(_registered_and_removed),
     "an object's life": _life,
     "a flush": _flush,
     "the hybrids": _hybrids,
