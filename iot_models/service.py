@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, cast
 
 from iot_models import tenancy, twin
 from iot_models._core import (
@@ -51,6 +51,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+
+# No version is that old, and PostgreSQL's times do not begin much earlier.
+_BEFORE_ALL: Final = timedelta(days=365 * 2000)
 
 
 class _Done(NamedTuple):
@@ -386,9 +389,10 @@ class ShadowService:
 
         Raises:
             TypeError: If one of the ids is no string.
-            ValueError: If one is empty, or cannot be stored as text.
+            ValueError: If one is empty, longer than 1,000 bytes, or cannot be stored as text.
         """
-        return self._register("register", {device_id: site_id})[device_id]
+        (shadow,) = self._register("register", [(device_id, site_id)]).values()
+        return shadow
 
     def register_many(self, sites: Mapping[str, str]) -> dict[str, Shadow]:
         """Make several devices, or return those that are there already, as `register`: two statements for all of them.
@@ -403,10 +407,10 @@ class ShadowService:
 
         Raises:
             TypeError: If `sites` is no mapping, or an id no string.
-            ValueError: If an id is empty, or cannot be stored as text.
+            ValueError: If an id is empty, longer than 1,000 bytes, or cannot be stored as text.
         """
         validation.require_mapping("sites", sites, to="site ids")
-        return self._register("register_many", sites) if sites else {}
+        return self._register("register_many", sites.items()) if sites else {}
 
     def remove(self, device_id: str, *, expected_version: int | None = None, reason: str | None = None) -> None:
         """Delete the row of a device. Its history stays, and ends with a version that has no document.
@@ -673,7 +677,11 @@ class ShadowService:
         if older_than < timedelta():
             raise ValueError(f"older_than must be an age, 0 or more, got {older_than!r}")
         keep = validation.whole("keep", keep)
-        binds = {"tenant": self.tenant_id, "age": older_than, "limit": validation.whole("limit", limit)}
+        binds = {
+            "tenant": self.tenant_id,
+            "age": min(older_than, _BEFORE_ALL),
+            "limit": validation.whole("limit", limit),
+        }
         return len(self._execute("prune_history", history_statements.prune_history(keep=keep), binds).all())
 
     def status_counts(self, *, now: datetime | None = None) -> dict[twin.SyncStatus, int]:
@@ -799,10 +807,11 @@ class ShadowService:
         kept = self._execute(method, history_statements.versions_kept(), self._device(device_id)).one()
         return VersionNotKept(device_id, version, *kept)
 
-    def _register(self, method: str, sites: Mapping[str, str]) -> dict[str, Shadow]:
-        for device_id, site_id in sites.items():
-            validation.require_new_id("device_id", device_id)
-            validation.require_new_id("site_id", site_id)
+    def _register(self, method: str, wanted: Iterable[tuple[str, str]]) -> dict[str, Shadow]:
+        sites = {
+            validation.new_id("device_id", device_id): validation.new_id("site_id", site_id)
+            for device_id, site_id in wanted
+        }
         binds: dict[str, object] = {"tenant": self.tenant_id, "devices": list(sites), "sites": list(sites.values())}
 
         def attempt() -> list[_Row] | None:

@@ -65,6 +65,9 @@ _BY_SQLSTATE: Final[Mapping[str | None, str]] = {
         "Cancelled, or longer than statement_timeout: a row that is locked, or a batch that is too large. Nothing of "
         "the statement is written: roll back, to the savepoint if there is one, and try again."
     ),
+    "54000": (  # program_limit_exceeded
+        "The ids of this row are together longer than an index of PostgreSQL takes, 2,700 bytes: use shorter ones."
+    ),
     "40P01": _RUN_AGAIN,  # deadlock_detected
     "40001": _RUN_AGAIN,  # serialization_failure
 }

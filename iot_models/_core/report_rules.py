@@ -156,7 +156,7 @@ def check(report: Report, limits: DocumentLimits, *, patches: bool) -> CheckedRe
     document, patch = None, None
     try:
         acked_version = validation.acknowledgement(report.acked_version, report.ack_if_converged)
-        refused_version = validation.refusal(report)
+        refused = validation.refusal(report)
         if patches:
             check_document(report.reported, limits)
             patch = report.reported
@@ -165,7 +165,7 @@ def check(report: Report, limits: DocumentLimits, *, patches: bool) -> CheckedRe
     except (TypeError, ValueError):  # InvalidDocument is a ValueError
         return CheckedReport(report, device_id)
     return CheckedReport(
-        report, device_id, document, patch, acked_version, report.ack_if_converged, refused_version, report.refusal
+        report, device_id, document, patch, acked_version, report.ack_if_converged, *(refused or (None, None))
     )
 
 

@@ -119,7 +119,9 @@ def require_tenant(tenant_id: str) -> None:
         TypeError: If it is no string.
         ValueError: If it is empty, or text that PostgreSQL cannot store.
     """
-    require_new_id("tenant_id", tenant_id)
+    require_text("tenant_id", tenant_id)
+    if not tenant_id or not storable_text(tenant_id):
+        raise ValueError(f"tenant_id must be text that PostgreSQL can store and not empty, got {shown(tenant_id)}")
 
 
 def device_id_list(device_ids: Iterable[str]) -> list[str]:
@@ -170,16 +172,30 @@ def require_version(name: str, value: object) -> int:
     return _version(name, value)
 
 
-def require_new_id(name: str, value: object) -> None:
-    """Refuse what no new row can have as an id.
+# In bytes. An index of PostgreSQL takes 2,700 for all ids of a row together.
+_LONGEST_NEW_ID: Final = 1000
+
+
+def new_id(name: str, value: object) -> str:
+    """An id of a row that is to be made, as a plain str.
 
     Raises:
         TypeError: If it is no string.
-        ValueError: If it is empty, or text that PostgreSQL cannot store.
+        ValueError: If it is empty, longer than 1,000 bytes, or text that PostgreSQL cannot store.
     """
+    text = _plain(name, value)
+    if not text or not storable_text(text) or len(text.encode()) > _LONGEST_NEW_ID:
+        raise ValueError(
+            f"{name} must be text that PostgreSQL can store, not empty and of {_LONGEST_NEW_ID:,} bytes at most, "
+            f"got {shown(text)}"
+        )
+    return text
+
+
+def _plain(name: str, value: object) -> str:
+    """The text itself, whatever a subclass says that it is."""
     require_text(name, value)
-    if not value or not storable_text(str(value)):
-        raise ValueError(f"{name} must be text that PostgreSQL can store and not empty, got {shown(value)}")
+    return str.__str__(value)
 
 
 def _version(name: str, value: object) -> int:
@@ -234,8 +250,7 @@ def words(name: str, value: object) -> str:
 
 
 def _label(name: str, value: object, longest: int) -> str:
-    require_text(name, value)
-    text = str(value)
+    text = _plain(name, value)
     if not text.strip() or len(text) > longest or not storable_text(text):
         raise ValueError(
             f"{name} must be text that PostgreSQL can store, not empty and of {longest:,} characters at most, "
@@ -244,8 +259,8 @@ def _label(name: str, value: object, longest: int) -> str:
     return text
 
 
-def refusal(report: Report) -> int | None:
-    """The version that a report refuses; None where it refuses none.
+def refusal(report: Report) -> tuple[int, str] | None:
+    """The version that a report refuses, and why; None where it refuses none.
 
     Raises:
         TypeError: If its reason is no string.
@@ -257,11 +272,11 @@ def refusal(report: Report) -> int | None:
         if report.refusal is not None:
             raise ValueError("a report has a refusal, and no refused_version")
         return None
-    words("refusal", report.refusal)
+    why = words("refusal", report.refusal)
     acked = version("acked_version", report.acked_version)
     if report.ack_if_converged or (acked is not None and acked >= refused):
         raise ValueError(f"a report that refuses version {refused} acknowledges an older one, or none")
-    return refused
+    return refused, why
 
 
 def versions(name: str, values: Mapping[str, int] | None, *, of: Mapping[str, object]) -> dict[str, int]:

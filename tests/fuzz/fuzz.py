@@ -17,6 +17,7 @@ import time
 import typing
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -30,15 +31,24 @@ from tests.databases.alembic_runs import upgrade
 from tests.fuzz.corpus import documents as corpus
 from tests.fuzz.corpus import found as corpus_found
 from tests.fuzz.corpus.awaiting import awaits
-from tests.fuzz.corpus.documents import DEVICE_IDS, DOCUMENTS, ODD_DEVICE_IDS, TEXTS, UNSTORABLE_TEXTS, VERSIONS
+from tests.fuzz.corpus.documents import (
+    AGES,
+    DEVICE_IDS,
+    DOCUMENTS,
+    ODD_DEVICE_IDS,
+    TEXTS,
+    UNSTORABLE_TEXTS,
+    VERSIONS,
+    WORDS,
+)
 from tests.fuzz.corpus.wire import JSON_TEXTS, URLS
 from tests.fuzz.judge.entry_points import ENTRY_POINTS
-from tests.fuzz.judge.expected import KNOWN_DEVICES, TENANTS
+from tests.fuzz.judge.expected import DONE, GONE, KNOWN_DEVICES, LONGEST, TENANTS
 from tests.fuzz.judge.pure import judge_helpers, judge_url
 from tests.fuzz.judge.world import FindingError, NotApplicableError, World
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from hypothesis.strategies import SearchStrategy
     from sqlalchemy import Engine
@@ -115,12 +125,13 @@ def documents(point: str) -> SearchStrategy[str]:
     return made | known | nested | both | read
 
 
-def devices() -> SearchStrategy[str]:
-    odd = [name for name in ODD_DEVICE_IDS if not awaits(f"device, {name}")]
-    few = sources(st.sampled_from(KNOWN_DEVICES[:5]))
+def devices(point: str) -> SearchStrategy[str]:
+    odd = [name for name in ODD_DEVICE_IDS if not awaits(f"device, {name}", point)]
+    plain = [name for name in DEVICE_IDS if not awaits(f"device, {name}", point)]
+    few = sources(st.sampled_from([*KNOWN_DEVICES[:5], GONE]))
     return mostly(
         few | pieces("DEVICE_IDS", KNOWN_NAMES),
-        texts() | pieces("DEVICE_IDS", DEVICE_IDS) | pieces("ODD_DEVICE_IDS", odd, "()"),
+        texts() | pieces("DEVICE_IDS", plain) | pieces("ODD_DEVICE_IDS", odd, "()"),
     )
 
 
@@ -128,6 +139,18 @@ def versions() -> SearchStrategy[str]:
     known = pieces("VERSIONS", [name for name in VERSIONS if not awaits(f"version, {name}")], "()")
     few = st.just("None") | st.just("7") | sources(st.integers(3, 7))
     return mostly(few, sources(st.integers(-1, 10)) | sources(st.integers(2**31 - 2, 2**63 + 1)) | known)
+
+
+def words(part: str, point: str) -> SearchStrategy[str]:
+    known = pieces("WORDS", [name for name in WORDS if not awaits(f"{part}, {name}", point)], "()")
+    long = sources(st.integers(250, 1_010)).map("'x' * {}".format)
+    usual = st.just("None") if part != "site_id" else st.just("'berlin'")
+    return mostly(usual | sources(st.sampled_from([DONE, "a word"])), texts() | known | long)
+
+
+def ages(point: str) -> SearchStrategy[str]:
+    known = pieces("AGES", [name for name in AGES if not awaits(f"age, {name}", point)], "()")
+    return mostly(st.just("timedelta()"), known | sources(st.integers(-10, 10)).map("timedelta({})".format))
 
 
 def sent(point: str) -> SearchStrategy[str]:
@@ -141,13 +164,23 @@ def sent(point: str) -> SearchStrategy[str]:
         return st.tuples(known, st.integers(0, 40), inserted).map(
             lambda parts: f"{parts[0]}[:{parts[1]}] + {parts[2]} + {parts[0]}[{parts[1]}:]"
         )
+    takes = ENTRY_POINTS[point].takes
+    known_only = ENTRY_POINTS[point].kind == "orm"
+    possible: dict[str, Callable[[str], SearchStrategy[str]]] = {
+        "document": documents,
+        "version": lambda _: versions(),
+        "refused_version": lambda _: versions(),
+        "age": ages,
+        **{part: partial(words, part) for part in (*LONGEST, "site_id")},
+    }
     parts = {
         "tenant_id": sources(st.sampled_from(TENANTS)),
-        "device_id": sources(st.sampled_from(KNOWN_DEVICES[:5])) if ENTRY_POINTS[point].kind == "orm" else devices(),
-        "document": documents(point) if "document" in ENTRY_POINTS[point].takes else st.just("{}"),
-        "version": versions() if "version" in ENTRY_POINTS[point].takes else st.just("None"),
+        "device_id": sources(st.sampled_from(KNOWN_DEVICES[:5])) if known_only else devices(point),
+        **{part: make(point) for part, make in possible.items() if part in takes},
     }
-    return st.tuples(*parts.values()).map(lambda made: f"Attempt({', '.join(made)})")
+    return st.tuples(*parts.values()).map(
+        lambda made: f"Attempt({', '.join(map('='.join, zip(parts, made, strict=True)))})"
+    )
 
 
 def attempts() -> SearchStrategy[tuple[str, str]]:
@@ -240,7 +273,7 @@ def search(found: Search, engine: Engine, number: int) -> None:
 
         with engine.connect() as connection:
             # What earlier rounds wrote and undid is still in the way of reading.
-            connection.execute(text("TRUNCATE device_state"))
+            connection.execute(text("TRUNCATE device_state, device_shadow_history"))
             connection.commit()
             found.world = World(Session(connection, join_transaction_mode="create_savepoint"))
             with contextlib.suppress(FindingError, TimeIsOver), contextlib.redirect_stderr(None):

@@ -82,7 +82,8 @@ class App:
         changed = {key: row for key, row in self.rows().items() if row != self._was[key]}
         if changed:
             with self._engine.begin() as connection:
-                connection.execute(text("TRUNCATE device_state"))
+                # The history too: a row that is behind it goes on above it.
+                connection.execute(text("TRUNCATE device_state, device_shadow_history"))
                 connection.execute(text("INSERT INTO device_state SELECT * FROM was"))
         return changed
 

@@ -21,7 +21,19 @@ from tests.databases.async_engines import ASYNC_DRIVERS, async_engine, in_event_
 from tests.databases.backends import await_lock_waits
 from tests.databases.devices import TENANT
 from tests.databases.durable_server import durable_postgres
-from tests.guarantees.every_write import BATCH, BATCHES, ONE, REPLACE_DESIRED, START, WRITES, committed, fleet_in
+from tests.guarantees.every_write import (
+    AGAIN,
+    BATCH,
+    BATCHES,
+    ONE,
+    PRUNE_HISTORY,
+    REFUSE_DESIRED,
+    REMOVE,
+    REPLACE_DESIRED,
+    START,
+    committed,
+    fleet_in,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -32,6 +44,9 @@ if TYPE_CHECKING:
     from tests.databases.durable_server import DurableServer
 
 pytestmark = pytest.mark.repeats
+
+DESIRED_WRITES = len([write for write in AGAIN if write.section == "desired"])
+REQUESTS = len([write for write in AGAIN if "request_id" in write.keywords])
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +93,12 @@ def test_after_a_crash_all_that_was_acknowledged_is_there_and_nothing_else(
 ) -> None:
     acknowledged = engine_of(isolation_level=mode)
     with Session(acknowledged) as session, Session(engine_of()) as open_session:
-        for write in WRITES:
+        for write in (REFUSE_DESIRED, *AGAIN):
             write(ShadowService(session, TENANT))
             session.commit()
         before = committed(independent)
-        assert before[ONE].desired_version == 7 + 4
-        for write in WRITES:
+        assert before[ONE].desired_version == 7 + DESIRED_WRITES
+        for write in (*AGAIN, PRUNE_HISTORY, REMOVE):
             write(ShadowService(open_session, TENANT))
 
         crash(server, how)
@@ -96,10 +111,12 @@ def test_after_a_crash_all_that_was_acknowledged_is_there_and_nothing_else(
         open_session.rollback()
         assert committed(independent) == before
 
-        for write in WRITES:
+        for write in (*AGAIN, PRUNE_HISTORY, REMOVE):
             write(ShadowService(open_session, TENANT))
         open_session.commit()
-    assert committed(independent)[ONE].desired_version == 7 + 8
+    left = committed(independent)[ONE]
+    # A request is done once.
+    assert (left.is_there, max(left.history)) == (False, 7 + 2 * DESIRED_WRITES - REQUESTS + 1)
 
 
 def test_batches_that_a_crash_meets_in_the_middle_are_not_written(
@@ -233,5 +250,7 @@ def test_without_synchronous_commit_a_crash_may_lose_the_last_writes_but_tears_n
     rows = committed(independent)
     survived = rows["a"].desired_version - 7
     assert 0 <= survived <= writes
-    row = START["a"]._replace(desired={"number": survived}, desired_version=7 + survived, has_been_asked=True)
-    assert rows == (START | dict.fromkeys(BATCH, row) if survived else START)
+    row = START["a"]
+    for number in range(1, survived + 1):
+        row = row.asked({"number": number})
+    assert rows == START | dict.fromkeys(BATCH, row)

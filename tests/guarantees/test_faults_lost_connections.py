@@ -18,6 +18,8 @@ from tests.guarantees.every_write import (
     BATCH,
     ONE,
     PATCH_DESIRED,
+    PATCH_DESIRED_ONCE,
+    REPLACE_DESIRED_ONCE,
     REPLACE_REPORTED_MANY,
     START,
     Write,
@@ -26,6 +28,7 @@ from tests.guarantees.every_write import (
     each_of,
     each_write,
     fleet_in,
+    put_back,
 )
 
 if TYPE_CHECKING:
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.repeats
 
-WRITE = START | {ONE: START[ONE]._replace(desired={"new": 2}, desired_version=8, has_been_asked=True)}
+WRITE = START | {ONE: START[ONE].asked({"new": 2})}
 
 
 @pytest.fixture
@@ -65,6 +68,7 @@ def engine_of(independent: Engine) -> Iterator[Callable[..., Engine]]:
 def test_a_connection_cut_before_any_statement_of_a_write_leaves_nothing_written(
     independent: Engine, engine_of: Callable[..., Engine], write: Write, mode: str
 ) -> None:
+    """In AUTOCOMMIT mode the first statement of a registration is done, and the second only reads."""
     engine = engine_of(mode)
 
     for number in range(write.statements):
@@ -80,7 +84,8 @@ def test_a_connection_cut_before_any_statement_of_a_write_leaves_nothing_written
             session.rollback()
 
             assert service.get(ONE).desired_version == 7  # the same session, on a new connection
-        assert committed(independent) == START
+        assert committed(independent) == write.ended_before(number, is_committed=mode == "AUTOCOMMIT")
+        put_back(independent)
 
     with Session(engine) as session, session.begin(), at_statement(engine, write.statements, cut(independent)) as begun:
         write(ShadowService(session, TENANT))
@@ -107,6 +112,24 @@ def test_a_connection_cut_before_the_commit_leaves_nothing_written(
 
         write(ShadowService(session, TENANT))
         session.commit()
+    assert committed(independent) == write.done()
+
+
+@each_mode
+@each_of(REPLACE_DESIRED_ONCE, PATCH_DESIRED_ONCE)
+def test_a_request_whose_answer_was_lost_is_repeated_and_written_once(
+    independent: Engine, engine_of: Callable[..., Engine], write: Write, mode: str
+) -> None:
+    """The connection ends behind the commit: whether the write is there, only the repeat can tell."""
+    engine = engine_of(mode)
+    with Session(engine) as session:
+        lost = write(ShadowService(session, TENANT))
+        pid = backend_pid(session.connection())
+        session.commit()
+    end_backend(independent, pid)
+
+    with Session(engine) as session, session.begin():
+        assert write(ShadowService(session, TENANT)) == lost
     assert committed(independent) == write.done()
 
 
@@ -151,7 +174,7 @@ def test_a_call_that_fails_behind_its_write_says_nothing_about_the_write(
             ShadowService(session, TENANT).replace_reported_many(reports)
         assert device.reported_state == {"old": 1}
 
-    written = START[ONE]._replace(reported={"new": 2}, reported_version=7, has_been_heard=True)
+    written = START[ONE].heard({"new": 2}, 7)
     assert committed(independent) == (START | dict.fromkeys(BATCH, written) if mode == "AUTOCOMMIT" else START)
 
     with Session(engine) as session, session.begin():  # to send the same again does no harm

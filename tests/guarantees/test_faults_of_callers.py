@@ -23,6 +23,7 @@ from tests.guarantees.every_write import (
     each_of,
     each_write,
     fleet_in,
+    put_back,
 )
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def test_a_mapping_that_raises_half_way_sends_nothing(independent: Engine, ours:
 
 
 @each_write
-def test_a_listener_that_raises_before_any_statement_leaves_nothing_written_and_the_transaction_usable(
+def test_a_listener_that_raises_before_any_statement_leaves_all_or_nothing_written_and_the_transaction_usable(
     independent: Engine, ours: Engine, write: Write
 ) -> None:
     def fault(_: Connection) -> None:
@@ -119,7 +120,8 @@ def test_a_listener_that_raises_before_any_statement_leaves_nothing_written_and_
                     write(service)
                 assert len(begun) == number + 1
                 assert service.get(ONE).desired_version == 7  # and then it commits
-            assert committed(independent) == START
+            assert committed(independent) == write.ended_before(number, is_committed=True)
+            put_back(independent)
 
     with Session(ours) as session, session.begin():
         write(ShadowService(session, TENANT))

@@ -21,8 +21,10 @@ from tests.databases.backends import await_lock_waits, unlocked
 from tests.databases.devices import TENANT
 from tests.guarantees.every_write import (
     BATCHES,
+    NEVER,
     ONE,
     PATCH_DESIRED_MANY,
+    REGISTER_MANY,
     START,
     Write,
     committed,
@@ -135,10 +137,9 @@ def test_a_savepoint_around_the_batch_keeps_what_the_transaction_wrote_before(
             assert unlocked(independent) == "ac"
         service.patch_desired("a", {"new": 2})
 
-    row = START["d"]._replace(desired_version=8, has_been_asked=True)
     assert committed(independent) == START | {
-        "a": row._replace(desired={"old": 1, "new": 2}),
-        "d": row._replace(desired={"new": 2}),
+        "a": START["a"].asked({"old": 1, "new": 2}),
+        "d": START["d"].asked({"new": 2}),
     }
 
 
@@ -159,6 +160,25 @@ def test_in_autocommit_mode_a_batch_that_times_out_leaves_nothing_written_and_no
         session.execute(text(f"RESET {timeout}"))  # without a rollback: there is no transaction
         write(service)
     assert committed(independent) == write.done()
+
+
+@each_timeout
+@each_mode
+def test_a_registration_that_times_out_behind_another_one_of_the_same_device_makes_none_of_its_devices(
+    independent: Engine, engine_of: Callable[..., Engine], mode: str, timeout: str
+) -> None:
+    with Session(engine_of(mode)) as session:
+        session.execute(text(f"SET {timeout} = '50ms'"))
+        session.commit()
+        with Session(independent) as theirs:
+            ShadowService(theirs, TENANT).register(NEVER, "berlin")  # its other device comes first
+            with pytest.raises(OperationalError, match=TIMEOUTS[timeout][1]):
+                REGISTER_MANY(ShadowService(session, TENANT))
+            session.rollback()
+            assert committed(independent) == START
+        REGISTER_MANY(ShadowService(session, TENANT))
+        session.commit()
+    assert committed(independent) == REGISTER_MANY.done()
 
 
 @pytest.mark.parametrize(
@@ -216,8 +236,7 @@ def test_of_a_deadlock_with_a_transaction_that_locks_in_another_order_nothing_is
         service.replace_desired("d", {"mine": 1})
         write(service)
         session.commit()
-    row = START["d"]._replace(desired={"mine": 1}, desired_version=8, has_been_asked=True)
-    assert committed(independent) == write.done() | {"d": row}
+    assert committed(independent) == write.done() | {"d": START["d"].asked({"mine": 1})}
 
 
 def test_under_repeatable_read_a_write_behind_somebody_elses_fails_whole_and_the_transaction_can_be_run_again(
@@ -293,6 +312,7 @@ def test_a_server_without_a_free_connection_says_so_and_the_session_works_once_t
         with independent.begin() as connection:
             connection.execute(text(f"ALTER ROLE {server_role} CONNECTION LIMIT 1"))
             connection.execute(text(f"GRANT SELECT, UPDATE ON device_state TO {server_role}"))
+            connection.execute(text(f"GRANT SELECT, INSERT ON device_shadow_history TO {server_role}"))
         engine = create_engine(independent.url.set(username=server_role, password=server_role), pool_size=2)
         with Session(engine) as first, Session(engine) as second:
             ShadowService(first, TENANT).patch_desired(ONE, {"first": 1})

@@ -69,6 +69,7 @@ def test_ten_thousand_are_registered_by_as_many_statements_as_one(session: Sessi
 @pytest.mark.parametrize(
     ("sites", "error"),
     [({"": "s"}, ValueError), ({"a": ""}, ValueError), ({"a\0": "s"}, ValueError), ({"a": "\ud800"}, ValueError),
+     ({"x" * 1001: "s"}, ValueError), ({"a": "🌡" * 251}, ValueError),
      ({7: "s"}, TypeError), ({"a": None}, TypeError), (["a"], TypeError), ("a", TypeError)],
 )  # fmt: skip
 def test_ids_that_no_row_can_have_are_refused_and_nothing_is_written(

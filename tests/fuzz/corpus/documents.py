@@ -343,3 +343,31 @@ VERSIONS: Final[dict[str, Callable[[], object]]] = {
     "lying huge": lambda: hostile.LyingInt(10**5_000),
     "enumeration": lambda: Level.HIGH,
 }
+
+# What is given as an actor, a reason, a request id, a refusal or a site. The lengths: 255 of an id and 1,000 of words.
+WORDS: Final[dict[str, Callable[[], object]]] = {
+    **{f"text: {name}": partial(str, text) for name, text in (TEXTS | UNSTORABLE_TEXTS).items()},
+    "blank": lambda: " \t\n\u2003",
+    "255": lambda: "x" * 255,
+    "256": lambda: "x" * 256,
+    "255 of four bytes": lambda: "\U0001f600" * 255,
+    "1,000": lambda: "x" * 1_000,
+    "1,000 of four bytes": lambda: "\U0001f600" * 1_000,
+    "1,001": lambda: "x" * 1_001,
+    **ODD_DEVICE_IDS,
+    "lying, with a NUL": lambda: hostile.LyingStr("a\0b"),
+    "lying, and too long": lambda: hostile.LyingStr("x" * 1_001),
+}
+
+# How old a version has to be to be forgotten.
+AGES: Final[dict[str, Callable[[], object]]] = {
+    "None": lambda: None,
+    "number": lambda: 1,
+    "text": lambda: "1 day",
+    "time": lambda: dt.datetime(2026, 1, 1, tzinfo=dt.UTC),
+    "negative": lambda: dt.timedelta(microseconds=-1),
+    "smallest": lambda: dt.timedelta.min,
+    "largest": lambda: dt.timedelta.max,
+    "before all calendars": lambda: dt.timedelta(days=7_000 * 366),
+    "a millennium": lambda: dt.timedelta(days=366_000),
+}

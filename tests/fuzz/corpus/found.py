@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta  # noqa: F401
 from typing import TYPE_CHECKING, Any, Final
 
 # The names that a run writes its findings with.
 from tests.fuzz.corpus.documents import (  # noqa: F401
+    AGES,
     DEVICE_IDS,
     DOCUMENTS,
     LOOK_ALIKES,
@@ -16,6 +18,7 @@ from tests.fuzz.corpus.documents import (  # noqa: F401
     TYPES,
     UNSTORABLE_TEXTS,
     VERSIONS,
+    WORDS,
 )
 from tests.fuzz.corpus.wire import JSON_TEXTS, URLS  # noqa: F401
 from tests.fuzz.judge.entry_points import Attempt  # noqa: F401
