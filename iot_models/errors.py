@@ -175,6 +175,8 @@ class LateReport(IotModelsError):
         self.current = current
 
     def __str__(self) -> str:
+        if self.acked == self.current:
+            return f"device {self.device_id!r} acknowledged version {self.acked} before it refused it: drop the refusal"
         return (
             f"device {self.device_id!r} is at version {self.current} already, "
             f"and this message is about version {self.acked}: it is an older one, drop it"

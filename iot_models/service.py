@@ -257,7 +257,8 @@ class ShadowService:
         """
         wanted = validation.require_version("version", version)
         expected = validation.version("expected_version", expected_version)
-        binds = self._desired(device_id, expected, reason, request_id) | {"version": wanted}
+        # It is recorded in any case: who restores reads the history.
+        binds = self._desired(device_id, expected, reason, request_id) | self._author(reason) | {"version": wanted}
         statement = desired_statements.restore_desired(guarded=expected is not None, once=request_id is not None)
 
         def is_same(done: _Done) -> bool:
@@ -815,9 +816,13 @@ class ShadowService:
         binds: dict[str, object] = {"tenant": self.tenant_id, "devices": list(sites), "sites": list(sites.values())}
 
         def attempt() -> list[_Row] | None:
-            self._execute(method, desired_statements.register(), binds)
-            rows = self._execute(method, statements.many_shadows(), binds).all()
-            return [*rows] if len(rows) == len(sites) else None  # one was removed in between
+            new = set(self._execute(method, desired_statements.register(), binds).scalars())
+            rows = {row.device_id: row for row in self._execute(method, desired_statements.registered(), binds)}
+            # The INSERT may have waited for another device, and this one lived and was removed meanwhile.
+            if behind := [name for name in new & rows.keys() if rows[name].desired_version < (rows[name].resume or 0)]:
+                gone_on = self._execute(method, desired_statements.go_on(), binds | {"devices": behind})
+                rows |= {row.device_id: row for row in gone_on}
+            return [*rows.values()] if len(rows) == len(sites) else None  # one was removed in between
 
         rows = until_written(attempt, lambda: devices_not_written(list(sites)))
         return self._written_in_order(sites, rows)

@@ -234,13 +234,17 @@ def _secure_as_device_state() -> None:
           ALTER TABLE {HISTORY} ENABLE ROW LEVEL SECURITY;
           FOR wanted IN
             SELECT CAST(p.polname AS text) AS name, p.polpermissive AS permissive,
-                   CASE CAST(p.polcmd AS text) WHEN 'r' THEN 'SELECT' WHEN 'a' THEN 'INSERT' WHEN 'w' THEN 'UPDATE'
-                     WHEN 'd' THEN 'DELETE' ELSE 'ALL' END AS command,
+                   -- Who updates a device adds to its history.
+                   CASE CAST(p.polcmd AS text) WHEN 'r' THEN 'SELECT' WHEN 'd' THEN 'DELETE' WHEN '*' THEN 'ALL'
+                     ELSE 'INSERT' END AS command,
                    (SELECT string_agg(CASE WHEN role = CAST(0 AS oid) THEN 'PUBLIC'
                                       ELSE quote_ident(CAST(pg_get_userbyid(role) AS text)) END, ', ')
                       FROM pg_catalog.unnest(p.polroles) AS role) AS roles,
-                   coalesce(' USING (' || pg_get_expr(p.polqual, p.polrelid) || ')', '')
-                     || coalesce(' WITH CHECK (' || pg_get_expr(p.polwithcheck, p.polrelid) || ')', '') AS rule
+                   CASE WHEN CAST(p.polcmd AS text) IN ('a', 'w') THEN ''
+                   ELSE coalesce(' USING (' || pg_get_expr(p.polqual, p.polrelid) || ')', '') END
+                     || CASE WHEN CAST(p.polcmd AS text) = 'w'
+                        THEN ' WITH CHECK (' || pg_get_expr(coalesce(p.polwithcheck, p.polqual), p.polrelid) || ')'
+                        ELSE coalesce(' WITH CHECK (' || pg_get_expr(p.polwithcheck, p.polrelid) || ')', '') END AS rule
               FROM pg_policy p
              WHERE p.polrelid = to_regclass('device_state')::oid
                AND NOT EXISTS (SELECT FROM pg_policy o WHERE o.polrelid = known AND o.polname = p.polname)

@@ -41,6 +41,7 @@ from iot_models._core.statements import (
     DOCUMENT,
     LOCKED,
     OF_DEVICE,
+    OF_DEVICES,
     OF_TENANT,
     SHADOW,
     lock,
@@ -51,7 +52,7 @@ from iot_models._core.statements import (
 from iot_models.models import HISTORY, TABLE
 
 if TYPE_CHECKING:
-    from sqlalchemy import CTE, ColumnElement, Executable
+    from sqlalchemy import CTE, ColumnElement, Select
     from sqlalchemy.sql.dml import ReturningInsert
 
     from iot_models._core.statements import ShadowSelect, ShadowUpdate
@@ -61,6 +62,7 @@ _H: Final = HISTORY.c
 _TENANT: Final = cast(bindparam("tenant", type_=Text), Text)
 _ACTOR, _REASON, _REQUEST = (cast(bindparam(name, type_=Text), Text) for name in ("author", "why", "request"))
 _NOBODY: Final = cast(null(), Text)
+_EMPTY: Final = literal_column("'{}'::jsonb", JSONB)
 _COLUMNS: Final = tuple(column.name for column in HISTORY.columns)
 _REQUEST_KEY: Final = ("tenant_id", "device_id", "request_id")
 
@@ -160,6 +162,9 @@ def _write(
         added = added.on_conflict_do_nothing(index_elements=_REQUEST_KEY, index_where=_H.request_id.is_not(None))
     newest = added.returning(_H.device_id, _H.desired_version, _H.desired_state, _H.written_at).cte("newest")
     values = _desired_columns(newest.c.desired_state, newest.c.desired_version)
+    # A row that is behind its history has acknowledged nothing of its own: what fits is of its earlier life.
+    before = newest.c.desired_version - 1
+    values["reported_version"] = case((before > _C.desired_version, before), else_=values["reported_version"])
     written = (
         update(TABLE)
         .where(OF_TENANT, _C.device_id == newest.c.device_id)
@@ -229,14 +234,19 @@ def remove(*, guarded: bool) -> ReturningInsert[str, int]:
 def record_removals() -> ReturningInsert[str, int]:
     """The same for rows that the next statement deletes: they are locked.
 
-    Binds `tenant`, `author`, `why` and the array `devices`.
+    Binds `tenant`, `author`, `why` and the arrays `devices` and `read_at`, the versions at which they were read. It
+    leaves out a device that was removed since, and made again: its row is of another life.
     """
     before = (LOCKED.c.device_id, LOCKED.c.desired_state, LOCKED.c.desired_version, LOCKED.c.shadow_updated_at)
-    wanted = rows_of("wanted")
+    wanted = rows_of("wanted", read_at=BigInteger())
     of_tenant = LOCKED.c.tenant_id == bindparam("tenant", type_=PlainText())
-    rows = select(*before).join_from(LOCKED, wanted, LOCKED.c.device_id == wanted.c.devices).where(of_tenant)
-    locked = rows.order_by(LOCKED.c.device_id).with_for_update(of=LOCKED).cte("gone").prefix_with("MATERIALIZED")
-    return _end(locked)
+    is_removal = (
+        (_H.device_id == wanted.c.devices) & _H.desired_state.is_(None) & (_H.desired_version > wanted.c.read_at)
+    )
+    removed_since = exists(select(_H.device_id).where(_of_tenant(), is_removal).correlate(wanted))
+    rows = select(*before).join_from(LOCKED, wanted, LOCKED.c.device_id == wanted.c.devices)
+    rows = rows.where(of_tenant, ~removed_since).order_by(LOCKED.c.device_id).with_for_update(of=LOCKED)
+    return _end(rows.cte("gone").prefix_with("MATERIALIZED"))
 
 
 def _end(gone: CTE) -> ReturningInsert[str, int]:
@@ -256,31 +266,70 @@ def _end(gone: CTE) -> ReturningInsert[str, int]:
     return added.returning(_H.device_id, _H.desired_version)
 
 
-@cache
-def register() -> Executable:
-    """Insert the devices that are not there. Binds `tenant` and the arrays `devices` and `sites`.
+def _resume_of(device_id: ColumnElement[str]) -> ColumnElement[int]:
+    """The version at which a new row of a device goes on; NULL if it has no history.
 
-    A device that has a history goes on at its newest version, acknowledged. No INSERT waits for the end of a
-    transaction that is just removing the device: it would not know the version of the removal. Until then, it is there.
+    That of its removal. Where nobody recorded one (SQL by hand, a device that was renamed), the one above the newest.
+    """
+    above = case((_H.desired_state.is_(None), 0), else_=1)
+    of_device = (_of_tenant(), _H.device_id == device_id)
+    newest = select(_H.desired_version + above).where(*of_device).order_by(_H.desired_version.desc()).limit(1)
+    return newest.correlate_except(HISTORY).scalar_subquery()
+
+
+@cache
+def register() -> ReturningInsert[str]:
+    """Insert the devices that are not there. Binds `tenant` and the arrays `devices` and `sites`; returns the new ones.
+
+    A device that has a history goes on above it, acknowledged. No INSERT waits for the end of a transaction that is
+    just removing the device: it would not know the version of the removal. Until then, it is there.
     """
     new = rows_of("new", sites=Text())
-    version = func.coalesce(_newest_of(new.c.devices), 0)
+    version = func.coalesce(_resume_of(new.c.devices), 0)
     is_there = exists(select(_C.device_id).where(OF_TENANT, _C.device_id == new.c.devices).correlate(new))
     rows = select(_TENANT, new.c.devices, new.c.sites, version, version).where(~is_there).order_by(new.c.devices)
     names = ["tenant_id", "device_id", "site_id", "desired_version", "reported_version"]
-    return insert(TABLE).from_select(names, rows).on_conflict_do_nothing(index_elements=["tenant_id", "device_id"])
+    added = insert(TABLE).from_select(names, rows).on_conflict_do_nothing(index_elements=["tenant_id", "device_id"])
+    return added.returning(_C.device_id)
+
+
+@cache
+def registered() -> ShadowSelect:
+    """The shadows of several devices, and where a new row of each would `resume`. Binds as `many_shadows`."""
+    return select(*SHADOW, _resume_of(_C.device_id).label("resume")).where(OF_TENANT, OF_DEVICES)
+
+
+@cache
+def behind() -> Select[str, int]:
+    """Which of these new rows are behind the history of their devices. Binds `tenant`, `devices`.
+
+    Returns each `device_id`, and how many rows are `seen` of it: two where this transaction works on a snapshot
+    (REPEATABLE READ, SERIALIZABLE) and another one has removed the device since. The version of the removal cannot be
+    seen then.
+    """
+    resuming = _resuming()
+    is_behind = or_(_is_behind(resuming.c.version), resuming.c.seen > 1)
+    rows = select(_C.device_id, resuming.c.seen).join_from(TABLE, resuming, _C.device_id == resuming.c.devices)
+    return rows.where(OF_TENANT, is_behind)
 
 
 @cache
 def go_on() -> ShadowUpdate:
-    """Let devices that are behind their history go on at its newest version. Binds `tenant`, `devices`.
+    """Let new rows that are behind the history of their devices go on above it. Binds `tenant`, `devices`.
 
-    A device that has a desired document already asks for it under a version of its own.
-
-    Returns the rows, and how many are `seen` of each: two where this transaction works on a snapshot (REPEATABLE READ,
-    SERIALIZABLE) and another one has removed the device since: the version of the removal cannot be seen. If it takes
-    the removed row first, it fails with SQLSTATE 40001.
+    A row that comes with a desired document asks for it under a version of its own.
     """
+    resuming = _resuming()
+    asks = case((_C.desired_state == _EMPTY, 0), else_=1)
+    return (
+        update(TABLE)
+        .where(OF_TENANT, _C.device_id == resuming.c.devices, _is_behind(resuming.c.version))
+        .values({"desired_version": resuming.c.version + asks, "reported_version": resuming.c.version})
+        .returning(*SHADOW)
+    )
+
+
+def _resuming() -> CTE:
     wanted = rows_of("wanted")
     same = TABLE.alias("same")
     seen = (
@@ -289,14 +338,11 @@ def go_on() -> ShadowUpdate:
         .correlate(wanted)
         .scalar_subquery()
     )
-    found = select(wanted.c.devices, _newest_of(wanted.c.devices).label("version"), seen.label("seen"))
-    newest = found.cte("newest").prefix_with("MATERIALIZED")
-    is_behind = or_(_C.desired_version < newest.c.version, newest.c.seen > 1)
-    asks = case((_C.desired_state == literal_column("'{}'::jsonb", JSONB), 0), else_=1)
-    version = func.coalesce(newest.c.version, _C.desired_version)
-    return (
-        update(TABLE)
-        .where(OF_TENANT, _C.device_id == newest.c.devices, is_behind)
-        .values({"desired_version": version + asks, "reported_version": version})
-        .returning(*SHADOW, newest.c.seen)
-    )
+    found = select(wanted.c.devices, _resume_of(wanted.c.devices).label("version"), seen.label("seen"))
+    return found.cte("resuming").prefix_with("MATERIALIZED")
+
+
+def _is_behind(resume: ColumnElement[int]) -> ColumnElement[bool]:
+    """The version of a new row stands for something else in the history, or something of an earlier life fits it."""
+    is_blank = (_C.reported_version >= resume) & (_C.desired_state == _EMPTY)
+    return (_C.desired_version < resume) | ((_C.desired_version == resume) & ~is_blank)

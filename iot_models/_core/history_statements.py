@@ -124,8 +124,12 @@ def prune_history(*, keep: int) -> ReturningDelete[int]:
     """Delete a page of the oldest versions. Binds `tenant`, `age`, `limit`; the newest `keep` of each device stay."""
     limit = bindparam("limit", type_=BigInteger)
     age = func.now() - bindparam("age", type_=Interval)
-    # Where nobody knows the age, it is older than the first recorded write.
-    unknown = _old(_OLD.c.written_at.is_(None), keep=keep).limit(limit)
+    # Where nobody knows the age, the version is as old as the write that ended it.
+    ended = HISTORY.alias("ended")
+    of_device = (ended.c.tenant_id == _OLD.c.tenant_id, ended.c.device_id == _OLD.c.device_id)
+    newer = select(ended.c.device_id).where(*of_device, ended.c.desired_version > _OLD.c.desired_version)
+    is_old = exists(newer.where(ended.c.written_at < age)) | ~exists(newer)
+    unknown = _old(_OLD.c.written_at.is_(None) & is_old, keep=keep).limit(limit)
     known = _old(_OLD.c.written_at < age, keep=keep).order_by(_OLD.c.written_at).limit(limit)
     page = unknown.subquery().select().union_all(known.subquery().select()).limit(limit).subquery("page")
     return (

@@ -26,7 +26,7 @@ from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import InstanceState, Mapper, Session, object_session
 from sqlalchemy.orm.exc import StaleDataError
 
-from iot_models._core import desired_statements, loaded_objects, tracked_documents
+from iot_models._core import desired_statements, loaded_objects, statements, tracked_documents
 from iot_models._core.documents import encode_document
 from iot_models._core.equality import json_equal
 from iot_models._core.loaded_objects import READ_AT, author
@@ -100,9 +100,32 @@ def _before_delete(_mapper: object, connection: Connection, device: DeviceState)
     # All at once: the first DELETE comes after the last of these events.
     ending = {device, *(other for other in session.deleted if isinstance(other, DeviceState))} - ended
     ended |= ending
-    for tenant_id, device_ids in _by_tenant(ending).items():
-        binds = {"tenant": tenant_id, "devices": device_ids, **author(session)}
-        connection.execute(desired_statements.record_removals(), binds)
+    for tenant_id, devices in _by_tenant(ending).items():
+        _record_removals(connection, tenant_id, devices, author(session))
+
+
+def _record_removals(
+    connection: Connection, tenant_id: str, devices: dict[str, DeviceState], by: dict[str, str | None]
+) -> None:
+    """Record the end of these devices, whose rows the flush deletes next.
+
+    Raises:
+        StaleDataError: If one was removed and made again since its object was read: the row is of another life.
+    """
+    left = {device_id: inspect(device).info.get(READ_AT) for device_id, device in devices.items()}
+    for _ in range(2):  # the second time it sees what those have done for whom the first one has waited
+        binds = {"tenant": tenant_id, "devices": list(left), "read_at": list(left.values()), **by}
+        for row in connection.execute(desired_statements.record_removals(), binds):
+            del left[row.device_id]
+        if not left:
+            return
+    # A row that is gone is SQLAlchemy's to tell.
+    there = connection.execute(statements.versions_of_many(), {"tenant": tenant_id, "devices": list(left)})
+    if (other := there.first()) is not None:
+        raise StaleDataError(
+            f"device {other.device_id!r} was removed by another transaction since its object was read, and made again: "
+            "it is another device now. Roll back, and read it again"
+        )
 
 
 class _Flush:
@@ -134,22 +157,26 @@ def _go_on(session: Session, _context: object) -> None:
     added = _flush_of(session).added
     session.info[_FLUSH] = _Flush()
     connection = session.connection(bind_arguments={"mapper": DeviceState.__mapper__}) if added else None
-    for tenant_id, device_ids in _by_tenant(added).items():
-        binds = {"tenant": tenant_id, "devices": device_ids}
-        for row in cast("Connection", connection).execute(desired_statements.go_on(), binds):
+    for tenant_id, devices in _by_tenant(added).items():
+        execute = cast("Connection", connection).execute
+        behind = execute(desired_statements.behind(), {"tenant": tenant_id, "devices": list(devices)}).all()
+        for row in behind:
             if row.seen > 1:
                 raise StaleDataError(
                     f"device {row.device_id!r} was removed by another transaction since this one began, and added "
                     "again here: roll back, and run all of it again"
                 )
-            loaded_objects.show(session, row)
+        if behind:
+            binds = {"tenant": tenant_id, "devices": [row.device_id for row in behind]}
+            for shown in execute(desired_statements.go_on(), binds):
+                loaded_objects.show(session, shown)
 
 
-def _by_tenant(devices: Iterable[DeviceState]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+def _by_tenant(devices: Iterable[DeviceState]) -> dict[str, dict[str, DeviceState]]:
+    found: dict[str, dict[str, DeviceState]] = {}
     for device in devices:
         tenant_id, device_id = cast("tuple[str, str]", inspect(device).identity)
-        found.setdefault(tenant_id, []).append(device_id)
+        found.setdefault(tenant_id, {})[device_id] = device
     return found
 
 

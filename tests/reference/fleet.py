@@ -281,18 +281,25 @@ class Fleet:
             device_id,
             desired=desired,
             desired_version=version,
-            # A version ahead, which others stored, is brought back.
-            reported_version=min(device.reported_version, device.desired_version),
+            # A version ahead, which others stored, is brought back. What fits a row that is behind its history is of
+            # its earlier life.
+            reported_version=version - 1
+            if version - 1 > device.desired_version
+            else min(device.reported_version, device.desired_version),
             shadow_updated_at=written_at,
             refused=None,
         )
 
     def add(self, device_id: str, device: Device) -> None:
         """A row is inserted: it goes on above its history, with a version of its own if it asks for anything."""
-        newest = max(self.versions.get(device_id, ()), default=0)
-        if device.desired_version < newest:
-            version = newest + (not equal(device.desired, {}))
-            device = replace(device, desired_version=version, reported_version=newest)
+        kept = self.versions.get(device_id, {})
+        if kept:
+            newest = max(kept)
+            resume = newest if kept[newest].desired is None else newest + 1  # without a removal, above the newest one
+            is_blank = device.reported_version >= resume and equal(device.desired, {})
+            if device.desired_version < resume or (device.desired_version == resume and not is_blank):
+                version = resume + (not equal(device.desired, {}))
+                device = replace(device, desired_version=version, reported_version=resume)
         self.devices[device_id] = device
 
     def _record(self, device_id: str, version: Version) -> int:

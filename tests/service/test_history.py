@@ -292,9 +292,11 @@ def test_a_service_without_history_writes_as_ever_and_leaves_no_version(session:
             plain.replace_desired(DEVICE, {}, **{name: "x"})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="reason is kept in the history"):
         plain.replace_desired_many({DEVICE: {}}, reason="x")
-    # What would let a message into the next life is recorded all the same.
+    # What reads the history writes it, and so does what would let a message into the next life.
+    plain.restore_desired(DEVICE, 11)
+    assert recorded(session) == [11, 12]
     plain.remove(DEVICE)
-    assert plain.register(DEVICE, "berlin").desired_version == 12
+    assert plain.register(DEVICE, "berlin").desired_version == 13
 
 
 @pytest.mark.parametrize(
@@ -381,11 +383,16 @@ def test_pages_of_pruning_delete_the_oldest_first_until_nothing_is_left_to_delet
     assert service.prune_history(older_than=timedelta(0), limit=3) == 0
 
 
-def test_the_state_before_the_first_recorded_write_is_old_if_nobody_knows_its_age(session: Session) -> None:
+def test_the_state_before_the_first_recorded_write_is_as_old_as_that_write(session: Session) -> None:
     add_device(session)
     service = ShadowService(session, TENANT)
     service.replace_desired(DEVICE, {"n": 1})
-    assert service.prune_history(older_than=timedelta.max) == 1
+    assert service.prune_history(older_than=timedelta(days=1)) == 0
+    assert service.prune_history(older_than=timedelta.max) == 0
+    session.execute(
+        text("UPDATE device_shadow_history SET written_at = now() - INTERVAL '2 days' WHERE desired_version = 1")
+    )
+    assert service.prune_history(older_than=timedelta(days=1)) == 1
     assert recorded(session) == [1]
 
 

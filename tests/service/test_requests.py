@@ -134,7 +134,7 @@ def test_a_restore_of_what_a_device_was_registered_with_is_repeated(service: Sha
 def test_a_request_can_be_done_again_once_its_version_is_pruned(session: Session, service: ShadowService) -> None:
     service.replace_desired(DEVICE, {"n": 1}, request_id="r-1")
     service.replace_desired(DEVICE, {"n": 2})
-    session.execute(text("UPDATE device_shadow_history SET written_at = NULL"))
+    session.execute(text("UPDATE device_shadow_history SET written_at = now() - INTERVAL '2 days'"))
     assert service.prune_history(older_than=timedelta(days=1)) == 3
     assert service.replace_desired(DEVICE, {"n": 1}, request_id="r-1").desired_version == 10
 

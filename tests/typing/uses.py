@@ -13,6 +13,7 @@ from iot_models import (
     AsyncShadowService,
     BatchRejected,
     Comparison,
+    DesiredVersion,
     DeviceState,
     DocumentLimits,
     InvalidDocument,
@@ -55,6 +56,13 @@ def service(session: Session, document: Thermostat) -> None:
     assert_type(shadows.pending(limit=10, after="d"), list[Shadow])
     assert_type(shadows.count_pending(), int)
     assert_type(shadows.iter_pending(batch_size=10), Iterator[Shadow])
+    recorded = ShadowService(session, "acme", actor="anna", history=True)
+    assert_type(recorded.history("d", limit=10, before=7), list[DesiredVersion])
+    assert_type(recorded.desired_at("d", 7).desired, dict[str, Any] | None)
+    assert_type(recorded.restore_desired("d", 7, reason="why", request_id="r"), Shadow)
+    assert_type(recorded.prune_history(older_than=timedelta(days=90), keep=5), int)
+    assert_type(recorded.refuse_desired("d", 7, "no").refusal, str | None)
+    assert_type(recorded.register_many({"d": "s"}), dict[str, Shadow])
 
 
 async def async_service(session: AsyncSession, document: Thermostat, reports: list[Report]) -> None:
@@ -73,6 +81,9 @@ async def async_service(session: AsyncSession, document: Thermostat, reports: li
     assert_type(await shadows.drifted(limit=10, after="d"), list[Shadow])
     assert_type(await shadows.count_pending(), int)
     assert_type(await shadows.status_counts(now=None), dict[SyncStatus, int])
+    assert_type(await shadows.history("d"), list[DesiredVersion])
+    assert_type(await shadows.register("d", "s"), Shadow)
+    assert_type(await shadows.count_refused(), int)
     assert_type(shadows.iter_pending(batch_size=10), AsyncGenerator[Shadow, None])
     async for one in shadows.iter_pending():
         assert_type(one, Shadow)
