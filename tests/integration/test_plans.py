@@ -236,7 +236,8 @@ def test_the_primary_key_serves_single_devices_and_batches(fleet: Connection) ->
             many | {"acked": ones, "desired": ones, "reported": ones, "seen": ["{}"] * len(ids)},
         ),
     ):
-        assert access(fleet, statement, **binds) - {"device_shadow_history_pkey", REQUEST} == {PRIMARY_KEY}, statement
+        reached = access(fleet, statement, **binds)
+        assert {name for name in reached if "history" not in name} == {PRIMARY_KEY}, statement
 
 
 @pytest.mark.parametrize("analysed", [True, False], ids=["analysed", "never analysed"])

@@ -136,7 +136,7 @@ def read_history(connection: Connection) -> list[Change]:
         place = inserted.get((key, row.transaction))
         if row.operation == "INSERT":
             inserted[key, row.transaction] = len(changes)
-        elif place is not None and _differs_in_versions_only(changes[place].state, state):
+        elif place is not None and _went_on(changes[place].state, state):
             # Registered at an older version, and moved to that of a removal in the same transaction: nobody saw it.
             changes[place] = changes[place]._replace(state=state)
             continue
@@ -144,8 +144,10 @@ def read_history(connection: Connection) -> list[Change]:
     return changes
 
 
-def _differs_in_versions_only(one: State, other: State) -> bool:
-    return one == other._replace(desired_version=one.desired_version, reported_version=one.reported_version)
+def _went_on(one: State, other: State) -> bool:
+    """Whether only its versions differ, and nothing is pending: a restore of the empty document leaves it pending."""
+    is_same = one == other._replace(desired_version=one.desired_version, reported_version=one.reported_version)
+    return is_same and other.desired_version == other.reported_version
 
 
 def read_fleet(connection: Connection) -> Fleet:
