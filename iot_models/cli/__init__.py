@@ -51,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What is left in the buffer goes nowhere. Otherwise Python complains about it at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _PIPE_CLOSED
+    except OSError as error:  # of the output: a full disk
+        sys.stderr.write(f"error: {error}\n")
+        return 1
     except KeyboardInterrupt:
         sys.stderr.write("\n")  # the shell's prompt begins a line of its own
         return _INTERRUPTED

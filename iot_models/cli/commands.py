@@ -18,7 +18,7 @@ from iot_models import twin
 from iot_models._core.json_pointer import pointer
 from iot_models.cli.tables import compact, moment, print_json, print_table, say
 from iot_models.engine import create_engine, shown
-from iot_models.errors import DeviceNotFound, IotModelsError
+from iot_models.errors import DeviceNotFound, IotModelsError, UnreadableShadow
 from iot_models.service import ShadowService
 
 if TYPE_CHECKING:
@@ -180,7 +180,8 @@ def _history(given: argparse.Namespace, shadows: Shadows) -> None:
     if given.json:
         print_json(sys.stdout, [version.to_dict() for version in page])
     elif not page:
-        say(sys.stdout, f"no version of {given.device!r} before {given.before} is recorded")
+        before = "" if given.before is None else f" before {given.before}"
+        say(sys.stdout, f"no version of {given.device!r}{before} is recorded")
     else:
         missing = {newer.version: _missing(older.version + 1, newer.version - 1) for newer, older in pairwise(found)}
         rows: list[Row] = []
@@ -263,13 +264,13 @@ def _rows(changes: twin.Comparison) -> list[Row]:
 
 def _restore(given: argparse.Namespace, shadows: Shadows) -> None:
     with shadows() as service:
-        now, wanted = service.get(given.device), service.desired_at(given.device, given.version).desired
+        now, wanted = _now(service, given.device), service.desired_at(given.device, given.version).desired
     if wanted is None:
         raise ValueError(f"version {given.version} removed {given.device!r} and has no document: restore another one")
     _ask(given, now, wanted, f"restore version {given.version}:")
     with shadows() as service:
         written = service.restore_desired(given.device, given.version, **_guarded(given, now))
-    _show_written(given, written)
+    _show_written(given, written, now)
 
 
 def _patch(given: argparse.Namespace, shadows: Shadows) -> None:
@@ -278,7 +279,7 @@ def _patch(given: argparse.Namespace, shadows: Shadows) -> None:
     _ask(given, now, twin.merge_patch(now.desired, given.patch), "patch:")
     with shadows() as service:
         written = service.patch_desired(given.device, given.patch, **_guarded(given, now))
-    _show_written(given, written)
+    _show_written(given, written, now)
 
 
 def _register(given: argparse.Namespace, shadows: Shadows) -> None:
@@ -295,7 +296,7 @@ def _register(given: argparse.Namespace, shadows: Shadows) -> None:
 
 def _remove(given: argparse.Namespace, shadows: Shadows) -> None:
     with shadows() as service:
-        now = service.get(given.device)
+        now = _now(service, given.device)
     _ask(given, now, {}, "remove the device; its history stays:")
     with shadows() as service:
         service.remove(given.device, expected_version=_expected(given, now), reason=given.reason)
@@ -306,7 +307,16 @@ def _remove(given: argparse.Namespace, shadows: Shadows) -> None:
         say(sys.stdout, f"{given.device!r} is removed: version {last.version} has no document.")
 
 
-def _guarded(given: argparse.Namespace, now: Shadow) -> dict[str, Any]:
+def _now(service: ShadowService, device_id: str) -> Shadow | None:
+    """The device as it is; None if its row holds what is no shadow: a restore mends it, and it can be removed."""
+    try:
+        return service.get(device_id)
+    except UnreadableShadow as error:
+        say(sys.stderr, str(error))
+        return None
+
+
+def _guarded(given: argparse.Namespace, now: Shadow | None) -> dict[str, Any]:
     return {
         "expected_version": _expected(given, now),
         "reason": given.reason,
@@ -314,16 +324,19 @@ def _guarded(given: argparse.Namespace, now: Shadow) -> dict[str, Any]:
     }
 
 
-def _expected(given: argparse.Namespace, now: Shadow) -> int:
+def _expected(given: argparse.Namespace, now: Shadow | None) -> int | None:
     """The version to write on top of: the one that was shown, so that what was confirmed is what is written."""
-    return now.desired_version if given.expected_version is None else int(given.expected_version)
+    if given.expected_version is not None:
+        return int(given.expected_version)
+    return None if now is None else now.desired_version
 
 
-def _ask(given: argparse.Namespace, now: Shadow, wanted: Mapping[str, Any], what: str) -> None:
+def _ask(given: argparse.Namespace, now: Shadow | None, wanted: Mapping[str, Any], what: str) -> None:
     """Show the device and what would change, and go on if the user wants it. On stderr: stdout has the result only."""
-    say(sys.stderr, now.explain())
+    if now is not None:
+        say(sys.stderr, now.explain())
     say(sys.stderr, what)
-    if rows := _rows(_changes(wanted, now.desired)):
+    if rows := _rows(_changes(wanted, {} if now is None else now.desired)):
         print_table(sys.stderr, _CHANGE, rows, wide=2)
     else:
         say(sys.stderr, "nothing in the desired document differs")
@@ -339,7 +352,9 @@ def _confirm(given: argparse.Namespace) -> None:
         raise _Declined
 
 
-def _show_written(given: argparse.Namespace, shadow: Shadow) -> None:
+def _show_written(given: argparse.Namespace, shadow: Shadow, before: Shadow | None = None) -> None:
+    if before is not None and shadow.desired_version == before.desired_version:
+        say(sys.stderr, f"nothing is written: request {given.request_id!r} was done before")
     if given.json:
         print_json(sys.stdout, shadow.to_dict())
     else:

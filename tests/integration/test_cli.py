@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tomllib
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import pytest
@@ -324,7 +325,38 @@ def test_a_patch_shows_what_it_would_change_and_asks(
 
     repeated = iot_models("--json", "patch", DEVICE, '{"mode": "boost"}', "--request-id", "r-1", "--yes")
     assert "nothing in the desired document differs" in repeated.err
+    assert "nothing is written: request 'r-1' was done before" in repeated.err
     assert json.loads(repeated.out)["desired_version"] == 2
+
+
+def test_a_device_whose_row_is_no_shadow_is_restored_or_removed(
+    iot_models: Callable[..., Run], shadows: ShadowService, own_engine: Engine
+) -> None:
+    shadows.register(DEVICE, "berlin")
+    shadows.replace_desired(DEVICE, {"mode": "eco"})
+    with own_engine.begin() as connection:
+        connection.execute(text("UPDATE device_state SET desired_state = 'null', desired_version = 2"))
+
+    restored = iot_models("restore", DEVICE, "1", "--yes")
+    assert restored.code == 0, restored.err
+    assert "desired_state is no JSON object but null" in restored.err
+    assert shadows.get(DEVICE).desired == {"mode": "eco"}
+    with own_engine.begin() as connection:
+        connection.execute(text("UPDATE device_state SET reported_state = '[]'"))
+    assert iot_models("remove", DEVICE, "--yes").code == 0
+    assert iot_models("history", DEVICE, "--before", "0").out == f"no version of '{DEVICE}' before 0 is recorded\n"
+
+
+def test_an_output_that_cannot_be_written_is_an_error_of_one_line(shadows: ShadowService, own_engine: Engine) -> None:
+    shadows.register(DEVICE, "berlin")
+    url = own_engine.url.render_as_string(hide_password=False)
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "iot_models", "--url", url, "--tenant", shadows.tenant_id, "show", DEVICE],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=60,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "No space left" in done.stderr
 
 
 def test_what_was_confirmed_is_written_on_top_of_what_was_shown_only(
