@@ -241,7 +241,6 @@ def test_a_downgrade_fails_if_a_policy_hides_rows_from_it(url: str, server_role:
     before = rows_of(url)
     run_sql(url, f"""
         ALTER TABLE device_state OWNER TO {server_role};
-        ALTER TABLE device_shadow_history OWNER TO {server_role};
         ALTER TABLE alembic_version_iot_models OWNER TO {server_role};
         ALTER SCHEMA public OWNER TO {server_role};
         ALTER TABLE device_state ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;

@@ -23,7 +23,15 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.repeats
 
-TABLES = {"alembic_version", "alembic_version_iot_models", "device_state", "machine", "machine_order", "plant"}
+TABLES = {
+    "alembic_version",
+    "alembic_version_iot_models",
+    "device_shadow_history",
+    "device_state",
+    "machine",
+    "machine_order",
+    "plant",
+}
 
 
 @pytest.fixture(scope="session")
