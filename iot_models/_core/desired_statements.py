@@ -142,7 +142,7 @@ def _write(
     found: CTE, document: ColumnElement[Any], *, where: ColumnElement[bool] | None = None, once: bool = False
 ) -> ShadowSelect:
     """Write `document` to the rows that were found, and to their history; returns the new shadows."""
-    conditions_ = [] if where is None else [where]
+    guards = [] if where is None else [where]
     version = func.greatest(found.c.desired_version, found.c.newest) + 1
     request = _REQUEST if once else _NOBODY
     added = insert(HISTORY).from_select(
@@ -156,7 +156,7 @@ def _write(
             _ACTOR,
             _REASON,
             request,
-        ).where(*conditions_),
+        ).where(*guards),
     )
     if once:
         added = added.on_conflict_do_nothing(index_elements=_REQUEST_KEY, index_where=_H.request_id.is_not(None))
@@ -172,7 +172,7 @@ def _write(
         .returning(*SHADOW)
         .cte("written")
     )
-    kept = _kept(found, [exists(select(newest.c.device_id))] if once else conditions_)
+    kept = _kept(found, [exists(select(newest.c.device_id))] if once else guards)
     return select(*written.c).add_cte(kept)
 
 
