@@ -86,6 +86,7 @@ class Histories(RuleBasedStateMachine):
         self.number = 0
         with self.engine.begin() as connection:
             connection.execute(text("DELETE FROM device_state"))
+            connection.execute(text("DELETE FROM device_shadow_history"))  # a new row would go on above it
             connection.execute(
                 text("""INSERT INTO device_state (tenant_id, site_id, device_id, desired_state)
                         SELECT 'acme', 'berlin', d, '{"queue": [3, 1, 2]}' FROM unnest(ARRAY['a', 'b']) d""")

@@ -746,7 +746,7 @@ def test_the_name_of_a_prepared_transaction_that_holds_a_migration_up_moves_no_c
     holds: str, meanwhile: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(deployers, "_MOST_SECONDS", 0.1)
+    monkeypatch.setattr(deployers, "_MOST_SECONDS", 2)
     monkeypatch.setattr(operations, "_FIRST_PAUSE", 0.01)
     monkeypatch.setattr(operations, "_PROGRESS_EVERY", 0.05)
     with throwaway.postgres(settings={"max_prepared_transactions": "1"}) as server, ThreadPoolExecutor(1) as pool:
