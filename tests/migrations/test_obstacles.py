@@ -18,7 +18,7 @@ from sqlalchemy import NullPool, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError
 
 from iot_models import migrate
-from iot_models._migrations import deployers, expectations, faulty_rows, findings, operations, runner
+from iot_models._migrations import deployers, environment, expectations, faulty_rows, findings, operations, runner
 from iot_models._migrations.command_line import main
 from iot_models._migrations.obstacles import Plan, obstacles
 from iot_models.testing import throwaway
@@ -44,6 +44,8 @@ from tests.migrations.revisions import HEAD
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from sqlalchemy import Connection
 
 
 TRIGGER = "device_state_shadow_076_park"
@@ -748,3 +750,14 @@ def test_other_errors_than_a_lock_or_a_timeout_are_passed_on(at_head: str, monke
     monkeypatch.setattr(findings, "obstacles", lambda connection, _: connection.execute(text("SELECT 1 / 0")))
     with pytest.raises(DBAPIError, match="division by zero"):
         migrate.check(at_head)
+
+
+def test_an_error_of_the_database_while_it_looks_ahead_is_passed_on(
+    raw_fleet: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(connection: Connection, _plan: object) -> None:
+        connection.execute(text("SELECT 1 / 0"))
+
+    monkeypatch.setattr(environment, "obstacles", fail)
+    with pytest.raises(DBAPIError, match="division by zero"):
+        migrate.upgrade(raw_fleet)

@@ -418,3 +418,18 @@ def test_two_writers_at_once_record_each_version_once(own_engine: Engine) -> Non
         ShadowService(second, TENANT).replace_desired(DEVICE, {"n": 2})
         second.commit()
         assert recorded(first) == [0, 1, 2]
+
+
+def test_a_row_of_the_history_says_which_it_is(session: Session, service: ShadowService) -> None:
+    service.replace_desired(DEVICE, {"n": 8})
+    row = session.get_one(ShadowHistory, (TENANT, DEVICE, 8))
+    assert repr(row) == f"ShadowHistory(tenant_id='{TENANT}', device_id='{DEVICE}', desired_version=8)"
+
+
+def test_what_is_set_beside_desired_is_written_too(session: Session, service: ShadowService) -> None:
+    device = session.get_one(DeviceState, (TENANT, DEVICE))
+    device.desired_state["n"] = 8
+    device.reported_version, device.refusal = 3, "kept"
+    session.flush()
+    assert (service.get(DEVICE).desired_version, service.get(DEVICE).reported_version) == (8, 3)
+    assert session.scalar(text("SELECT refusal FROM device_state")) == "kept"

@@ -12,7 +12,15 @@ from sqlalchemy import Connection, Engine, select, text
 from sqlalchemy.orm import Session
 from sqlalchemy.orm.exc import ObjectDeletedError, StaleDataError
 
-from iot_models import DeviceNotFound, DeviceState, LateReport, ShadowService, UnknownVersion, VersionConflict
+from iot_models import (
+    DeviceNotFound,
+    DeviceState,
+    LateReport,
+    ShadowService,
+    UnknownVersion,
+    VersionConflict,
+    VersionNotKept,
+)
 from tests.databases.devices import DEVICE, TENANT, add_device
 from tests.databases.statements import at_statement, counted_statements
 
@@ -339,6 +347,14 @@ def test_a_device_that_lived_and_was_removed_while_the_insert_waited_for_another
             meanwhile.commit()
             other.commit()
             assert registered.result()["m2"].desired_version == 2
+
+
+def test_the_version_of_a_removal_is_no_document_to_restore(lived: ShadowService) -> None:
+    lived.register(DEVICE, "berlin")
+    lived.replace_desired(DEVICE, {"n": 4})
+    with pytest.raises(VersionNotKept):
+        lived.restore_desired(DEVICE, 3)
+    assert lived.get(DEVICE).desired_version == 4
 
 
 def test_once_its_removal_is_forgotten_a_device_starts_anew(session: Session, lived: ShadowService) -> None:

@@ -95,7 +95,7 @@ def test_a_refusal_of_an_older_or_of_an_acknowledged_version_is_late(service: Sh
             service.refuse_desired(DEVICE, version, WHY)
         assert (caught.value.acked, caught.value.current) == (version, 7)
     service.replace_reported(DEVICE, {}, acked_version=7)
-    with pytest.raises(LateReport):
+    with pytest.raises(LateReport, match="acknowledged version 7 before it refused it"):
         service.refuse_desired(DEVICE, 7, WHY)
     assert service.count_refused() == 0
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iot_models import DocumentLimits, Report, ReportOutcome, ReportStatus
-from iot_models._core.report_rules import Accepted, Stored, Versions, check, fold, judge
+from iot_models import DocumentLimits, LateReport, Report, ReportOutcome, ReportStatus, UnknownVersion
+from iot_models._core.report_rules import Accepted, Stored, Versions, check, fold, judge, require_refusable
 from tests.fuzz.corpus.hostile_types import LyingInt
 
 LIMITS = DocumentLimits(max_bytes=100)
@@ -187,3 +187,14 @@ def test_what_is_no_report_is_refused_however_deep_it_is() -> None:
 
     with pytest.raises(TypeError, match=r"reports must be Report objects, got \[\["):
         check(deep, LIMITS, patches=False)
+
+
+def test_a_refusal_is_taken_of_the_newest_version_while_it_is_not_acknowledged() -> None:
+    require_refusable("d", 5, Versions(5, 4))
+    for version, versions, error in (
+        (4, Versions(5, 3), LateReport),
+        (5, Versions(5, 5), LateReport),
+        (6, Versions(5, 3), UnknownVersion),
+    ):
+        with pytest.raises(error):
+            require_refusable("d", version, versions)
