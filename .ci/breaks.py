@@ -814,11 +814,11 @@ BREAKS = [
         (PARKED_TOO,),
     ),
     Break(
-        "a refusal of an earlier version comes back",
+        "a refusal of an earlier life comes back",
         "alembic/versions/079_shadow_refusal.py",
-        '    "d.desired_version = p.refused_version AND d.refused_version IS NULL "',
-        '    "d.refused_version IS NULL "',
-        (f"{PARKED_TOO}::test_what_is_written_during_the_rollback_counts_and_the_refusal_before_it_does_not",),
+        '    "AND d.shadow_updated_at IS NOT DISTINCT FROM p.shadow_updated_at"\n',
+        '    "AND d.refused_at IS NULL"\n',
+        (f"{PARKED_TOO}::test_a_device_that_is_removed_and_made_again_during_the_rollback_has_refused_nothing",),
     ),
     Break(
         "the history of all tenants is open to who has default privileges",

@@ -376,6 +376,7 @@ def test_while_another_transaction_removes_a_device_it_is_there_and_registering_
     with Session(own_engine) as removing, Session(own_engine.execution_options(isolation_level=level)) as registering:
         service = ShadowService(registering, TENANT)
         ShadowService(removing, TENANT).remove(DEVICE)
+        registering.execute(text("SET lock_timeout = '2s'"))
         assert service.register(DEVICE, "berlin").desired_version == 2
         removing.commit()
         registering.commit()
