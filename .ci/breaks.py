@@ -718,7 +718,7 @@ BREAKS = [
     Break(
         "a restore has another tenant's document",
         "iot_models/_core/desired_statements.py",
-        "kept = select(_H.desired_state).where(_of_tenant(), of_version).scalar_subquery()",
+        "kept = select(_H.desired_state).where(of_tenant(HISTORY), of_version).scalar_subquery()",
         "kept = select(func.max(cast(_H.desired_state, Text)).cast(JSONB)).where(of_version).scalar_subquery()",
         (HISTORY,),
     ),

@@ -228,10 +228,9 @@ def _write_guarded(execute: Execute, tenant_id: str, reports: Sequence[CheckedRe
     }
     if if_converged := any(report.if_converged for report in reports):
         binds["if_converged"] = [report.if_converged for report in reports]
-    if refuses := any(report.refused_version is not None for report in reports):
-        binds["refused"] = [report.refused_version for report in reports]
-        binds["refusals"] = [report.refusal for report in reports]
-    rows = execute(statements.write_reported_many(if_converged=if_converged, refuses=refuses), binds)
+    if refuses := _refusal_binds(reports):
+        binds |= refuses
+    rows = execute(statements.write_reported_many(if_converged=if_converged, refuses=bool(refuses)), binds)
     return {row.device_id: Versions(row.desired_version, row.reported_version) for row in rows}
 
 
@@ -249,8 +248,17 @@ def _write_decided(execute: Execute, tenant_id: str, accepted: Mapping[str, Acce
     }
     if unchanged := any(write.seen.reported is not None for write in accepted.values()):
         binds["seen"] = [write.seen.reported for write in accepted.values()]
-    if refuses := any(write.refused_version is not None for write in accepted.values()):
-        binds["refused"] = [write.refused_version for write in accepted.values()]
-        binds["refusals"] = [write.refusal for write in accepted.values()]
-    statement = statements.write_reported_many(decided=True, refuses=refuses, unchanged=unchanged)
+    if refuses := _refusal_binds(accepted.values()):
+        binds |= refuses
+    statement = statements.write_reported_many(decided=True, refuses=bool(refuses), unchanged=unchanged)
     return set(execute(statement, binds).scalars())
+
+
+def _refusal_binds(reports: Collection[CheckedReport] | Collection[Accepted]) -> dict[str, object]:
+    """The arrays of the refusals; empty if no report of the batch refuses, so that the statement does without them."""
+    if all(report.refused_version is None for report in reports):
+        return {}
+    return {
+        "refused": [report.refused_version for report in reports],
+        "refusals": [report.refusal for report in reports],
+    }

@@ -10,7 +10,7 @@ The new version is one above the row's. A row may be behind its history: SQL by 
 again, or set its version back. It goes on above the newest version of its history, so that no version stands for two
 documents, and no message of the earlier life fits.
 
-What is read for a decision, is read between the lock and the write: see `statements`.
+What a decision needs is read between the lock and the write: see `statements`.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from iot_models._core.statements import (
     lock,
     locked_rows,
     not_before,
+    of_tenant,
     rows_of,
 )
 from iot_models.models import HISTORY, TABLE
@@ -103,7 +104,7 @@ def restore_desired(*, guarded: bool, once: bool) -> ShadowSelect:
     version = bindparam("version", type_=BigInteger)
     locked = _locked_device(guarded=guarded)
     of_version = (_H.device_id == locked.c.device_id) & (_H.desired_version == version)
-    kept = select(_H.desired_state).where(_of_tenant(), of_version).scalar_subquery()
+    kept = select(_H.desired_state).where(of_tenant(HISTORY), of_version).scalar_subquery()
     current = case((locked.c.desired_version == version, locked.c.desired_state))
     found = _with_newest(locked, func.coalesce(kept, current).label("found"))
     is_document = func.jsonb_typeof(found.c.found) == literal_column("'object'", Text)
@@ -209,14 +210,10 @@ def _newest_of(device_id: ColumnElement[str]) -> ColumnElement[int]:
     """The newest version that the history has of a device; NULL if it has none."""
     return (
         select(func.max(_H.desired_version))
-        .where(_of_tenant(), _H.device_id == device_id)
+        .where(of_tenant(HISTORY), _H.device_id == device_id)
         .correlate_except(HISTORY)
         .scalar_subquery()
     )
-
-
-def _of_tenant() -> ColumnElement[bool]:
-    return _H.tenant_id == bindparam("tenant", type_=PlainText())
 
 
 @cache
@@ -239,13 +236,12 @@ def record_removals() -> ReturningInsert[str, int]:
     """
     before = (LOCKED.c.device_id, LOCKED.c.desired_state, LOCKED.c.desired_version, LOCKED.c.shadow_updated_at)
     wanted = rows_of("wanted", read_at=BigInteger())
-    of_tenant = LOCKED.c.tenant_id == bindparam("tenant", type_=PlainText())
     is_removal = (
         (_H.device_id == wanted.c.devices) & _H.desired_state.is_(None) & (_H.desired_version > wanted.c.read_at)
     )
-    removed_since = exists(select(_H.device_id).where(_of_tenant(), is_removal).correlate(wanted))
+    removed_since = exists(select(_H.device_id).where(of_tenant(HISTORY), is_removal).correlate(wanted))
     rows = select(*before).join_from(LOCKED, wanted, LOCKED.c.device_id == wanted.c.devices)
-    rows = rows.where(of_tenant, ~removed_since).order_by(LOCKED.c.device_id).with_for_update(of=LOCKED)
+    rows = rows.where(of_tenant(LOCKED), ~removed_since).order_by(LOCKED.c.device_id).with_for_update(of=LOCKED)
     return _end(rows.cte("gone").prefix_with("MATERIALIZED"))
 
 
@@ -272,7 +268,7 @@ def _resume_of(device_id: ColumnElement[str]) -> ColumnElement[int]:
     That of its removal. Where nobody recorded one (SQL by hand, a device that was renamed), the one above the newest.
     """
     above = case((_H.desired_state.is_(None), 0), else_=1)
-    of_device = (_of_tenant(), _H.device_id == device_id)
+    of_device = (of_tenant(HISTORY), _H.device_id == device_id)
     newest = select(_H.desired_version + above).where(*of_device).order_by(_H.desired_version.desc()).limit(1)
     return newest.correlate_except(HISTORY).scalar_subquery()
 
@@ -334,7 +330,7 @@ def _resuming() -> CTE:
     same = TABLE.alias("same")
     seen = (
         select(func.count())
-        .where(same.c.tenant_id == bindparam("tenant", type_=PlainText()), same.c.device_id == wanted.c.devices)
+        .where(of_tenant(same), same.c.device_id == wanted.c.devices)
         .correlate(wanted)
         .scalar_subquery()
     )

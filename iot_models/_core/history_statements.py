@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import BigInteger, Interval, Text, and_, bindparam, cast, delete, exists, false, func, null, select
 
 from iot_models._core.column_types import PlainText
-from iot_models._core.statements import OF_DEVICE, OF_TENANT
+from iot_models._core.statements import OF_DEVICE, OF_TENANT, of_tenant
 from iot_models.models import HISTORY, TABLE
 
 if TYPE_CHECKING:
@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 
 _C: Final = TABLE.c
 _H: Final = HISTORY.c
+_OLD: Final = HISTORY.alias("old")
 _NOBODY: Final = cast(null(), Text)
-
-
 _VERSION: Final = (
     _H.tenant_id,
     _H.device_id,
@@ -40,7 +39,7 @@ def _current(*where: ColumnElement[bool]) -> Select[Any]:
     """The version of the row of a device, if the history does not have it."""
     is_recorded = exists(
         select(_H.device_id)
-        .where(_of_tenant(), _H.device_id == _C.device_id, _H.desired_version == _C.desired_version)
+        .where(of_tenant(HISTORY), _H.device_id == _C.device_id, _H.desired_version == _C.desired_version)
         .correlate_except(HISTORY)
     )
     columns = (
@@ -57,12 +56,8 @@ def _current(*where: ColumnElement[bool]) -> Select[Any]:
     return select(*columns).where(OF_TENANT, OF_DEVICE, ~is_recorded, *where)
 
 
-def _of_tenant() -> ColumnElement[bool]:
-    return _H.tenant_id == bindparam("tenant", type_=PlainText())
-
-
 def _of_device() -> ColumnElement[bool]:
-    return and_(_of_tenant(), _H.device_id == bindparam("device", type_=PlainText()))
+    return and_(of_tenant(HISTORY), _H.device_id == bindparam("device", type_=PlainText()))
 
 
 @cache
@@ -106,7 +101,7 @@ def request_done() -> Select[Any]:
     before = (
         select(earlier.c.desired_state)
         .where(
-            earlier.c.tenant_id == bindparam("tenant", type_=PlainText()),
+            of_tenant(earlier),
             earlier.c.device_id == _H.device_id,
             earlier.c.desired_version == _H.desired_version - 1,
         )
@@ -134,24 +129,19 @@ def prune_history(*, keep: int) -> ReturningDelete[int]:
     page = unknown.subquery().select().union_all(known.subquery().select()).limit(limit).subquery("page")
     return (
         delete(HISTORY)
-        .where(_of_tenant(), _H.device_id == page.c.device_id, _H.desired_version == page.c.desired_version)
+        .where(of_tenant(HISTORY), _H.device_id == page.c.device_id, _H.desired_version == page.c.desired_version)
         .returning(_H.desired_version)
     )
 
 
-_OLD: Final = HISTORY.alias("old")
-
-
 def _old(condition: ColumnElement[bool], *, keep: int) -> Select[str, int]:
-    wanted = select(_OLD.c.device_id, _OLD.c.desired_version).where(
-        _OLD.c.tenant_id == bindparam("tenant", type_=PlainText()), condition
-    )
+    wanted = select(_OLD.c.device_id, _OLD.c.desired_version).where(of_tenant(_OLD), condition)
     if not keep:
         return wanted
     newer = HISTORY.alias("newer")
     last_kept = (
         select(newer.c.desired_version)
-        .where(newer.c.tenant_id == bindparam("tenant", type_=PlainText()), newer.c.device_id == _OLD.c.device_id)
+        .where(of_tenant(newer), newer.c.device_id == _OLD.c.device_id)
         .order_by(newer.c.desired_version.desc())
         .offset(keep - 1)
         .limit(1)

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any, TypeAlias
 
-    from sqlalchemy import CTE, Cast, ColumnElement, Select, TableValuedAlias
+    from sqlalchemy import CTE, Cast, ColumnElement, FromClause, Select, TableValuedAlias
     from sqlalchemy.sql.dml import ReturningUpdate
     from sqlalchemy.types import TypeEngine
 
@@ -68,7 +68,14 @@ SHADOW: Final = (
     _C.refusal,
     _C.refused_at,
 )
-OF_TENANT: Final = _C.tenant_id == bindparam("tenant", type_=PlainText())
+
+
+def of_tenant(table: FromClause) -> ColumnElement[bool]:
+    """The rows of the bound `tenant`, in a table of ours or an alias of one."""
+    return table.c.tenant_id == bindparam("tenant", type_=PlainText())
+
+
+OF_TENANT: Final = of_tenant(TABLE)
 OF_DEVICE: Final = _C.device_id == bindparam("device", type_=PlainText())
 
 
@@ -346,8 +353,12 @@ def locked_rows(of: TableValuedAlias, *guard: ColumnElement[bool], carrying: Seq
 
 def lock(rows: ShadowSelect) -> CTE:
     """These rows of the bound tenant, locked as `locked_document` does."""
-    of_tenant = LOCKED.c.tenant_id == bindparam("tenant", type_=PlainText())
-    return rows.where(of_tenant).with_for_update(key_share=True, of=LOCKED).cte("locked").prefix_with("MATERIALIZED")
+    return (
+        rows.where(of_tenant(LOCKED))
+        .with_for_update(key_share=True, of=LOCKED)
+        .cte("locked")
+        .prefix_with("MATERIALIZED")
+    )
 
 
 @cache
