@@ -58,6 +58,7 @@ class AsyncShadowService:
         bind_tenant: Whether to bind each transaction to the tenant first, for row level security: see
             `iot_models.tenancy`.
         history: Whether desired writes leave a row in the history.
+        notify: Whether desired writes wake those who wait in `bus.watch_pending`.
 
     Raises:
         TypeError: If `tenant_id` or `actor` is not a string.
@@ -80,6 +81,7 @@ class AsyncShadowService:
         stale_after: timedelta = STALE_AFTER,
         bind_tenant: bool = False,
         history: bool = True,
+        notify: bool = False,
     ) -> None:
         validation.require_session(session, "AsyncSession")
         self._session = session
@@ -91,6 +93,7 @@ class AsyncShadowService:
             stale_after=stale_after,
             bind_tenant=bind_tenant,
             history=history,
+            notify=notify,
         )
 
     @property

@@ -13,6 +13,7 @@ from iot_models._core import (
     desired_statements,
     history_statements,
     loaded_objects,
+    notifications,
     report_rules,
     statements,
     validation,
@@ -82,6 +83,9 @@ class ShadowService:
             `iot_models.tenancy`.
         history: Whether desired writes leave a row in the history. Without, there is no actor, reason or request, no
             version to restore but those of other writers, and writes are up to a fifth cheaper.
+        notify: Whether desired writes wake those who wait in `bus.watch_pending`: one statement more for each
+            transaction, or for each call in AUTOCOMMIT mode. A transaction that notified cannot be prepared (two-phase
+            commit).
 
     Raises:
         TypeError: If `session` is neither, or `tenant_id` or `actor` is no string.
@@ -105,6 +109,7 @@ class ShadowService:
         stale_after: timedelta = STALE_AFTER,
         bind_tenant: bool = False,
         history: bool = True,
+        notify: bool = False,
     ) -> None:
         validation.require_session(session, "Session", "scoped_session")
         validation.require_tenant(tenant_id)
@@ -115,6 +120,7 @@ class ShadowService:
         self._limits = limits
         self._stale_after = stale_after
         self._bind_tenant = bind_tenant
+        self._notify = notify
 
     def get(self, device_id: str) -> Shadow:
         """Read one shadow.
@@ -230,7 +236,9 @@ class ShadowService:
             row: _Row | None = self._execute("patch_desired", statement, binds).one_or_none()
             return row
 
-        return self._result(cast("_Written", until_written(attempt, lambda: device_not_written(device_id))))
+        return self._result(
+            "patch_desired", cast("_Written", until_written(attempt, lambda: device_not_written(device_id)))
+        )
 
     def restore_desired(
         self,
@@ -481,6 +489,7 @@ class ShadowService:
             return {}
         execute = partial(self._execute, "replace_desired_many")
         rows = batches.replace_desired(execute, self.tenant_id, documents, expected, self._limits, author)
+        self._wake("replace_desired_many")
         return self._written_in_order(documents, rows)
 
     def patch_desired_many(
@@ -510,6 +519,7 @@ class ShadowService:
             return {}
         execute = partial(self._execute, "patch_desired_many")
         rows = batches.patch_desired(execute, self.tenant_id, wanted, patch, self._limits, author)
+        self._wake("patch_desired_many")
         return self._written_in_order(wanted, rows)
 
     def replace_reported_many(self, reports: Iterable[Report]) -> list[ReportOutcome]:
@@ -771,7 +781,7 @@ class ShadowService:
                 refused()
             return row
 
-        return self._result(cast("_Written", until_written(attempt, lambda: device_not_written(device_id))))
+        return self._result(method, cast("_Written", until_written(attempt, lambda: device_not_written(device_id))))
 
     def _done(
         self,
@@ -793,9 +803,20 @@ class ShadowService:
             raise RequestReused(binds["device"], binds["request"], row.desired_version)
         return self._shadow(self._one(method, statements.one_shadow(), binds["device"]))
 
-    def _result(self, written: _Written) -> Shadow:
-        """The shadow that a write returned, or that stands because the request was done before."""
-        return written if isinstance(written, Shadow) else self._written(written)
+    def _result(self, method: str, written: _Written) -> Shadow:
+        """The shadow that a desired write returned, or that stands because the request was done before."""
+        if isinstance(written, Shadow):
+            return written
+        self._wake(method)
+        return self._written(written)
+
+    def _wake(self, method: str) -> None:
+        """Notify those who wait for desired documents of this tenant, once for each transaction."""
+        if not self._notify:
+            return
+        connection = self._session.connection(bind_arguments={"mapper": DeviceState.__mapper__})
+        if not notifications.is_notified(connection, self.tenant_id):
+            self._execute(method, notifications.notify(self.tenant_id), {})
 
     def _version(self, method: str, device_id: str, version: int) -> DesiredVersion:
         binds = self._device(device_id) | {"version": version}

@@ -37,6 +37,8 @@ _CLIENT_ENCODING: Final = (
 # shown if it is made of columns only, and of none that holds a document.
 _KEY: Final = re.compile(r"[^()]*\((?!(?:.*, )?(?:desired_state|reported_state|state)\b)[\w, ]+\)=")
 _ABOUT_A_ROW: Final = ("23", "44")  # constraints, and the WITH CHECK OPTION of a view
+# Values out of range or of the wrong form, constraints, the WITH CHECK OPTION of a view, RAISE in a trigger.
+_OF_THE_DATA: Final = ("22", "23", "44", "P0")
 _LOST: Final = (
     "The connection is lost, and its transaction is not committed: roll back, and run all of it again. In AUTOCOMMIT "
     "mode the last statement may be written: read before you write again."
@@ -77,6 +79,13 @@ def sqlstate(error: DBAPIError) -> str | None:
     """The SQLSTATE of a database error; None where the server sent none, as for a lost connection."""
     state: str | None = getattr(error.orig, "sqlstate", None)
     return state
+
+
+def is_of_the_data(error: Exception) -> bool:
+    """Whether the database, or a trigger in it, refused values; the same statement with others can succeed."""
+    if isinstance(error, DBAPIError):
+        return (sqlstate(error) or "").startswith(_OF_THE_DATA)
+    return isinstance(error, UnicodeError)  # psycopg's, if the session's encoding cannot express a text
 
 
 @contextmanager

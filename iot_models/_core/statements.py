@@ -371,13 +371,30 @@ def pending_page(*, after: bool) -> ShadowSelect:
     planner knew it, and expected no more pending devices than that (a table without statistics, a tenant whose rows
     were just loaded), it would sort all of them for each page. Without it, it reads the index in order.
     """
-    return _page(_PENDING, after=after)
+    return _page(_PENDING, SHADOW, after=after)
 
 
-def _page(condition: ColumnElement[bool], *, after: bool) -> ShadowSelect:
+def _page(condition: ColumnElement[bool], columns: Sequence[ColumnElement[Any]], *, after: bool) -> ShadowSelect:
     behind = [_C.device_id > bindparam("after", type_=PlainText())] if after else []
     limit = select(bindparam("limit", type_=BigInteger)).scalar_subquery()
-    return select(*SHADOW).where(OF_TENANT, condition, *behind).order_by(_C.device_id).limit(limit)
+    return select(*columns).where(OF_TENANT, condition, *behind).order_by(_C.device_id).limit(limit)
+
+
+@cache
+def pending_versions(*, after: bool) -> ShadowSelect:
+    """A page of pending devices, as `pending_page`: `device_id`, `desired_version`, and whether that `is_refused`."""
+    is_refused = func.coalesce(_C.refused_version == _C.desired_version, false()).label("is_refused")
+    return _page(_PENDING, [_C.device_id, _C.desired_version, is_refused], after=after)
+
+
+@cache
+def pending_tenant(*, after: bool) -> Select[str]:
+    """The first tenant that has pending devices. With `after`, the first one behind the bound `after`.
+
+    The only statement over all tenants: a watcher of all of them asks it for one tenant after the other.
+    """
+    behind = [_C.tenant_id > bindparam("after", type_=PlainText())] if after else []
+    return select(_C.tenant_id).where(_PENDING, *behind).order_by(_C.tenant_id).limit(1)
 
 
 @cache
@@ -389,7 +406,7 @@ def pending_count() -> Select[int]:
 @cache
 def refused_page(*, after: bool) -> ShadowSelect:
     """A page of the devices that refused the newest version, as `pending_page`."""
-    return _page(conditions.refused(_C), after=after)
+    return _page(conditions.refused(_C), SHADOW, after=after)
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
 from iot_models.errors import DeviceNotFound, InvalidVersion, shown
@@ -70,6 +70,37 @@ def require_session(session: object, *kinds: str) -> None:
     if not set(kinds) & set(names):
         way = next((_SESSIONS[name] for name in names if name in _SESSIONS), f"pass SQLAlchemy's {kinds[0]}")
         raise TypeError(f"session must be a {' or a '.join(kinds)}, got {_kind(session)}: {way}")
+
+
+_ENGINES: Final = {
+    "AsyncEngine": "create_async_engine makes one",
+    "Engine": "create_engine makes one",
+}
+
+
+def require_engine(engine: object, *kinds: str) -> None:
+    """Refuse anything but an engine of these kinds, by the names of SQLAlchemy's classes, as `require_session` does.
+
+    Raises:
+        TypeError: With what to pass instead.
+    """
+    if not set(kinds) & {cls.__name__ for cls in type(engine).__mro__}:
+        ways = ", ".join(f"iot_models.engine.{_ENGINES[kind]}" for kind in kinds)
+        raise TypeError(f"engine must be an {' or an '.join(kinds)}, got {_kind(engine)}: {ways}")
+
+
+def duration(name: str, value: object) -> timedelta:
+    """A time that something may take, zero included.
+
+    Raises:
+        TypeError: If it is no timedelta.
+        ValueError: If it is negative.
+    """
+    if not isinstance(value, timedelta):
+        raise TypeError(f"{name} must be a timedelta, got {shown(value)}")
+    if value < timedelta():
+        raise ValueError(f"{name} must be 0 or more, got {value!r}")
+    return value
 
 
 def _kind(value: object) -> str:
