@@ -17,11 +17,12 @@ from fleet_data import DOCUMENT, PATCH, TENANT, load, plain
 from orm import Unversioned, Versioned
 from psycopg.types.json import Jsonb
 from rounds import Figure, Progress, interleaved
-from sqlalchemy import func, update
+from sqlalchemy import func, make_url, update
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from iot_models import Report, ShadowService, twin
-from iot_models.engine import create_engine
+from iot_models import AsyncShadowService, Report, ShadowService, twin
+from iot_models.engine import create_async_engine, create_engine
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +39,31 @@ REPORTS = """
      WHERE d.tenant_id = %s AND d.device_id = n.device_id AND n.acked BETWEEN d.reported_version AND d.desired_version
     RETURNING d.device_id, d.desired_version, d.reported_version
 """
+# The same with what the service promises: locks in the order of the ids, and an outcome for each report. All values
+# travel as one JSON text, the fastest way of those tried.
+GUARANTEED = """
+    WITH sent AS (
+      SELECT n.device_id, n.document, n.acked, n.place FROM jsonb_to_recordset({documents}::text::jsonb)
+          AS n(device_id text, document jsonb, acked int, place int)
+    ), locked AS MATERIALIZED (
+      SELECT d.device_id, d.desired_version, d.reported_version
+        FROM device_state d JOIN sent n ON n.device_id = d.device_id
+       WHERE d.tenant_id = {tenant} ORDER BY d.device_id FOR NO KEY UPDATE OF d
+    ), written AS (
+      UPDATE device_state d SET reported_state = n.document, reported_version = n.acked,
+                                last_seen_at = greatest(d.last_seen_at, now())
+        FROM sent n JOIN locked l ON l.device_id = n.device_id
+       WHERE d.tenant_id = {tenant} AND d.device_id = l.device_id
+         AND n.acked BETWEEN l.reported_version AND l.desired_version
+      RETURNING d.device_id, d.desired_version, d.reported_version
+    )
+    SELECT n.place, w.device_id IS NOT NULL, coalesce(w.desired_version, l.desired_version),
+           coalesce(w.reported_version, l.reported_version)
+      FROM sent n LEFT JOIN locked l ON l.device_id = n.device_id LEFT JOIN written w ON w.device_id = n.device_id
+     ORDER BY n.place
+"""
+PSYCOPG_GUARANTEED = GUARANTEED.format(documents="%(documents)s", tenant="%(tenant)s")
+ASYNCPG_GUARANTEED = GUARANTEED.format(documents="$1", tenant="$2")
 REPORT = """
     UPDATE device_state SET reported_state = %s, reported_version = %s, last_seen_at = now()
      WHERE tenant_id = %s AND device_id = %s AND %s BETWEEN reported_version AND desired_version
@@ -72,7 +98,10 @@ def measure(url: str, setting: str, rounds: int, progress: Progress) -> list[Fig
     load(url, DEVICES)
     figures: list[Figure] = []
     with ExitStack() as stack:
-        for work, contenders in (("reports", _reports(stack, url)), ("patches", _patches(stack, url))):
+        for work, contenders in (
+            ("reports", _reports(stack, url) | _reports_by_asyncpg(stack, url)),
+            ("patches", _patches(stack, url)),
+        ):
             for size in SIZES:
                 turns = {
                     name: _turn(call, size)
@@ -103,9 +132,6 @@ def _reports(stack: ExitStack, url: str) -> dict[str, Callable[[list[str]], None
     connection = stack.enter_context(psycopg.connect(plain(url)))
     engine = create_engine(url)
     stack.callback(engine.dispose)
-    runner = stack.enter_context(asyncio.Runner())
-    other = runner.run(asyncpg.connect(plain(url)))
-    stack.callback(lambda: runner.run(other.close()))
     turns = itertools.count()
 
     def by_hand(devices: list[str]) -> None:
@@ -114,17 +140,16 @@ def _reports(stack: ExitStack, url: str) -> dict[str, Callable[[list[str]], None
         assert len(rows) == len(devices)
         connection.commit()
 
+    def guaranteed(devices: list[str]) -> None:
+        rows = connection.execute(PSYCOPG_GUARANTEED, {"documents": _sent(devices), "tenant": TENANT}).fetchall()
+        assert all(written for _, written, *_ in rows)
+        connection.commit()
+
     def executemany(devices: list[str]) -> None:
         with connection.cursor() as cursor:
             cursor.executemany(REPORT, [(Jsonb(DOCUMENT), 2, TENANT, device, 2) for device in devices])
             assert cursor.rowcount == len(devices)
         connection.commit()
-
-    async def by_asyncpg(devices: list[str]) -> None:
-        documents = [json.dumps(DOCUMENT) for _ in devices]
-        async with other.transaction():
-            rows = await other.fetch(ASYNCPG_REPORTS, devices, documents, [2] * len(devices), TENANT)
-        assert len(rows) == len(devices)
 
     def bulk(devices: list[str]) -> None:
         with Session(engine) as session, session.begin():
@@ -153,12 +178,54 @@ def _reports(stack: ExitStack, url: str) -> dict[str, Callable[[list[str]], None
 
     return {
         "psycopg by hand, one statement": by_hand,
+        "psycopg by hand, with our guarantees": guaranteed,
         "psycopg by hand, executemany": executemany,
-        "asyncpg by hand, one statement": lambda devices: runner.run(by_asyncpg(devices)),
         "ORM, bulk update by primary key": bulk,
         "ORM, loop": loop,
         "ours, one call": ours,
     }
+
+
+def _reports_by_asyncpg(stack: ExitStack, url: str) -> dict[str, Callable[[list[str]], None]]:
+    runner = stack.enter_context(asyncio.Runner())
+    other = runner.run(asyncpg.connect(plain(url)))
+    stack.callback(lambda: runner.run(other.close()))
+    engine = create_async_engine(make_url(url).set(drivername="postgresql+asyncpg"))
+    stack.callback(lambda: runner.run(engine.dispose()))
+
+    async def by_hand(devices: list[str]) -> None:
+        documents = [json.dumps(DOCUMENT) for _ in devices]
+        async with other.transaction():
+            rows = await other.fetch(ASYNCPG_REPORTS, devices, documents, [2] * len(devices), TENANT)
+        assert len(rows) == len(devices)
+
+    async def guaranteed(devices: list[str]) -> None:
+        async with other.transaction():
+            rows = await other.fetch(ASYNCPG_GUARANTEED, _sent(devices), TENANT)
+        assert all(written for _, written, *_ in rows)
+
+    async def ours(devices: list[str]) -> None:
+        async with AsyncSession(engine) as session, session.begin():
+            outcomes = await AsyncShadowService(session, TENANT).replace_reported_many(
+                Report(device, DOCUMENT, 2) for device in devices
+            )
+        assert all(outcome.status == "accepted" for outcome in outcomes)
+
+    contenders = {
+        "asyncpg by hand, one statement": by_hand,
+        "asyncpg by hand, with our guarantees": guaranteed,
+        "ours (asyncpg), one call": ours,
+    }
+    return {name: lambda devices, call=call: runner.run(call(devices)) for name, call in contenders.items()}
+
+
+def _sent(devices: list[str]) -> str:
+    return json.dumps(
+        [
+            {"device_id": device, "document": DOCUMENT, "acked": 2, "place": place}
+            for place, device in enumerate(devices)
+        ]
+    )
 
 
 ASYNCPG_REPORTS = numbered(REPORTS)

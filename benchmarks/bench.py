@@ -16,10 +16,12 @@ import os
 import shutil
 import sys
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import batches
+import buffer
 import fleet
 import limits
 import psycopg
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 URL_VARIABLE = "IOT_MODELS_BENCH_URL"
-SECTIONS = ("one device", "tasks", "batches", "fleet", "storage", "documents", "limits")
+SECTIONS = ("one device", "tasks", "buffer", "batches", "fleet", "storage", "documents", "limits")
 FLEETS = (10_000, 100_000, 1_000_000)
 SETTINGS = {DURABLE: {"synchronous_commit": "on"}, RELAXED: {"synchronous_commit": "off"}}
 # Settings as in production. The throwaway server's own defaults are not durable.
@@ -91,16 +93,15 @@ def server() -> Iterator[tuple[str, Path, str]]:
 def measure(url: str, tools: Path, rounds: int, only: list[str], progress: Progress) -> list[Figure]:
     figures: list[Figure] = []
     for setting, configuration in SETTINGS.items():
-        for section in ("one device", "tasks", "batches"):
-            if section not in only:
-                continue
-            with database(url, "iot_models_bench", **configuration) as own:
-                if section == "one device":
-                    figures += single.measure(own, setting, tools, rounds, progress)
-                elif section == "tasks":
-                    figures += tasks.measure(own, setting, rounds, progress)
-                else:
-                    figures += batches.measure(own, setting, rounds, progress)
+        for section, measured in {
+            "one device": partial(single.measure, tools=tools),
+            "tasks": tasks.measure,
+            "buffer": buffer.measure,
+            "batches": batches.measure,
+        }.items():
+            if section in only:
+                with database(url, "iot_models_bench", **configuration) as own:
+                    figures += measured(own, setting, rounds=rounds, progress=progress)
     if {"fleet", "storage"} & set(only):
         for devices in FLEETS:
             figures += _fleet(url, devices, rounds, only, progress)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from fleet_data import COLUMNS, DEVICES, DOCUMENT, PATCH, TENANT, Devices, each_timed, engine_of, plain
 from sqlalchemy import make_url
+from sqlalchemy.orm import Session
 
 from iot_models import twin
-from iot_models._core import statements
+from iot_models._core import desired_statements, statements
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from fleet_data import Works
 
 PGBENCH_TRANSACTIONS = 400
+CORE = "SQLAlchemy Core by hand, long session, AUTOCOMMIT"
 
 GET = f"SELECT {COLUMNS} FROM device_state WHERE tenant_id = %s AND device_id = %s"
 REPLACE = f"""
@@ -123,10 +125,23 @@ def by_core(stack: ExitStack, url: str) -> Works:
     """The service's own statements, executed without the service: what SQLAlchemy itself costs."""
     engine = engine_of(stack, url, autocommit=True)
     connection = stack.enter_context(engine.connect())
-    devices = Devices("core")
+    session = stack.enter_context(Session(engine))
+    return {
+        "SQLAlchemy Core by hand, AUTOCOMMIT": ("core", _core_works(connection.execute, Devices("core"))),
+        f"{CORE}, history": ("corehist", _core_works(session.execute, Devices("corehist"), recorded=True)),
+        f"{CORE}, no history": ("coresess", _core_works(session.execute, Devices("coresess"))),
+    }
+
+
+def _core_works(
+    execute: Callable[..., Any], devices: Devices, *, recorded: bool = False
+) -> dict[str, Callable[[], float]]:
+    author = {"author": None, "why": None} if recorded else {}
+    write = desired_statements.write_desired(guarded=True, recorded=recorded, once=False)
+    write_report = statements.write_reported(acked=True, if_converged=False, unchanged=False)
 
     def get() -> None:
-        assert connection.execute(statements.one_shadow(), {"tenant": TENANT, "device": devices.next()}).one_or_none()
+        assert execute(statements.one_shadow(), {"tenant": TENANT, "device": devices.next()}).one_or_none()
 
     def replace() -> None:
         device = devices.next()
@@ -136,23 +151,22 @@ def by_core(stack: ExitStack, url: str) -> Works:
             "document": json.dumps(DOCUMENT),
             "expected": devices.versions[device],
         }
-        assert connection.execute(statements.write_desired(guarded=True), binds).one_or_none()
+        assert execute(write, author | binds).one_or_none()
         devices.versions[device] += 1
 
     def patch() -> None:
         device = devices.next()
-        binds = {"tenant": TENANT, "device": device}
-        document, version, _ = connection.execute(statements.locked_document("desired_state"), binds).one()
+        binds = author | {"tenant": TENANT, "device": device}
+        document, version, _ = execute(statements.locked_document("desired_state"), binds).one()
         merged = json.dumps(twin.merge_patch(json.loads(document), PATCH))
-        binds |= {"document": merged, "expected": version}
-        assert connection.execute(statements.write_desired(guarded=True), binds).one_or_none()
+        assert execute(write, binds | {"document": merged, "expected": version}).one_or_none()
         devices.versions[device] += 1
 
     def report() -> None:
         binds = {"tenant": TENANT, "device": devices.next(), "document": json.dumps(DOCUMENT), "acked": 2}
-        assert connection.execute(statements.write_reported(acked=True, unchanged=False), binds).one_or_none()
+        assert execute(write_report, binds).one_or_none()
 
-    return {"SQLAlchemy Core by hand, AUTOCOMMIT": ("core", each_timed(get, replace, patch, report))}
+    return each_timed(get, replace, patch, report)
 
 
 def by_driver_sql(stack: ExitStack, url: str) -> Works:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 SECTION = "one device"
 
 
-def measure(url: str, setting: str, tools: Path, rounds: int, progress: Progress) -> list[Figure]:
+def measure(url: str, setting: str, *, tools: Path, rounds: int, progress: Progress) -> list[Figure]:
     figures: list[Figure] = []
     with ExitStack() as stack:
         contenders = (
@@ -53,16 +53,18 @@ def measure(url: str, setting: str, tools: Path, rounds: int, progress: Progress
 
 def _ours(stack: ExitStack, url: str) -> Works:
     found: Works = {}
-    for name, prefix, autocommit, long, history in (
-        ("ours, session per write", "per", False, False, True),
-        ("ours, session per write, AUTOCOMMIT", "perauto", True, False, True),
-        ("ours, long session", "long", False, True, True),
-        ("ours, long session, AUTOCOMMIT", "longauto", True, True, True),
-        ("ours, long session, AUTOCOMMIT, no history", "nohistory", True, True, False),
+    options: dict[str, bool]
+    for name, prefix, autocommit, long, options in (
+        ("ours, session per write", "per", False, False, {}),
+        ("ours, session per write, AUTOCOMMIT", "perauto", True, False, {}),
+        ("ours, long session", "long", False, True, {}),
+        ("ours, long session, notify", "notify", False, True, {"notify": True}),
+        ("ours, long session, AUTOCOMMIT", "longauto", True, True, {}),
+        ("ours, long session, AUTOCOMMIT, no history", "nohistory", True, True, {"history": False}),
     ):
         engine = engine_of(stack, url, autocommit=autocommit)
         works = (
-            _long(stack.enter_context(Session(engine)), Devices(prefix), commit=not autocommit, history=history)
+            _long(stack.enter_context(Session(engine)), Devices(prefix), commit=not autocommit, **options)
             if long
             else _per_write(engine, Devices(prefix))
         )
@@ -70,8 +72,8 @@ def _ours(stack: ExitStack, url: str) -> Works:
     return found
 
 
-def _long(session: Session, devices: Devices, *, commit: bool, history: bool) -> dict[str, Callable[[], float]]:
-    service = ShadowService(session, TENANT, history=history)
+def _long(session: Session, devices: Devices, *, commit: bool, **options: bool) -> dict[str, Callable[[], float]]:
+    service = ShadowService(session, TENANT, **options)
     end = session.commit if commit else lambda: None
 
     def get() -> None:
