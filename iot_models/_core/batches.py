@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from iot_models import twin
 from iot_models._core import desired_statements, statements
-from iot_models._core.documents import decode_document, encode_document
+from iot_models._core.documents import decode_document, encode_document, json_object
 from iot_models._core.report_rules import CheckedReport, Stored, Versions, fold
 from iot_models._core.retries import devices_not_written, until_written
 from iot_models._core.validation import findable, require_findable
@@ -165,8 +165,10 @@ def _write_desired(
             **(author or {}),
             "tenant": tenant_id,
             "devices": list(texts),
-            "documents": list(texts.values()),
-            "expected": [expected.get(device_id) for device_id in texts],
+            "documents": json_object(texts),
+            "expected": json_object(
+                {device_id: str(expected[device_id]) for device_id in texts if device_id in expected}
+            ),
         },
     ).all()
     if rows and len(rows) < len(texts):  # all of them exist and were locked

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sqlalchemy.types import TypeEngine
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_EPOCH_IN_SQL: Final = literal_column("TIMESTAMPTZ '1970-01-01 00:00:00+00'", TIMESTAMP(timezone=True))
 # Python's datetime holds the years 1 to 9999.
 _FIRST: Final = literal_column("TIMESTAMPTZ '0001-01-01 00:00:00+00'", TIMESTAMP(timezone=True))
 _BEHIND_LAST: Final = literal_column("TIMESTAMPTZ '10000-01-01 00:00:00+00'", TIMESTAMP(timezone=True))
@@ -63,8 +64,9 @@ class UTCTime(TypeDecorator[datetime]):
         return value
 
     def column_expression(self, column: ColumnElement[Any]) -> ColumnElement[Any]:
-        # A number, exact to the microsecond: no time zone and no DateStyle has a part in it.
-        return type_coerce(case((readable_time(column), extract("epoch", column))), self)
+        # A number, exact to the microsecond: no time zone and no DateStyle has a part in it. Of an interval, because
+        # the epoch of a time is a STABLE function, which Citus refuses in RETURNING.
+        return type_coerce(case((readable_time(column), extract("epoch", column - _EPOCH_IN_SQL))), self)
 
     def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:  # noqa: ARG002
         return None if value is None else _EPOCH + timedelta(microseconds=int(value * 1_000_000))

@@ -40,13 +40,14 @@ from iot_models._core.statements import (
     DEVICES,
     DOCUMENT,
     LOCKED,
+    LOCKED_DEVICES,
     OF_DEVICE,
     OF_DEVICES,
     OF_TENANT,
     SHADOW,
     lock,
-    locked_rows,
     not_before,
+    of_locked,
     of_tenant,
     rows_of,
 )
@@ -113,23 +114,24 @@ def restore_desired(*, guarded: bool, once: bool) -> ShadowSelect:
 
 @cache
 def write_desired_many(*, recorded: bool = True) -> ShadowSelect | ShadowUpdate:
-    """Set the desired documents of several devices and raise their versions, all or none; binds `tenant` and arrays.
+    """Set the desired documents of several devices and raise their versions, all or none.
 
-    The arrays are `devices` (each once), `documents` and `expected` (NULL: any version). First the rows at their
-    expected version are locked, in order. The statement writes only if these are all the devices of the batch. If
-    recorded, as `write_desired`.
+    Binds `tenant`, `devices`, `documents`, `expected`.
 
-    The documents pass through the CTE that locks, as in `statements.write_reported_many`.
+    `devices` is an array, each once; `documents` and `expected` are JSON objects by device (texts). A device that
+    `expected` lacks is written at any version. First the rows at their expected version are locked, in order. The
+    statement writes only if these are all the devices of the batch. If recorded, as `write_desired`.
     """
-    new = rows_of("new", documents=Text(), expected=BigInteger())
-    at_expected = func.coalesce(new.c.expected, LOCKED.c.desired_version) == LOCKED.c.desired_version
-    before = [LOCKED.c[name] for name in ("desired_state", "desired_version", "shadow_updated_at")]
-    locked = locked_rows(new, at_expected, carrying=(*before, new.c.documents))
+    expected = cast(of_locked("expected"), BigInteger)
+    at_expected = func.coalesce(expected, LOCKED.c.desired_version) == LOCKED.c.desired_version
+    columns = [LOCKED.c[name] for name in ("device_id", "desired_state", "desired_version", "shadow_updated_at")]
+    rows = select(*columns, of_locked("documents").label("document")).where(LOCKED_DEVICES, at_expected)
+    locked = lock(rows.order_by(LOCKED.c.device_id))
     all_locked = select(func.count()).select_from(locked).scalar_subquery() == func.pg_catalog.cardinality(DEVICES)
     if recorded:
         found = _with_newest(locked)
-        return _write(found, cast(found.c.documents, JSONB), where=all_locked)
-    return _unrecorded(cast(locked.c.documents, JSONB), _C.device_id == locked.c.device_id, all_locked)
+        return _write(found, found.c.document, where=all_locked)
+    return _unrecorded(locked.c.document, _C.device_id == locked.c.device_id, all_locked)
 
 
 def _unrecorded(document: ColumnElement[Any], *where: ColumnElement[bool]) -> ShadowUpdate:
@@ -231,17 +233,16 @@ def remove(*, guarded: bool) -> ReturningInsert[str, int]:
 def record_removals() -> ReturningInsert[str, int]:
     """The same for rows that the next statement deletes: they are locked.
 
-    Binds `tenant`, `author`, `why` and the arrays `devices` and `read_at`, the versions at which they were read. It
-    leaves out a device that was removed since, and made again: its row is of another life.
+    Binds `tenant`, `author`, `why`, the array `devices`, and `read_at`: the versions at which they were read, a JSON
+    object by device (a text). It leaves out a device that was removed since, and made again: its row is of another
+    life.
     """
     before = (LOCKED.c.device_id, LOCKED.c.desired_state, LOCKED.c.desired_version, LOCKED.c.shadow_updated_at)
-    wanted = rows_of("wanted", read_at=BigInteger())
-    is_removal = (
-        (_H.device_id == wanted.c.devices) & _H.desired_state.is_(None) & (_H.desired_version > wanted.c.read_at)
-    )
-    removed_since = exists(select(_H.device_id).where(of_tenant(HISTORY), is_removal).correlate(wanted))
-    rows = select(*before).join_from(LOCKED, wanted, LOCKED.c.device_id == wanted.c.devices)
-    rows = rows.where(of_tenant(LOCKED), ~removed_since).order_by(LOCKED.c.device_id).with_for_update(of=LOCKED)
+    read_at = cast(of_locked("read_at"), BigInteger)
+    is_removal = (_H.device_id == LOCKED.c.device_id) & _H.desired_state.is_(None) & (_H.desired_version > read_at)
+    removed_since = exists(select(_H.device_id).where(of_tenant(HISTORY), is_removal).correlate(LOCKED))
+    rows = select(*before).where(of_tenant(LOCKED), LOCKED_DEVICES, ~removed_since)
+    rows = rows.order_by(LOCKED.c.device_id).with_for_update(of=LOCKED)
     return _end(rows.cte("gone").prefix_with("MATERIALIZED"))
 
 

@@ -132,6 +132,11 @@ def encode_document(document: object, limits: DocumentLimits) -> str:
     return text
 
 
+def json_object(texts: Mapping[str, str]) -> str:
+    """Put JSON texts together into the text of one JSON object."""
+    return "{" + ",".join(f"{_encode(name)}:{text}" for name, text in texts.items()) + "}"
+
+
 def decode_document(text: str, tenant_id: str, device_id: str) -> dict[str, Any]:
     """Return a device's stored document in a form that can be changed and written back without rounding a number.
 

@@ -22,6 +22,7 @@ from sqlalchemy import (
     Interval,
     Text,
     TypeDecorator,
+    any_,
     bindparam,
     case,
     cast,
@@ -39,10 +40,10 @@ from iot_models._core.column_types import PlainText
 from iot_models.models import TABLE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import Any, TypeAlias
 
-    from sqlalchemy import CTE, Cast, ColumnElement, FromClause, Select, TableValuedAlias
+    from sqlalchemy import CTE, ColumnElement, Dialect, FromClause, Select, TableValuedAlias
     from sqlalchemy.sql.dml import ReturningUpdate
     from sqlalchemy.types import TypeEngine
 
@@ -53,6 +54,9 @@ if TYPE_CHECKING:
 Section = Literal["desired_state", "reported_state"]
 
 _C: Final = TABLE.c
+
+# The table once more, for the rows that a writing statement locks before it writes.
+LOCKED: Final = TABLE.alias("locking")
 
 # What every statement that shows shadows returns; it is read by name.
 SHADOW: Final = (
@@ -79,18 +83,27 @@ OF_TENANT: Final = of_tenant(TABLE)
 OF_DEVICE: Final = _C.device_id == bindparam("device", type_=PlainText())
 
 
-class _ArrayAsText(TypeDecorator[Iterable[object]]):
-    """An array as PostgreSQL's array literal.
+class _TextArray(TypeDecorator[Iterable[object]]):
+    """An array whose elements travel as texts. psycopg gets the text of PostgreSQL's array literal.
 
-    psycopg dumps a list element by element in Python, which for a thousand documents takes longer than the rest of the
-    batch.
+    Left to psycopg, a list is dumped element by element in Python, which for a thousand documents takes longer than the
+    rest of the batch. asyncpg encodes a list in C. It knows this type of array without asking the server, by a
+    statement that a stranger's operators could be called in.
     """
 
-    impl = Text
+    impl = ARRAY(Text)
     cache_ok = True
 
-    def process_bind_param(self, value: Iterable[object] | None, dialect: object) -> str:  # noqa: ARG002 - SQLAlchemy's
-        return "{" + ",".join(map(_element, value or ())) + "}"
+    def bind_processor(self, dialect: Dialect) -> Callable[[Iterable[object] | None], object]:
+        return _texts if dialect.driver == "asyncpg" else _array_literal
+
+
+def _texts(values: Iterable[object] | None) -> list[str | None]:
+    return [value if value is None or isinstance(value, str) else str(value) for value in values or ()]
+
+
+def _array_literal(values: Iterable[object] | None) -> str:
+    return "{" + ",".join(map(_element, values or ())) + "}"
 
 
 def _element(value: object) -> str:
@@ -99,14 +112,36 @@ def _element(value: object) -> str:
     return "NULL" if value is None else str(value)
 
 
-def _array(name: str, of: TypeEngine[Any]) -> Cast[Any]:
-    return cast(bindparam(name, type_=_ArrayAsText), ARRAY(of))
+def _array(name: str, of: TypeEngine[Any]) -> ColumnElement[Any]:
+    texts = bindparam(name, type_=_TextArray())
+    return texts if isinstance(of, Text) else cast(texts, ARRAY(of))
+
+
+class _JSONText(TypeDecorator[str]):
+    """A JSON text, bound as `jsonb`: PostgreSQL parses it once, and not for each row that looks into it."""
+
+    impl = JSONB
+    cache_ok = True
+
+    def bind_processor(self, dialect: Dialect) -> None:  # noqa: ARG002
+        return None
+
+
+def of_locked(name: str) -> ColumnElement[Any]:
+    """What the bound JSON object of that name, a text, has for the device of a row that is locked: JSON, or NULL.
+
+    For batches that write more than one table: a function that returns rows, such as `unnest`, beside a CTE that writes
+    is what Citus cannot do.
+    """
+    return bindparam(name, type_=_JSONText()).op("->", return_type=JSONB())(LOCKED.c.device_id)
 
 
 DEVICES: Final = _array("devices", Text())
 # Not `= ANY (array)`: PostgreSQL does not know the array when it plans, would read all of a tenant where the batch is a
 # large part of it, and compare each row with each id.
 OF_DEVICES: Final = _C.device_id.in_(select(func.pg_catalog.unnest(DEVICES)))
+# Where Citus cannot do that: the subquery hides the ids from the planner, which then searches the index for each.
+LOCKED_DEVICES: Final = LOCKED.c.device_id == any_(cast(select(DEVICES).scalar_subquery(), ARRAY(Text)))
 _PENDING: Final = conditions.pending(_C)
 DOCUMENT: Final = cast(bindparam("document", type_=Text), JSONB)
 
@@ -296,10 +331,6 @@ def _refusals(locked: CTE) -> dict[str, Any]:
         "refusal": case((is_none, _C.refusal), else_=locked.c.refusals),
         "refused_at": case((is_none, _C.refused_at), else_=locked.c.now),
     }
-
-
-# The table once more, for the rows that a writing statement locks before it writes.
-LOCKED: Final = TABLE.alias("locking")
 
 
 def _judged(locked: CTE, document: ColumnElement[Any], *, where: ColumnElement[bool] | None = None) -> CTE:

@@ -27,7 +27,7 @@ from sqlalchemy.orm import InstanceState, Mapper, Session, object_session
 from sqlalchemy.orm.exc import StaleDataError
 
 from iot_models._core import desired_statements, loaded_objects, statements, tracked_documents
-from iot_models._core.documents import encode_document
+from iot_models._core.documents import encode_document, json_object
 from iot_models._core.equality import json_equal
 from iot_models._core.loaded_objects import READ_AT, author
 from iot_models._core.tracked_documents import STORABLE, Document, set_committed_value
@@ -114,7 +114,8 @@ def _record_removals(
     """
     left = {device_id: inspect(device).info.get(READ_AT) for device_id, device in devices.items()}
     for _ in range(2):  # the second time it sees what those have done for whom the first one has waited
-        binds = {"tenant": tenant_id, "devices": list(left), "read_at": list(left.values()), **by}
+        read_at = {device_id: str(version) for device_id, version in left.items() if version is not None}
+        binds = {"tenant": tenant_id, "devices": list(left), "read_at": json_object(read_at), **by}
         for row in connection.execute(desired_statements.record_removals(), binds):
             del left[row.device_id]
         if not left:
