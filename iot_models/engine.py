@@ -17,7 +17,7 @@ from sqlalchemy.exc import ArgumentError
 
 from iot_models._core import statement_names
 from iot_models._core.asyncpg_options import connect_arguments
-from iot_models._core.database_errors import hide_row
+from iot_models._core.database_errors import explain_commit, hide_row
 from iot_models._core.server_settings import CLIENT_ENCODING, pinned, require_readable, settings_in
 from iot_models._core.validation import storable_text
 
@@ -290,6 +290,7 @@ def _prepare_connections(engine: Engine, settings: Mapping[str, str]) -> None:
     statement = f"SELECT pg_catalog.current_setting('server_encoding'), {', '.join(columns)}"
 
     event.listen(engine, "handle_error", hide_row)
+    event.listen(engine, "handle_error", explain_commit)
 
     @event.listens_for(engine, "connect")
     def prepare(connection: Any, _: object) -> None:

@@ -43,6 +43,17 @@ _LOST: Final = (
     "The connection is lost, and its transaction is not committed: roll back, and run all of it again. In AUTOCOMMIT "
     "mode the last statement may be written: read before you write again."
 )
+# Of a cluster: this connection stands, and one between its nodes does not.
+_NODE_LOST: Final = (
+    "A node of the cluster is lost or restarts. If this was the COMMIT, or in AUTOCOMMIT mode, nobody knows whether it "
+    "is written: repeat a desired write with the same request_id, which is done once, and a report as it is. Otherwise "
+    "nothing of the transaction is written: roll back, and run all of it again."
+)
+_CONNECTION_EXCEPTION: Final = "08"
+_LOST_AT_COMMIT: Final = (
+    "The connection is lost at the end of the transaction. If this was COMMIT, nobody knows whether it is committed: "
+    "repeat its desired writes with the same request_id, each is done once, and its reports as they are."
+)
 _BY_SQLSTATE: Final[Mapping[str | None, str]] = {
     "42P01": _UNMIGRATED,  # undefined_table
     "42703": _UNMIGRATED,  # undefined_column
@@ -69,6 +80,12 @@ _BY_SQLSTATE: Final[Mapping[str | None, str]] = {
     ),
     "54000": (  # program_limit_exceeded
         "The ids of this row are together longer than an index of PostgreSQL takes, 2,700 bytes: use shorter ones."
+    ),
+    "57P01": _NODE_LOST,  # admin_shutdown
+    "57P02": _NODE_LOST,  # crash_shutdown
+    "57P03": _NODE_LOST,  # cannot_connect_now
+    "XX000": (  # internal_error: what Citus says where a node fails while it commits, or does not get a lock in time
+        "An internal error of the server; its log says more. Where it is a cluster: " + _NODE_LOST
     ),
     "40P01": _RUN_AGAIN,  # deadlock_detected
     "40001": _RUN_AGAIN,  # serialization_failure
@@ -103,6 +120,18 @@ def explained() -> Iterator[None]:
     except UnicodeError as error:  # psycopg's, if the session's encoding cannot express a text
         error.add_note(_CLIENT_ENCODING)
         raise
+
+
+def explain_commit(context: ExceptionContext) -> None:
+    """Add the way out to an error of COMMIT, which no call of ours stands around: what to do if nobody knows its end.
+
+    A listener for SQLAlchemy's `handle_error`.
+    """
+    error = context.sqlalchemy_exception
+    if context.statement is not None or context.connection is None or not isinstance(error, DBAPIError):
+        return
+    if hint := _LOST_AT_COMMIT if context.is_disconnect else _by_sqlstate(error):
+        error.add_detail(hint)
 
 
 def hide_row(context: ExceptionContext) -> None:
@@ -151,4 +180,9 @@ def _hint(error: DBAPIError) -> str | None:
         return _LOST
     if error.statement is None and not isinstance(error, ProgrammingError):  # while it connected
         return _POOLER if _UNSUPPORTED_BY_PGBOUNCER in str(error.orig) else _UNREACHABLE + _REFUSED
-    return _BY_SQLSTATE.get(sqlstate(error))
+    return _by_sqlstate(error)
+
+
+def _by_sqlstate(error: DBAPIError) -> str | None:
+    state = sqlstate(error)
+    return _NODE_LOST if (state or "").startswith(_CONNECTION_EXCEPTION) else _BY_SQLSTATE.get(state)

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import JSON, Connection, Text, cast, literal, select, text
-from sqlalchemy.exc import DBAPIError, StatementError
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, StatementError
 from sqlalchemy.orm import Session
 
 from iot_models import ShadowService
 from iot_models.engine import create_engine
 from tests.databases.async_engines import ASYNC_DRIVERS
+from tests.databases.backends import cut
 from tests.databases.devices import DEVICE, TENANT, add_device
 from tests.databases.engines import Kind
 
@@ -226,3 +227,24 @@ def test_both_modes_share_one_pool_and_do_not_affect_each_other(own_engine: Engi
 
     with Session(own_engine) as session:
         assert ShadowService(session, TENANT).get(DEVICE).desired == {"kept-0": 0, "kept-1": 1}
+
+
+def test_a_connection_that_is_lost_during_commit_says_what_can_be_repeated(own_engine: Engine) -> None:
+    engine = create_engine(own_engine.url)
+    with engine.connect() as connection:
+        connection.execute(text("SELECT 1"))
+        cut(own_engine)(connection)
+        with pytest.raises(OperationalError, match="If this was COMMIT, nobody knows .* same request_id"):
+            connection.commit()
+    engine.dispose()
+
+
+def test_what_else_a_commit_fails_with_has_its_hint_or_none(own_engine: Engine) -> None:
+    engine = create_engine(own_engine.url)
+    with engine.connect() as connection:
+        connection.execute(text("CREATE TEMPORARY TABLE t (n integer UNIQUE DEFERRABLE INITIALLY DEFERRED)"))
+        connection.execute(text("INSERT INTO t VALUES (1), (1)"))
+        with pytest.raises(IntegrityError) as raised:
+            connection.commit()
+    engine.dispose()
+    assert "PostgreSQL cannot be reached" not in str(raised.value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, OperationalError
 
 from iot_models._core.database_errors import explained, hide_row
 
@@ -23,6 +23,17 @@ def test_an_error_that_a_driver_raises_itself_says_what_to_do(error: Exception, 
 
     assert raised.value is error
     assert [way_out in note for note in error.__notes__] == [True]
+
+
+@pytest.mark.parametrize("state", ["08006", "08001", "57P01", "XX000"])
+def test_a_node_of_a_cluster_that_is_lost_is_named_with_what_to_repeat(state: str) -> None:
+    original = Exception("could not commit transaction on worker")
+    original.sqlstate = state  # type: ignore[attr-defined]
+
+    with pytest.raises(OperationalError) as raised, explained():
+        raise OperationalError("COMMIT", {}, original)
+
+    assert "repeat a desired write with the same request_id" in str(raised.value)
 
 
 @pytest.mark.parametrize(
