@@ -234,7 +234,7 @@ def test_a_connection_that_is_lost_during_commit_says_what_can_be_repeated(own_e
     with engine.connect() as connection:
         connection.execute(text("SELECT 1"))
         cut(own_engine)(connection)
-        with pytest.raises(OperationalError, match="If this was COMMIT, nobody knows .* same request_id"):
+        with pytest.raises(OperationalError, match=r"If this was COMMIT, nobody knows .* same request_id"):
             connection.commit()
     engine.dispose()
 
