@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -315,3 +316,24 @@ def test_each_index_of_the_history_serves_its_query(own_engine: Engine) -> None:
         assert access(connection, history_statements.prune_history(keep=1), **old) == {
             "idx_device_shadow_history_written", "device_shadow_history_pkey"
         }  # fmt: skip
+
+
+def test_a_page_of_drifted_devices_uses_an_index_that_a_team_makes(own_engine: Engine) -> None:
+    page = Path(__file__).parents[2] / "docs" / "performance.md"
+    (index,) = re.findall(r"^CREATE INDEX CONCURRENTLY (?s:.*?);$", page.read_text(), re.MULTILINE)
+    with own_engine.connect() as connection:
+        connection.execute(
+            text("""INSERT INTO device_state (tenant_id, site_id, device_id, desired_state, reported_state)
+                    SELECT 'acme', 's', 'device-' || n, '{"m": 1}', jsonb_build_object('m', 1, 'uptime', n)
+                      FROM generate_series(1, 5000) n""")
+        )
+        connection.execute(text("UPDATE device_state SET reported_state = '{\"m\": 2}' WHERE device_id = 'device-7'"))
+        connection.execute(text(index.replace("CONCURRENTLY ", "")))
+        connection.execute(text("ANALYZE device_state"))
+
+        plan = prepared_plan(connection, statements.drifted_page(after=False), limit=100)
+
+    assert [
+        node.get("Index Name") for node in nodes(plan) if "Scan" in node["Node Type"] and node.get("Relation Name")
+    ] == ["idx_device_state_drifted"]
+    assert plan["Actual Rows"] == 1
