@@ -328,6 +328,7 @@ def test_a_page_of_drifted_devices_uses_an_index_that_a_team_makes(own_engine: E
                       FROM generate_series(1, 5000) n""")
         )
         connection.execute(text("UPDATE device_state SET reported_state = '{\"m\": 2}' WHERE device_id = 'device-7'"))
+        connection.commit()  # a transaction that has updated rows uses no index that it makes over them
         connection.execute(text(index.replace("CONCURRENTLY ", "")))
         connection.execute(text("ANALYZE device_state"))
 
