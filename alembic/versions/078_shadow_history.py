@@ -3,6 +3,10 @@
 A row is written by the statement that writes `desired_state`; no trigger does it. It stays when its device is removed,
 so the table has no foreign key.
 
+`transaction_id` orders the changes of a tenant, so that nothing that commits later stands before what was read. A
+sequence could not: it is drawn before the commit. It is a bigint, because few libraries that read a schema know
+PostgreSQL's xid8.
+
 The table has the documents of all tenants. What default privileges give others on it is taken away. Then those who may
 read `device_state` may read it, those who may write desired documents may add to it, and those who may delete devices
 may delete from it; nobody may change what it holds. Row level security is copied from `device_state`, with its
@@ -40,6 +44,7 @@ COLUMNS = {
     "actor": ("text", False, None),
     "reason": ("text", False, None),
     "request_id": ("text", False, None),
+    "transaction_id": ("bigint", True, "((pg_current_xact_id())::text)::bigint"),
 }
 KEY = ("tenant_id", "device_id", "desired_version")
 COMMENTS = {
@@ -48,12 +53,15 @@ COMMENTS = {
     "actor": "Who wrote it.",
     "reason": "Why, in the words of the writer.",
     "request_id": "The request that this write answered, done once.",
+    "transaction_id": "The transaction that wrote it: the order of ShadowService.changes.",
 }
 INDEXES = {
     # A request is done once for a device, also where it is repeated at the same moment.
     "idx_device_shadow_history_request": "btree (tenant_id, device_id, request_id) WHERE (request_id IS NOT NULL)",
     # The oldest versions of a tenant: ShadowService.prune_history.
     "idx_device_shadow_history_written": "btree (tenant_id, written_at)",
+    # The versions of a tenant by the transactions that wrote them: ShadowService.changes.
+    "idx_device_shadow_history_changes": "btree (tenant_id, transaction_id, device_id, desired_version)",
 }
 UNIQUE = {"idx_device_shadow_history_request"}
 ADDS = {HISTORY: {"columns": COLUMNS, "indexes": INDEXES}}
@@ -97,6 +105,7 @@ def upgrade() -> None:
           actor           TEXT,
           reason          TEXT,
           request_id      TEXT,
+          transaction_id  BIGINT NOT NULL DEFAULT CAST(CAST(pg_current_xact_id() AS TEXT) AS BIGINT),
           PRIMARY KEY (tenant_id, device_id, desired_version)
         )
     """)
