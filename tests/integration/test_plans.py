@@ -308,7 +308,7 @@ def test_each_index_of_the_history_serves_its_query(own_engine: Engine) -> None:
         )
         connection.execute(text("ANALYZE device_shadow_history"))
         one = {"device": "d7", "request": "r7", "version": 7}
-        old = {"age": timedelta(days=20), "limit": 100}
+        old = {"age": timedelta(days=20), "limit": 100, "mark": -2}
 
         assert access(connection, history_statements.request_done(), **one) == {REQUEST, "device_shadow_history_pkey"}
         page = access(connection, history_statements.history_page(before=False), **one, limit=5)
@@ -338,3 +338,29 @@ def test_a_page_of_drifted_devices_uses_an_index_that_a_team_makes(own_engine: E
         node.get("Index Name") for node in nodes(plan) if "Scan" in node["Node Type"] and node.get("Relation Name")
     ] == ["idx_device_state_drifted"]
     assert plan["Actual Rows"] == 1
+
+
+@pytest.mark.parametrize("analysed", [True, False], ids=["analysed", "never analysed"])
+@pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
+def test_a_page_of_changes_reads_its_own_versions_in_order_and_no_others(
+    own_engine: Engine, mode: str, *, analysed: bool
+) -> None:
+    with own_engine.connect() as connection:
+        for tenant, where in (("acme", "n % 2 = 0"), ("globex", "n % 2 = 1")):
+            connection.execute(
+                text(f"""INSERT INTO device_shadow_history (tenant_id, device_id, desired_version, desired_state, written_at, transaction_id)
+                         SELECT '{tenant}', 'd' || n % 500, n / 500, '{{}}', now(), 3 + n / 1000
+                           FROM generate_series(1, 60000) n WHERE {where}""")
+            )
+        if analysed:
+            connection.execute(text("ANALYZE device_shadow_history"))
+        connection.execute(text(f"SET plan_cache_mode = {mode}"))
+        place = {"transaction": 33, "device": "d7", "version": 1}
+        for foreign, binds in ((True, {}), (True, place), (False, place)):
+            statement = history_statements.changes_page(foreign=foreign, after=bool(binds))
+            plan = prepared_plan(connection, statement, limit=100, **binds)
+            reads = [node for node in nodes(plan) if node.get("Relation Name") == "device_shadow_history"]
+            used = {node["Index Name"] for node in reads}
+            assert used <= {"idx_device_shadow_history_changes", "device_shadow_history_pkey"}, reads
+            assert plan["Actual Rows"] == 100
+            assert sum(node["Actual Rows"] + node.get("Rows Removed by Filter", 0) for node in reads) == 100, reads
