@@ -58,6 +58,7 @@ HISTORY = "tests/service/test_history.py"
 REQUESTS = "tests/service/test_requests.py"
 REFUSALS = "tests/service/test_refusals.py"
 LIFE = "tests/service/test_life.py"
+CHANGES = "tests/service/test_changes.py"
 PARKED_TOO = "tests/migrations/test_history_and_refusals.py"
 IN_AN_ENV = "tests/migrations/test_in_a_teams_env.py"
 
@@ -805,6 +806,55 @@ BREAKS = [
         "return wanted.where(_OLD.c.desired_version < last_kept)",
         "return wanted.where(_OLD.c.desired_version <= last_kept)",
         (HISTORY,),
+    ),
+    Break(
+        "what an open transaction might precede is read before it, and that one is missed",
+        "iot_models/_core/history_statements.py",
+        "rows = _changes(_H.transaction_id < _XMIN,",
+        "rows = _changes(_H.transaction_id < _XMAX,",
+        (CHANGES,),
+    ),
+    Break(
+        "a reader has read what its own transaction has not committed",
+        "iot_models/_core/history_statements.py",
+        "rows = _changes(_H.transaction_id < _XMIN,",
+        "rows = _changes(_H.transaction_id <= _XMIN,",
+        (CHANGES,),
+    ),
+    Break(
+        "changes come in the order of their times, which are those at which transactions began",
+        "iot_models/_core/history_statements.py",
+        "    return rows.order_by(_H.transaction_id, _H.device_id, _H.desired_version).limit(_limit())",
+        "    return rows.order_by(_H.written_at, _H.device_id, _H.desired_version).limit(_limit())",
+        (CHANGES,),
+    ),
+    Break(
+        "a pruning leaves no mark: versions are missed without a word",
+        "iot_models/_core/history_statements.py",
+        ".where(_is_version(gone)).add_cte(left)",
+        ".where(_is_version(gone))",
+        (CHANGES,),
+    ),
+    Break(
+        "a pruning hides that others pruned what is newer",
+        "iot_models/_core/history_statements.py",
+        "_is_mark(mark), mark.c.transaction_id <= pruned)",
+        "_is_mark(mark), mark.c.transaction_id >= func.coalesce(pruned, 0) * 0)",
+        (CHANGES,),
+    ),
+    Break(
+        "a cursor whose version was lost in a failover goes on",
+        "iot_models/_core/change_cursors.py",
+        "    elif place is not None and not any(",
+        "    elif place is not None and not place and not any(",
+        (CHANGES,),
+    ),
+    Break(
+        "versions of a dump of another cluster are not read",
+        "iot_models/_core/history_statements.py",
+        "both = union_all(select(*first.c), select(*then.c)).subquery",
+        "both = union_all(select(*first.c).where(false()), select(*then.c)).subquery",
+        (CHANGES,),
     ),
     Break(
         "a rollback drops the history",

@@ -135,7 +135,9 @@ def follow(
     elif cursor.origin != origin:
         raise CursorExpired(tenant_id)
     place, known = cursor.place, cursor.known
-    if place is not None and found and Place.of(found[0]) == place:
+    if place is not None and found and Place.of(found[0])[:4] == place[:4]:
+        if Place.of(found[0]) != place:
+            raise CursorExpired(tenant_id)  # another version took its number
         found = found[1:]
     elif place is not None and not any(_is_behind(up_to, head, place, is_whole=False) for up_to in marks.values()):
         raise CursorExpired(tenant_id)  # it was not pruned: it is lost

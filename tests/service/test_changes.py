@@ -399,6 +399,26 @@ def test_what_was_pruned_before_a_listing_began_does_not_expire_it_and_what_is_p
             page(fleet, cursor)
 
 
+def test_a_pruning_of_what_a_listing_has_passed_does_not_expire_it_whatever_was_pruned_before(fleet: Engine) -> None:
+    for device_id in DEVICES:
+        write(fleet, device_id)
+        write(fleet, device_id)
+
+    def prune_versions_of(device_id: str) -> None:
+        sql(fleet, f"""UPDATE device_shadow_history SET written_at = now() - INTERVAL '2 days'
+                        WHERE device_id = '{device_id}' AND desired_version = 1""")  # fmt: skip
+        assert prune(fleet, older_than=timedelta(days=1)) == 2
+
+    prune_versions_of("d3")
+    passed = page(fleet, limit=3)
+    assert told(passed.changes) == [("d1", 0), ("d1", 1), ("d1", 2)]
+    prune_versions_of("d1")
+    assert told(page(fleet, passed.cursor).changes) == [("d2", 0), ("d2", 1), ("d2", 2), ("d3", 2)]
+    prune_versions_of("d2")
+    with pytest.raises(CursorExpired):
+        page(fleet, passed.cursor)
+
+
 def test_a_pruning_that_is_open_while_a_listing_begins_expires_it_once_it_is_committed(
     read: tuple[Engine, str, str],
 ) -> None:
