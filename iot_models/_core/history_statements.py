@@ -243,7 +243,7 @@ def prune_history(*, keep: int) -> Select[int]:
     age = func.now() - bindparam("age", type_=Interval)
     # Where nobody knows the age, the version is as old as the write that ended it.
     ended = HISTORY.alias("ended")
-    of_device = (ended.c.tenant_id == _OLD.c.tenant_id, ended.c.device_id == _OLD.c.device_id)
+    of_device = (of_tenant(ended), ended.c.device_id == _OLD.c.device_id)
     newer = select(ended.c.device_id).where(*of_device, ended.c.desired_version > _OLD.c.desired_version)
     is_old = exists(newer.where(ended.c.written_at < age)) | ~exists(newer)
     unknown = _old(_OLD.c.written_at.is_(None) & is_old, keep=keep).limit(limit)
