@@ -55,7 +55,7 @@ class Waits:
     seen: Counter[str] = field(default_factory=Counter)
     blockers: Counter[str] = field(default_factory=Counter)
 
-    def add(self, row: Row[Any]) -> None:
+    def add(self, row: Row[*tuple[Any, ...]]) -> None:
         """Count a session."""
         state, kind, what, blockers = row
         if state is None or state.startswith("idle") or kind == CLIENT:

@@ -139,8 +139,8 @@ def _where_the_latency_is_from(measured: Measured) -> str:
     if measured.latency and measured.batch < measured.max_batch / 2:
         half, waited = measured.latency.p50 * 1000, measured.max_delay * 1000
         return (
-            f"There is room for more: batches go out with {measured.batch:,.0f} of {measured.max_batch:,} reports. Half of "
-            f"the reports take {half:,.0f} ms or less, of which they wait up to {waited:,.0f} ms for others "
+            f"There is room for more: batches go out with {measured.batch:,.0f} of {measured.max_batch:,} reports. "
+            f"Half of the reports take {half:,.0f} ms or less, of which they wait up to {waited:,.0f} ms for others "
             "(--max-delay-ms)."
         )
     return f"There is not much room for more: batches have {measured.batch:,.0f} of {measured.max_batch:,} reports."
@@ -172,7 +172,7 @@ def _locks(measured: Measured) -> str | None:
         return None
     holders = ", ".join(repr(name) for name, _ in Counter(measured.blockers).most_common(3))
     by = f", held by {holders or 'a session that has gone'}"
-    return f"rows or tables that others have locked. Our sessions wait for a lock {_share(locks, measured)}{by}."
+    return f"rows or tables that are locked. Our sessions wait for a lock {_share(locks, measured)}{by}."
 
 
 def _this_process(measured: Measured) -> str | None:
