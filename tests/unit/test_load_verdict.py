@@ -13,6 +13,7 @@ from sqlalchemy import make_url
 
 from iot_models.testing.load.meters import Latencies, Percentiles
 from iot_models.testing.load.observation import difference
+from iot_models.testing.load.output import print_measured
 from iot_models.testing.load.plan import Plan
 from iot_models.testing.load.verdict import Measured, bottleneck, verdict
 
@@ -100,6 +101,11 @@ def test_a_percentile_is_exact_to_one_in_a_hundred(values: list[float]) -> None:
         exact = sorted(values)[-(-len(values) * percent // 100) - 1]
         assert exact <= found * 1.000001
         assert found <= exact * 1.011
+
+
+def test_sessions_that_were_never_seen_at_work_are_said_to_be_so(capsys: pytest.CaptureFixture[str]) -> None:
+    print_measured(measured(waits={}))
+    assert "never seen at work (in 50 looks)" in capsys.readouterr().out
 
 
 def test_of_nothing_there_are_no_percentiles() -> None:

@@ -7,13 +7,12 @@ import selectors
 import time
 from collections import Counter
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import event
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 _STEPS: Final = 100  # of a bucket's logarithm: a percentile is exact to one in a hundred
@@ -46,18 +45,13 @@ class Latencies:
         """None if there are none."""
         if not self._buckets:
             return None
-        p50, p95, p99 = self._at(50, 95, 99)
-        return Percentiles(p50, p95, p99, self._max)
+        return Percentiles(self._at(50), self._at(95), self._at(99), self._max)
 
-    def _at(self, *percents: int) -> Iterator[float]:
-        total = self._buckets.total()
-        for percent in percents:
-            seen = 0
-            for bucket in sorted(self._buckets):
-                seen += self._buckets[bucket]
-                if seen * 100 >= total * percent:
-                    yield min(math.exp(bucket / _STEPS), self._max)
-                    break
+    def _at(self, percent: int) -> float:
+        reached = self._buckets.total() * percent / 100
+        seen = accumulate(self._buckets[bucket] for bucket in sorted(self._buckets))
+        bucket = next(bucket for bucket, count in zip(sorted(self._buckets), seen, strict=True) if count >= reached)
+        return min(math.exp(bucket / _STEPS), self._max)
 
 
 class LoopClock(selectors.DefaultSelector):

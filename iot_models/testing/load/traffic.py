@@ -7,6 +7,7 @@ it is not busy ("coordinated omission"). Here a latency is counted from the time
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from iot_models.testing.load.output import Progress
     from iot_models.testing.load.plan import Plan
 
-_TICK: Final = 0.002
+_TICK: Final = 0.002  # seconds between two looks at what is due, at least
 _AT_ONCE: Final = 1000  # how many are begun in one tick: the event loop has other work
 # How many may be under way. What is due besides is begun later, and its latency counted from when it was due.
 _REPORTS_UNDER_WAY: Final = 10_000
@@ -72,17 +73,18 @@ class Stream:
     async def run(self, start: float, seconds: float) -> None:
         """Begin each write when it is due, from `start` on by the event loop's time."""
         loop = asyncio.get_running_loop()
-        self.due = self.unsent = round(self._rate * seconds)
+        self.due = self.unsent = math.ceil(self._rate * seconds)
         begun = 0
         passed = 0.0
-        while passed < seconds:
-            await asyncio.sleep(_TICK)
+        while self.due and passed < seconds:
             passed = min(loop.time() - start, seconds)
             room = min(self._under_way - len(self._tasks), _AT_ONCE)
-            for n in range(begun, min(round(passed * self._rate), begun + room)):
+            for n in range(begun, min(int(passed * self._rate) + 1, self.due, begun + room)):
                 self._tasks.add(loop.create_task(self._one(n, start + n / self._rate)))
                 begun += 1
             self.unsent = self.due - begun
+            is_next = min(begun / self._rate, seconds)
+            await asyncio.sleep(max(start + is_next - loop.time(), _TICK))
         self.done_in_time = self.done
 
     async def _one(self, n: int, due: float) -> None:
