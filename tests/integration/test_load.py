@@ -317,7 +317,9 @@ def test_devices_that_are_removed_meanwhile_are_outcomes_of_their_own(
 ) -> None:
     def remove() -> None:
         await_reports(own_engine)
-        change(own_engine, "DELETE FROM device_state")
+        with own_engine.begin() as connection:  # in the order of batches: they wait for it, and never deadlock
+            connection.execute(text("SELECT FROM device_state ORDER BY device_id FOR UPDATE"))
+            connection.execute(text("DELETE FROM device_state"))
 
     with beside(remove):
         run = load(*FEW, "--desired-rate", "20")

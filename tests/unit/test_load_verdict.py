@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from datetime import timedelta
 from typing import Any
@@ -103,9 +104,13 @@ def test_a_percentile_is_exact_to_one_in_a_hundred(values: list[float]) -> None:
         assert found <= exact * 1.011
 
 
-def test_sessions_that_were_never_seen_at_work_are_said_to_be_so(capsys: pytest.CaptureFixture[str]) -> None:
-    print_measured(measured(waits={}))
-    assert "never seen at work (in 50 looks)" in capsys.readouterr().out
+def test_what_was_not_measured_is_said_to_be_so(capsys: pytest.CaptureFixture[str]) -> None:
+    print_measured(measured(waits={}, latency=None))
+
+    out = capsys.readouterr().out
+    assert "never seen at work (in 50 looks)" in out
+    assert re.search(r"^latency +none$", out, re.MULTILINE)
+    assert re.search(r"^HOT updates +not counted$", out, re.MULTILINE)
 
 
 def test_of_nothing_there_are_no_percentiles() -> None:

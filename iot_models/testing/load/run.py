@@ -89,9 +89,11 @@ def _run(given: argparse.Namespace, plan: Plan) -> int:
     caught: list[int] = []
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(clock)) as runner:
         measured = runner.run(_in_event_loop(plan, clock, caught))
-    if measured is None:
-        # Windows has no such handlers: there it is Ctrl-C.
-        return _BY_SIGNAL + [*caught, signal.SIGINT][0]
+    # Windows has no such handlers: there the signal is Ctrl-C.
+    return _BY_SIGNAL + [*caught, signal.SIGINT][0] if measured is None else _tell(given, measured)
+
+
+def _tell(given: argparse.Namespace, measured: Measured) -> int:
     (print_measured_as_json if given.json else print_measured)(measured)
     return 0 if measured.is_reached else 1
 
