@@ -68,8 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=_PROG,
         description=(
-            "Write reports to a database of yours at a rate, through ReportBuffer, and say what it took: throughput, "
-            "latency, and what the bottleneck is."
+            "Write reports to a database of yours at a rate, through ReportBuffer, and say what it took:\n"
+            "throughput, latency, and what the bottleneck is."
         ),
         epilog=_EPILOG,
         allow_abbrev=False,

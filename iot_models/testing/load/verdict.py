@@ -218,7 +218,7 @@ def _order(measured: Measured) -> str:
     if measured.busy + waiting >= _FULL:
         why = "this process and the server work in turns"
     else:
-        why = "most of the time both wait for the network between them, or for another who uses the processors"
+        why = "most of the time both wait: for the network between them, or for processors that others use"
     small = measured.max_batch <= _SMALL_BATCH <= measured.batch * _SMALL_BATCH / (_FULL * measured.max_batch)
     return (
         f"the order of a tenant's reports: its batches are written one after another, and {why}. A batch of "
