@@ -55,7 +55,7 @@ from iot_models.engine import create_async_engine
 
 MAX_PAYLOAD = 131_072  # bytes on the wire: room for a document of 32 KiB with indentation and \u escapes
 MAX_QUEUE, MAX_REPORTS, MAX_PUBLISHES = 20_000, 2_000, 100  # devices that wait; reports and publishes at once
-LONGEST_PAUSE = 30.0  # seconds, between two attempts to reach the broker
+LONGEST_PAUSE = 10.0  # seconds, between two attempts to reach the broker
 SAY_AGAIN = 60.0  # seconds: a failure that goes on is one line of the log in this time
 FIELDS = {"reported", "acked_version", "ack_if_converged", "refused_version", "refusal", "token"}
 MAX_TOKEN, MAX_LEVEL = 100, 255  # characters of a token, and of an id in a topic
@@ -116,7 +116,7 @@ class Bridge:
                     tasks.create_task(self.desired(client))
                     tasks.create_task(self.asked_again(client))
             except* MqttError as errors:
-                say("the broker cannot be reached", first_of(errors))
+                say("the broker is lost", first_of(errors))
             pause = 0.5 if time.monotonic() - began > LONGEST_PAUSE else min(pause * 2, LONGEST_PAUSE)
             await asyncio.sleep(pause)
 
@@ -128,10 +128,12 @@ class Bridge:
 
     async def report(self, client: Client, message: Message) -> None:
         """Write one report and answer it, whatever it is."""
-        tenant, device, _ = message.topic.value.rsplit("/", 2)
-        if message.retain or not (is_level(tenant) and is_level(device)):
-            say("messages ignored", f"one on {message.topic.value[:300]!r}, which is retained or no device's topic")
-            return
+        match message.topic.value.split("/"):
+            case [tenant, device, "reported"] if is_level(tenant) and is_level(device) and not message.retain:
+                pass
+            case _:
+                say("messages ignored", f"one on {message.topic.value[:300]!r}: retained, or no device's topic")
+                return
         token, status, versions = None, "malformed", {}
         try:
             if len(message.payload) > MAX_PAYLOAD:
@@ -287,5 +289,6 @@ async def main(arguments: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("mqtt").setLevel(logging.CRITICAL)  # each lost connection, which the bridge says itself
     with suppress(KeyboardInterrupt, asyncio.CancelledError):
         asyncio.run(main())

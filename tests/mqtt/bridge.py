@@ -32,7 +32,15 @@ class BridgeProcess:
     def is_running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether it ended by itself, which it never should."""
+        return self._process is not None and self._process.poll() is not None
+
     def start(self) -> None:
+        """Start it; nothing if it was started already."""
+        if self._process is not None:
+            return
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command, cwd=CHECKOUT, env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
@@ -41,8 +49,11 @@ class BridgeProcess:
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """End it; returns its exit code."""
         assert self._process is not None
+        assert self.is_running, f"the bridge ended by itself:\n{self._log.read_text()[-4000:]}"
         self._process.send_signal(number)
-        return self._process.wait(_SECONDS)
+        code = self._process.wait(_SECONDS)
+        self._process = None
+        return code
 
     def said(self) -> list[str]:
         """The lines of its log."""

@@ -45,7 +45,9 @@ class Broker:
             self._command = [sys.executable, "-m", "tests.mqtt.broker", str(self.port)]
 
     def start(self) -> None:
-        """Start it, and return once it accepts connections."""
+        """Start it, and return once it accepts connections; nothing if it runs already."""
+        if self._process is not None and self._process.poll() is None:
+            return
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         deadline = time.monotonic() + _SECONDS

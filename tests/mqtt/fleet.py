@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from random import Random
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from aiomqtt import Client, MqttError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from types import TracebackType
 
 _FIRST_REPEAT: Final = 2.0  # seconds
 _LONGEST_REPEAT: Final = 8.0
 _PUBLISHED_AT_ONCE: Final = 50
+_NEVER: Final = 1e9
+_LOG: Final = logging.getLogger("fleet")  # paho's errors about lost connections, which are what is tried
+_LOG.setLevel(logging.CRITICAL)
 
 
 class Device:
@@ -59,9 +64,11 @@ class Device:
         """The newest report; from now on it is due again after a pause, which grows."""
         self.due = time.monotonic() + self._pause
         self._pause = min(self._pause * 1.5, _LONGEST_REPEAT)
-        report = {"reported": self.state | {"n": self.number}, "acked_version": self.applied, "token": str(self.number)}
+        report: dict[str, Any] = {"reported": self.state | {"n": self.number}, "token": str(self.number)}
         if self.refused is not None:
             report |= {"refused_version": self.refused, "refusal": "not this one"}
+        if self.refused is None or self.applied:  # one without a memory, which refuses, has nothing to acknowledge
+            report |= {"acked_version": self.applied}
         return json.dumps(report).encode()
 
     def take(self, message: dict[str, Any]) -> None:
@@ -103,17 +110,19 @@ class Fleet:
     """
 
     def __init__(
-        self, port: int, tenant_id: str, names: list[str], *, refuses: float = 0.0, heartbeat: float = 1e9
+        self, port: int, tenant_id: str, names: list[str], *, refuses: float = 0.0, heartbeat: float = _NEVER
     ) -> None:
         self.devices = {name: Device(name, refuses) for name in names}
         self._port = port
         self._tenant_id = tenant_id
         self._heartbeat = heartbeat
+        self._running = threading.Event()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=asyncio.run, args=(self._run(),), name="fleet")
 
     def __enter__(self) -> Self:
         self._thread.start()
+        self._running.wait()
         return self
 
     def __exit__(
@@ -126,12 +135,31 @@ class Fleet:
         """How often which answer was heard, and how many desired messages were known or older."""
         return sum((device.counts for device in self.devices.values()), Counter())
 
+    def call(self, change: Callable[[], None]) -> None:
+        """Change a device from another thread."""
+        self._loop.call_soon_threadsafe(change)
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Without heartbeats for the block, after a last one of all devices."""
+        heartbeat, self._heartbeat = self._heartbeat, _NEVER
+        for device in self.devices.values():
+            self.call(device.report_anew)
+        yield
+        self._heartbeat = heartbeat
+        for device in self.devices.values():
+            self.call(device.report_anew)
+
     async def _run(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._running.set()
         while not self._stopping.is_set():
             with suppress(MqttError):
-                async with Client("127.0.0.1", self._port) as client:
+                async with Client("127.0.0.1", self._port, logger=_LOG) as client:
                     client.pending_calls_threshold = 2 * _PUBLISHED_AT_ONCE
-                    await client.subscribe([(f"{self._tenant_id}/+/desired", 1), (f"{self._tenant_id}/+/reported/+", 0)])
+                    await client.subscribe(
+                        [(f"{self._tenant_id}/+/desired", 1), (f"{self._tenant_id}/+/reported/+", 0)]
+                    )
                     reading = asyncio.create_task(self._read(client))
                     try:
                         while not self._stopping.is_set() and not reading.done():
