@@ -103,22 +103,23 @@ class Bridge:
 
     async def run(self) -> None:
         """Connect, and connect again whenever the broker is lost; in pauses that grow."""
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: say("the event loop", context["message"]))
         pause = 0.5
         while True:
-            began = time.monotonic()
             try:
                 async with client_of(self.given.broker) as client, asyncio.TaskGroup() as tasks:
                     client.pending_calls_threshold = MAX_REPORTS + MAX_PUBLISHES  # above it aiomqtt warns
                     share = f"$share/{self.given.share}/" if self.given.share else ""
                     await client.subscribe(f"{share}{self.given.tenant or '+'}/+/reported", qos=1)
-                    log.info("connected to the broker, subscribed to %s+/reported", share)
+                    pause = 0.5
+                    log.info("connected to the broker, subscribed to %s%s/+/reported", share, self.given.tenant or "+")
                     tasks.create_task(self.reports(client))
                     tasks.create_task(self.desired(client))
                     tasks.create_task(self.asked_again(client))
             except* MqttError as errors:
                 say("the broker is lost", first_of(errors))
-            pause = 0.5 if time.monotonic() - began > LONGEST_PAUSE else min(pause * 2, LONGEST_PAUSE)
             await asyncio.sleep(pause)
+            pause = min(pause * 2, LONGEST_PAUSE)
 
     async def reports(self, client: Client) -> None:
         """Take reports as fast as they can be written."""

@@ -73,7 +73,9 @@ def violations(engine: Engine, tenant_id: str, fleet: Fleet, written: Iterable[t
         row = rows[name]
         if versions[name] != list(range(1, row.desired_version + 1)):
             found.append(f"{name}: the history skips a version, of {row.desired_version}")
-        if lost := {number for number in device.accepted if number not in kept[name]}:
+        newest = max(kept[name], default=0)
+        # Of the reports of a device in one batch only the last is written, and the answer to each comes after it.
+        if lost := {number for number in device.accepted if number > newest} | (device.alone - kept[name]):
             found.append(f"{name}: reports {sorted(lost)} were answered `accepted` and never committed")
         if not device.is_answered:
             found.append(f"{name}: report {device.number} is not answered")

@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from random import Random
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -36,6 +36,8 @@ class Device:
         state: The document that it runs.
         number: How many reports it has made; the newest one's number is in the report and is its token.
         accepted: The numbers of those that were answered `accepted`.
+        alone: Those of them that were the newest when they were answered: no later one can have been written in their
+            stead, in the same batch.
     """
 
     def __init__(self, name: str, refuses: float) -> None:
@@ -43,6 +45,7 @@ class Device:
         self._refuses = refuses
         self.number = 0
         self.accepted: set[int] = set()
+        self.alone: set[int] = set()
         self.counts: Counter[str] = Counter()
         self.forget()
 
@@ -92,6 +95,7 @@ class Device:
         if answer["token"] != str(self.number):
             return
         if kind == "accepted":
+            self.alone.add(self.number)
             self.is_answered = True
             self.due = time.monotonic() + heartbeat
         elif answer["status"] == "unknown_version":
@@ -152,24 +156,22 @@ class Fleet:
 
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._loop.set_exception_handler(lambda *_: None)  # aiomqtt watches sockets that are closed already
         self._running.set()
         while not self._stopping.is_set():
-            with suppress(MqttError):
-                async with Client("127.0.0.1", self._port, logger=_LOG) as client:
+            try:
+                async with Client("127.0.0.1", self._port, logger=_LOG) as client, asyncio.TaskGroup() as tasks:
                     client.pending_calls_threshold = 2 * _PUBLISHED_AT_ONCE
                     await client.subscribe(
                         [(f"{self._tenant_id}/+/desired", 1), (f"{self._tenant_id}/+/reported/+", 0)]
                     )
-                    reading = asyncio.create_task(self._read(client))
-                    try:
-                        while not self._stopping.is_set() and not reading.done():
-                            await self._report(client)
-                            await asyncio.sleep(0.05)
-                    finally:
-                        reading.cancel()
-                        with suppress(asyncio.CancelledError, MqttError):
-                            await reading
-            await asyncio.sleep(0.2)
+                    reading = tasks.create_task(self._read(client))  # which ends all when the connection is lost
+                    while not self._stopping.is_set():
+                        await self._report(client)
+                        await asyncio.sleep(0.05)
+                    reading.cancel()
+            except* MqttError:
+                await asyncio.sleep(0.2)
 
     async def _read(self, client: Client) -> None:
         async for message in client.messages:
