@@ -100,6 +100,12 @@ class Bridge:
         self.published: dict[str, int] = {}
         self.asked_for: set[tuple[str, str]] = set()  # devices whose newest version is to be published again
         self.asked = asyncio.Event()
+        self.is_stopped = False
+
+    def stop(self, task: "asyncio.Task[None]") -> None:
+        """End `run`, which that task awaits."""
+        self.is_stopped = True
+        task.cancel()
 
     async def run(self) -> None:
         """Connect, and connect again whenever the broker is lost; in pauses that grow."""
@@ -118,6 +124,8 @@ class Bridge:
                     tasks.create_task(self.asked_again(client))
             except* MqttError as errors:
                 say("the broker is lost", first_of(errors))
+            if self.is_stopped:  # the cancellation came together with the errors, and a TaskGroup raises only these
+                return
             await asyncio.sleep(pause)
             pause = min(pause * 2, LONGEST_PAUSE)
 
@@ -280,16 +288,19 @@ async def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeat-after", type=float, default=300, help="seconds until what is pending is sent again")
     given = parser.parse_args(arguments)
     if urlsplit(given.broker).scheme not in {"mqtt", "mqtts"}:
-        parser.error("broker is an URL: mqtt://host:1883 or mqtts://host:8883")
-    if running := asyncio.current_task():
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)
+        parser.error("broker is a URL: mqtt://host:1883 or mqtts://host:8883")
     engine = create_async_engine(application_name="mqtt_bridge", pool_size=5)
     async with ReportBuffer(engine) as buffer:  # which writes what it has, also when the bridge is stopped
-        await Bridge(engine, buffer, given).run()
+        bridge = Bridge(engine, buffer, given)
+        running = asyncio.create_task(bridge.run())
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, bridge.stop, running)
+        with suppress(asyncio.CancelledError):
+            await running
+    await engine.dispose()
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("mqtt").setLevel(logging.CRITICAL)  # each lost connection, which the bridge says itself
-    with suppress(KeyboardInterrupt, asyncio.CancelledError):
-        asyncio.run(main())
+    asyncio.run(main())

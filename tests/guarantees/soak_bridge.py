@@ -145,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             interrupted = True
         finally:
             engine.dispose()
+        server.stop("fast")
         if tally.violations:
             (folder / "server.log").write_text(server.log())
     _say(_summary(tally, answers, given))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-_SECONDS: Final = 30.0
+_SECONDS: Final = 12.0
 
 
 class BridgeProcess:
