@@ -4,7 +4,7 @@
 # make test-matrix   the migration and service tests on PostgreSQL 15 to 18, and with the oldest libraries admitted
 # make bench   how fast it is, beside the limit and beside what one would write instead; writes benchmarks/results.md
 # make bench-stall   how long a migration keeps a writer waiting; writes benchmarks/stall.md
-# make soak    load with faults for half an hour (MINUTES=30), then proof that nothing was lost
+# make soak    load with faults for half an hour (MINUTES=30), then proof that nothing was lost; then a fleet behind the MQTT bridge
 # make fuzz    hostile input for ten minutes (MINUTES=10), then histories of objects for as long
 # make breaks  breaks the code in the ways that would break a promise; a test has to notice each
 # make revision   adds a revision and a column to a copy of the checkout; no test fails but what is about the history
@@ -56,6 +56,7 @@ bench-stall: .venv/installed
 
 soak: .venv/installed
 	@$(BIN)/python -m tests.guarantees.soak --minutes $(or $(MINUTES),30)
+	@$(BIN)/python -m tests.guarantees.soak_bridge --minutes $(or $(MINUTES),30)
 
 fuzz: .venv/installed
 	@$(BIN)/python -m tests.fuzz.fuzz --minutes $(or $(MINUTES),10)
