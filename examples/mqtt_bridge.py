@@ -253,7 +253,7 @@ def say(what: str, why: object) -> None:
         said[what] = last, times + 1
         return
     said[what] = time.monotonic(), 0
-    log.warning("%s: %s%s", what, str(why).partition("\n")[0][:500], f" (and {times} times before)" if times else "")
+    log.warning("%s: %s%s", what, " ".join(str(why).split())[:500], f" (and {times} times before)" if times else "")
 
 
 said: dict[str, tuple[float, int]] = {}

@@ -192,7 +192,9 @@ class _Watch:
         if not _passes(error):
             raise error
         if not self._retry:
-            log.warning("watch_pending: %s; it is tried again until the database answers", error)
+            # In one line: SQLAlchemy's and libpq's messages have several.
+            why = " ".join(str(error).split())
+            log.warning("watch_pending: %s; it is tried again until the database answers", why)
         self._retry = min(max(self._retry * 2, _FIRST_RETRY), _LONGEST_RETRY)
         self._next_full_look = 0.0
         return self._retry

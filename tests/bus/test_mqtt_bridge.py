@@ -359,7 +359,7 @@ def test_a_failure_that_goes_on_is_said_once_in_a_while_with_how_often_it_happen
     monkeypatch.setattr(example, "SAY_AGAIN", 0)
     example.say("the broker is lost", ConnectionError("no route"))
     assert [(record.levelno, record.message) for record in caplog.records] == [
-        (logging.WARNING, "the broker is lost: no route"),
+        (logging.WARNING, "the broker is lost: no route DETAIL"),
         (logging.WARNING, "the broker is lost: no route (and 999 times before)"),
     ]
 
