@@ -75,7 +75,9 @@ def violations(engine: Engine, tenant_id: str, fleet: Fleet, written: Iterable[t
             found.append(f"{name}: the history skips a version, of {row.desired_version}")
         newest = max(kept[name], default=0)
         # Of the reports of a device in one batch only the last is written, and the answer to each comes after it.
-        if lost := {number for number in device.accepted if number > newest} | (device.alone - kept[name]):
+        if lost := {number for number in device.accepted.copy() if number > newest} | (
+            device.alone.copy() - kept[name]
+        ):
             found.append(f"{name}: reports {sorted(lost)} were answered `accepted` and never committed")
         if not device.is_answered:
             found.append(f"{name}: report {device.number} is not answered")
