@@ -23,6 +23,7 @@ from sqlalchemy.orm import Session
 
 from iot_models.testing import NoServerError, PostgresServer, database, postgres_server
 from tests.databases.alembic_runs import upgrade
+from tests.databases.in_memory import temporary_files_in_memory
 from tests.databases.reuse import ReusedDatabase
 
 if TYPE_CHECKING:
@@ -38,6 +39,14 @@ settings.load_profile("full")  # unless --hypothesis-profile names the other
 
 SERVER = pytest.StashKey[PostgresServer]()
 SERVER_OF_WORKERS = "server"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let the servers of this run, whoever starts them, write to memory. The workers of a parallel run inherit it."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        stack = ExitStack()
+        config.add_cleanup(stack.close)
+        stack.enter_context(temporary_files_in_memory())
 
 
 @pytest.hookimpl(optionalhook=True)
