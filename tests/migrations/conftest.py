@@ -13,6 +13,7 @@ import pytest
 from sqlalchemy import NullPool, create_engine, text
 from sqlalchemy.exc import DBAPIError
 
+from iot_models._migrations import obstacles
 from iot_models.testing import PostgresServer, database
 from tests.databases.alembic_runs import upgrade
 from tests.migrations.raw_sql import FLEET, RAW_075, SHADOWS, run_sql
@@ -32,6 +33,12 @@ _END_OTHERS = text("""
     SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
      WHERE datname = current_database() AND usename = current_user AND pid <> pg_backend_pid()
 """)
+
+
+@pytest.fixture(autouse=True)
+def _strangers_are_looked_for_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every 20 ms on a machine that is busy makes half of a migration; `tests/security` is what tries it."""
+    monkeypatch.setattr(obstacles, "_FRESH_SECONDS", 0.5)
 
 
 @pytest.fixture(scope="session")
