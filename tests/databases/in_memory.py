@@ -38,6 +38,12 @@ def temporary_files_in_memory() -> Iterator[None]:
         yield
 
 
+def short_folder() -> str:
+    """A temporary folder whose name is short enough for the sockets in it, in memory if that is where this run writes."""
+    folder = tempfile.gettempdir()
+    return folder if Path(folder).is_relative_to(_MEMORY) else "/tmp"  # noqa: S108 - pytest's own are too long
+
+
 def _has_room() -> bool:
     if not os.access(_MEMORY, os.W_OK | os.X_OK):
         return False
