@@ -122,6 +122,7 @@ def all_reads(engine: Engine) -> list[object]:
         ]
 
 
+@pytest.mark.repeats
 def test_every_read_works_on_a_standby(
     standby: DurableServer, on_primary: Engine, engine_of: Callable[..., Engine]
 ) -> None:

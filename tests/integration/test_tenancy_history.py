@@ -53,6 +53,7 @@ def test_without_a_tenant_there_is_no_history(app: Engine) -> None:
             theirs.desired_at(DEVICE, 2)
 
 
+@pytest.mark.repeats
 def test_a_version_of_another_tenant_cannot_be_forged_or_deleted(app: Engine, own_engine: Engine) -> None:
     forged = "INSERT INTO device_shadow_history (tenant_id, device_id, desired_version) VALUES ('globex', 'x', 1)"
     with Session(app) as session, session.begin():
@@ -66,6 +67,7 @@ def test_a_version_of_another_tenant_cannot_be_forged_or_deleted(app: Engine, ow
         assert ShadowService(session, OTHER).history(DEVICE)[0].actor == "theirs"
 
 
+@pytest.mark.repeats
 def test_a_role_that_was_limited_before_there_was_a_history_is_limited_there_too(
     own_engine: Engine, server_role: str
 ) -> None:
@@ -96,6 +98,7 @@ def test_a_right_on_the_history_that_no_policy_limits_is_named(own_engine: Engin
         connection.rollback()
 
 
+@pytest.mark.repeats
 def test_without_its_rights_on_the_history_a_write_says_which_are_missing(own_engine: Engine, server_role: str) -> None:
     with own_engine.begin() as connection:
         run(connection, f"GRANT {PRIVILEGES} ON device_state TO {server_role}")

@@ -152,6 +152,7 @@ WAYS = {
 }
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("way", WAYS)
 def test_a_role_that_a_policy_would_not_stop_is_refused_with_every_reason_also_when_its_rights_are_granted_later(
     owner: Connection, app: str, way: str

@@ -260,6 +260,7 @@ QUOTING = {
 }
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("driver", KINDS)
 @pytest.mark.parametrize("quotes", QUOTING)
 def test_what_an_error_says_of_where_it_was_raised_shows_no_document(
@@ -357,6 +358,7 @@ def url(shadow_server):
 """
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("options", [(), ("--showlocals",), ("--tb=long", "-vv"), ("--setup-show",)])
 def test_the_report_of_a_test_that_fails_does_not_show_the_password(
     pytester: pytest.Pytester, options: tuple[str, ...]
@@ -450,6 +452,7 @@ def test_the_reason_of_a_test_that_is_left_out_does_not_show_the_password(
     assert SECRET not in said
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize(
     "url",
     [
