@@ -91,11 +91,11 @@ def bridged(
         connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
 
 
-def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
+def until(condition: Callable[[], object], seconds: float = 30.0, pause: float = 0.05) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(pause)
 
 
 class Talk:
@@ -296,7 +296,7 @@ def test_a_thousand_devices_converge_and_nothing_accepted_is_lost_whatever_resta
         keep_reports(engine)
         written = desire(engine, names, {"mode": "eco"})
         server.stop("fast")
-        options = ("--tenant", TENANT, "--poll", "1", "--repeat-after", "4")
+        options = ("--tenant", TENANT, "--poll", "1", "--repeat-after", "15")
         # At its start, the bridge has neither a broker nor a database.
         with (
             mqtt_bridge(broker.url, server.url, tmp_path, *options) as bridge,
@@ -314,8 +314,8 @@ def test_a_thousand_devices_converge_and_nothing_accepted_is_lost_whatever_resta
             bridge.stop(signal.SIGKILL)
             broker.start()
             bridge.start()
-            with fleet.resting():
-                until(lambda: not violations(engine, TENANT, fleet, written), 60)
+            until(lambda: all(device.is_answered and device.seen for device in fleet.devices.values()), 90)
+            until(lambda: not violations(engine, TENANT, fleet, written), 90, pause=1.0)
             assert bridge.stop() == 0
         engine.dispose()
         server.stop("fast")

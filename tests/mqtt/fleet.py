@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import TracebackType
 
-_FIRST_REPEAT: Final = 2.0  # seconds
-_LONGEST_REPEAT: Final = 8.0
+_FIRST_REPEAT: Final = 4.0  # seconds
+_LONGEST_REPEAT: Final = 15.0
 _PUBLISHED_AT_ONCE: Final = 50
 _NEVER: Final = 1e9
 _LOG: Final = logging.getLogger("fleet")  # paho's errors about lost connections, which are what is tried
