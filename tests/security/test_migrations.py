@@ -29,35 +29,15 @@ from tests.migrations.raw_sql import (
     run_sql,
 )
 from tests.migrations.team import GUARDED, team
+from tests.security.hostile import TELL, calls
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
 
 PARKED = "device_state_shadow_076"
 PARK = f"{PARKED}_park"
-WITNESS = "CREATE TABLE public.called (by name); GRANT ALL ON public.called TO PUBLIC;"
-TELL = "INSERT INTO public.called VALUES (current_user)"
-
-
-@pytest.fixture
-def database(new_database: Callable[..., str]) -> str:
-    """A database in whose schema `public` everybody may create objects, as in those that PostgreSQL 14 made."""
-    url = new_database()
-    run_sql(url, "GRANT ALL ON SCHEMA public TO PUBLIC;" + WITNESS)
-    return url
-
-
-@pytest.fixture
-def attacker(database: str, server_role: str) -> Iterator[str]:
-    """The database as somebody logs in who owns nothing and was granted nothing."""
-    yield as_role(database, server_role)
-    run_sql(database, f"DROP OWNED BY {server_role} CASCADE")
-
-
-def calls(database: str) -> object:
-    return run_sql(database, "SELECT * FROM public.called")
 
 
 def interrupted_downgrade(database: str) -> None:
@@ -246,17 +226,6 @@ def test_a_superuser_migrates_a_plain_owners_table_as_that_owner(database: str, 
 
     assert migrate.check(as_owner) == []
     run_sql(database, f"DROP OWNED BY {server_role} CASCADE")
-
-
-@pytest.fixture
-def owners(database: str, server_role: str) -> Iterator[str]:
-    """The URL of the plain owner of the database and of its schema `public`, in which nobody else may create."""
-    name = make_url(database).database
-    run_sql(database, f"ALTER SCHEMA public OWNER TO {server_role}; ALTER DATABASE {name} OWNER TO {server_role};"
-                      "REVOKE ALL ON SCHEMA public FROM PUBLIC")  # fmt: skip
-    yield as_role(database, server_role)
-    run_sql(database, f"ALTER SCHEMA public OWNER TO postgres; ALTER DATABASE {name} OWNER TO postgres;"
-                      f"DROP OWNED BY {server_role} CASCADE")  # fmt: skip
 
 
 @pytest.mark.repeats
