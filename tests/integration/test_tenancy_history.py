@@ -14,7 +14,7 @@ from tests.databases.devices import DEVICE, TENANT
 from tests.databases.tenants import ON_HISTORY, OTHER, PRIVILEGES, application, login, run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from sqlalchemy import Engine
 
@@ -39,6 +39,25 @@ def test_every_call_works_for_the_bound_tenant_and_reads_none_of_another(app: En
         ours.register(DEVICE, "s")
         assert [v.version for v in ours.history(DEVICE)] == [5, 4, 3, 2, 1]
         assert {row.tenant_id for row in session.scalars(select(ShadowHistory))} == {TENANT}
+
+
+def test_a_history_that_somebody_else_made_before_the_migration_gets_no_policy(
+    new_database: Callable[..., str], server_role: str
+) -> None:
+    url = new_database()
+    migrate.upgrade(url, "077")
+    with create_engine(url, poolclass=NullPool).begin() as connection:
+        run(connection, f"GRANT SELECT ON device_state TO {server_role}")
+        run(connection, "CREATE TABLE device_shadow_history (tenant_id text)")
+        run(
+            connection,
+            f"CREATE ROLE {server_role}_other; ALTER TABLE device_shadow_history OWNER TO {server_role}_other",
+        )
+        with pytest.raises(
+            ValueError, match=f"device_shadow_history belongs to {server_role}_other, and device_state to"
+        ):
+            tenancy.enable(connection, server_role)
+        connection.rollback()
 
 
 def test_without_a_tenant_there_is_no_history(app: Engine) -> None:
