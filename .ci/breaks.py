@@ -141,8 +141,8 @@ BREAKS = [
     Break(
         "a batch of desired documents writes whom it can",
         "iot_models/_core/desired_statements.py",
-        "_write(found, cast(found.c.documents, JSONB), where=all_locked)",
-        "_write(found, cast(found.c.documents, JSONB))",
+        "_write(found, found.c.document, where=all_locked)",
+        "_write(found, found.c.document)",
         (BATCHES,),
     ),
     Break(
@@ -372,7 +372,7 @@ BREAKS = [
     Break(
         "a time is read by the driver, in the session's time zone",
         "iot_models/_core/column_types.py",
-        'return type_coerce(case((readable_time(column), extract("epoch", column))), self)',
+        'return type_coerce(case((readable_time(column), extract("epoch", column - _EPOCH_IN_SQL))), self)',
         "return type_coerce(column, self)",
         (UNREADABLE,),
     ),
