@@ -172,8 +172,7 @@ def hide_row(context: ExceptionContext) -> None:
         said = str(asyncpgs)
         asyncpgs.detail = _without_a_row(asyncpgs.sqlstate, asyncpgs.detail)
         asyncpgs.context = asyncpgs.internal_query = None
-        if hasattr(original, "detail"):  # SQLAlchemy's copy
-            original.detail = asyncpgs.detail
+        original.detail = asyncpgs.detail  # SQLAlchemy's copy
         kept = str(asyncpgs)
     else:  # the server has said nothing
         return

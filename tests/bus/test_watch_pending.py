@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy import create_engine as sqlalchemy_create_engine
 from sqlalchemy import event, text
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import Session
@@ -361,3 +362,8 @@ async def test_what_others_send_on_the_channel_does_not_gather_in_a_watcher_that
     assert len(listener._woken_by) <= 1  # noqa: SLF001
     # With too many tenants to remember, all of them are looked at.
     assert watch.patience() == (0 if tenant_id is None else math.inf)
+
+
+def test_a_driver_that_cannot_listen_is_refused() -> None:
+    with pytest.raises(TypeError, match="listens by psycopg or asyncpg, not by pysqlite"):
+        watch_pending(sqlalchemy_create_engine("sqlite://"))

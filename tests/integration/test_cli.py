@@ -347,7 +347,6 @@ def test_a_device_whose_row_is_no_shadow_is_restored_or_removed(
     assert iot_models("history", DEVICE, "--before", "0").out == f"no version of '{DEVICE}' before 0 is recorded\n"
 
 
-@pytest.mark.repeats
 def test_an_output_that_cannot_be_written_is_an_error_of_one_line(shadows: ShadowService, own_engine: Engine) -> None:
     shadows.register(DEVICE, "berlin")
     url = own_engine.url.render_as_string(hide_password=False)
@@ -441,7 +440,6 @@ def test_who_has_no_name_writes_as_a_number(
     assert shadows.history(DEVICE, limit=1)[0].actor == "uid 4711"
 
 
-@pytest.mark.repeats
 def test_what_a_stranger_wrote_does_not_drive_a_terminal(
     on_terminal: Callable[..., Run], shadows: ShadowService
 ) -> None:
@@ -544,7 +542,6 @@ def test_the_tenant_is_missing(iot_models: Callable[..., Run], url: str, monkeyp
     assert run.err.endswith("iot-models: error: the tenant is missing: pass --tenant, or set IOT_MODELS_TENANT\n")
 
 
-@pytest.mark.repeats
 def test_a_role_under_row_level_security_needs_its_transactions_bound(
     iot_models: Callable[..., Run], own_engine: Engine, server_role: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -636,7 +633,7 @@ def test_a_connection_that_is_lost_at_the_commit_leaves_open_whether_it_was_writ
         event.remove(Session, "before_commit", lose)
 
     assert run.code == 1
-    assert "The connection is lost, and nobody knows whether it was written: look at the device (show)." in run.err
+    assert "If this was COMMIT, nobody knows whether it is committed" in run.err
 
 
 @pytest.mark.parametrize(
@@ -674,7 +671,6 @@ def test_without_arguments_the_help_is_printed_and_the_exit_code_is_2(iot_models
     assert run.err == iot_models("--help").out
 
 
-@pytest.mark.repeats
 @pytest.mark.parametrize(
     "command",
     ["show", "pending", "drifted", "refused", "counts", "history", "diff", "restore", "patch", "register", "remove"],
@@ -707,7 +703,6 @@ def test_ctrl_c_at_the_question_writes_nothing_and_ends_quietly(
     assert shadows.get(DEVICE).device_id == DEVICE
 
 
-@pytest.mark.repeats
 def test_a_pipe_that_nobody_reads_any_more_ends_the_command_quietly(shadows: ShadowService) -> None:
     shadows.register(DEVICE, "berlin")
     for number in range(5):  # more than the buffers of a pipe and of Python hold
@@ -728,7 +723,6 @@ def test_a_pipe_that_nobody_reads_any_more_ends_the_command_quietly(shadows: Sha
     assert (run.returncode, run.stderr) == (128 + signal.SIGPIPE, "")
 
 
-@pytest.mark.repeats
 def test_python_m_runs_the_command_and_loads_alembic_for_migrate_only(
     shadows: ShadowService,
     own_engine: Engine,  # noqa: ARG001 - the environment names it

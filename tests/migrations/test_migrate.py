@@ -199,7 +199,6 @@ def test_an_error_of_postgresql_is_its_own_message_and_exit_code_1(
     assert "error: PostgreSQL says: permission denied for schema public\n" in capsys.readouterr().err
 
 
-@pytest.mark.repeats
 def test_a_downgrade_that_would_drop_rows_is_refused_until_an_option_allows_it(
     at_head: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -241,7 +240,6 @@ def test_the_flag_sql_prints_what_the_command_sql_prints(
 # check
 
 
-@pytest.mark.repeats
 def test_check_finds_nothing_at_head_and_changes_nothing(at_head: str) -> None:
     before = dump(at_head)
     assert migrate.check(at_head) == []
@@ -259,7 +257,6 @@ def test_the_comparison_changes_nothing_in_the_callers_transaction(at_head: str)
         assert connection.scalar(text("SHOW lock_timeout")) == "7s"
 
 
-@pytest.mark.repeats
 def test_a_raw_schema_that_was_adopted_equals_the_models(empty: str) -> None:
     run_sql(empty, RAW_076)
     (problem,) = migrate.check(empty)
@@ -316,7 +313,8 @@ def test_a_raw_schema_that_was_adopted_equals_the_models(empty: str) -> None:
         ),
         (
             "DROP INDEX idx_device_state_site",
-            "index idx_device_state_site is missing: the models have btree (tenant_id, site_id)",
+            "index idx_device_state_site is missing: the models have btree (tenant_id, site_id); CREATE INDEX CONCURRENTLY"
+            " idx_device_state_site ON device_state USING btree (tenant_id, site_id)",
         ),
         (
             "DROP INDEX idx_device_state_site; CREATE UNIQUE INDEX idx_device_state_site ON device_state (tenant_id, site_id)",
@@ -345,7 +343,6 @@ def test_check_names_each_difference_from_the_models(
     assert f"{difference}\n" in capsys.readouterr().out
 
 
-@pytest.mark.repeats
 def test_what_a_team_added_to_the_table_is_no_difference(at_head: str) -> None:
     run_sql(
         at_head,
@@ -367,7 +364,6 @@ def test_what_a_team_added_to_the_table_is_no_difference(at_head: str) -> None:
     assert migrate.check(at_head) == []
 
 
-@pytest.mark.repeats
 def test_check_compares_the_table_in_the_schema_that_the_search_path_names(empty: str) -> None:
     run_sql(empty, "CREATE SCHEMA iot")
     url = as_session(empty, "search_path=iot")
@@ -491,7 +487,6 @@ def test_parked_shadows_are_a_note_and_not_a_problem(at_head: str, capsys: pytes
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.repeats
 @pytest.mark.parametrize("setting", ["role=pg_monitor", "default_transaction_read_only=on"])
 def test_check_without_temporary_tables_says_what_it_needs(setting: str, at_head: str) -> None:
     database = make_url(at_head).database
@@ -506,7 +501,6 @@ def test_check_without_temporary_tables_says_what_it_needs(setting: str, at_head
 # From code.
 
 
-@pytest.mark.repeats
 def test_an_engine_keeps_its_pool_and_its_settings(empty: str, caplog: pytest.LogCaptureFixture) -> None:
     engine = create_engine(
         as_session(empty, "lock_timeout=7s"), pool_size=1, max_overflow=0, isolation_level="AUTOCOMMIT"
@@ -530,7 +524,6 @@ def test_an_engine_keeps_its_pool_and_its_settings(empty: str, caplog: pytest.Lo
     engine.dispose()
 
 
-@pytest.mark.repeats
 def test_an_autocommit_engine_migrates_in_transactions_too(at_head: str) -> None:
     migrate.downgrade(at_head, "076")
     run_sql(
@@ -575,7 +568,6 @@ def test_an_upgrade_waits_for_a_lock_as_long_as_lock_timeout_says(empty: str, mo
             migrate.upgrade(empty, lock_timeout="10ms")
 
 
-@pytest.mark.repeats
 def test_current_is_none_before_the_first_revision_and_base_on_the_command_line(
     empty: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
