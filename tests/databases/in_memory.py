@@ -1,7 +1,7 @@
 """Where the servers of a test run put their files: in memory, where the system has room for them.
 
-PostgreSQL makes a database of three hundred files. On a disk that takes ten times as long, fsync or not, and longer
-than it takes to migrate one.
+PostgreSQL makes a database of three hundred files. On a disk that took nine times the processor time, fsync or not, and
+as long as to migrate one.
 """
 
 from __future__ import annotations
