@@ -39,6 +39,13 @@ settings.load_profile("full")  # unless --hypothesis-profile names the other
 
 SERVER = pytest.StashKey[PostgresServer]()
 SERVER_OF_WORKERS = "server"
+LOCK_TABLES = """
+    DO $$ DECLARE name regclass; BEGIN
+      FOR name IN SELECT c.oid FROM pg_class c WHERE c.relkind IN ('r', 'p') AND c.oid >= 16384 ORDER BY c.oid LOOP
+        EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE', name);
+      END LOOP;
+    END $$
+"""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -205,5 +212,8 @@ def server_role(server: PostgresServer) -> Iterator[str]:
         ):
             own = create_engine(make_url(server.url).set(database=name), poolclass=NullPool)
             with own.begin() as inside:
+                # The tables first: otherwise it changes rows of the catalog and then waits for a table that autovacuum
+                # holds, which waits for the same rows.
+                inside.execute(text(LOCK_TABLES))
                 inside.execute(text(f"DROP OWNED BY {role} CASCADE"))
         connection.execute(text(f"DROP ROLE {role}"))
