@@ -33,7 +33,6 @@ from iot_models.errors import (
     UnreadableShadow,
     VersionConflict,
     VersionNotKept,
-    shown,
 )
 from iot_models.history import ChangePage, DesiredVersion
 from iot_models.models import DeviceState
@@ -726,14 +725,11 @@ class ShadowService:
             TypeError: If `older_than` is no timedelta, or `keep` or `limit` no int.
             ValueError: If one of them is negative.
         """
-        if not isinstance(older_than, timedelta):
-            raise TypeError(f"older_than must be a timedelta, got {shown(older_than)}")
-        if older_than < timedelta():
-            raise ValueError(f"older_than must be an age, 0 or more, got {older_than!r}")
+        age = validation.duration("older_than", older_than)
         keep = validation.whole("keep", keep)
         binds: dict[str, object] = {
             "tenant": self.tenant_id,
-            "age": min(older_than, _BEFORE_ALL),
+            "age": min(age, _BEFORE_ALL),
             "limit": validation.whole("limit", limit),
         }
         binds["mark"] = -2 - secrets.randbelow(2**31 - 3)

@@ -23,6 +23,7 @@ from sqlalchemy.orm import Session
 
 from iot_models.testing import NoServerError, PostgresServer, database, postgres_server
 from tests.databases.alembic_runs import upgrade
+from tests.databases.async_engines import ASYNC_DRIVERS
 from tests.databases.in_memory import temporary_files_in_memory
 from tests.databases.reuse import ReusedDatabase
 
@@ -142,6 +143,12 @@ def new_database(server: PostgresServer) -> Iterator[Callable[..., str]]:
     """Makes databases, empty or copies of the one at a URL, and drops them after the test; returns their URLs."""
     with ExitStack() as stack:
         yield lambda template=None: stack.enter_context(database(server, template))
+
+
+@pytest.fixture(params=ASYNC_DRIVERS)
+def driver(request: pytest.FixtureRequest) -> str:
+    """Each asynchronous driver in turn."""
+    return str(request.param)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from iot_models.cli import main
 from tests.databases.alembic_runs import CHECKOUT
 from tests.databases.devices import DEVICE, TENANT, add_device
 from tests.databases.tenants import application
+from tests.integration.command_lines import run_here
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -63,15 +64,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def iot_models(capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
     """Runs a command line in this process."""
 
-    def run(*arguments: str) -> Run:
-        capsys.readouterr()
-        try:
-            code = main(arguments)
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
-        return Run(code, *capsys.readouterr())
-
-    return run
+    return lambda *arguments: Run(*run_here(main, arguments, capsys))
 
 
 @pytest.fixture

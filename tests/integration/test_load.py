@@ -28,6 +28,7 @@ from tests.databases.alembic_runs import CHECKOUT
 from tests.databases.async_engines import ASYNC_DRIVERS
 from tests.databases.backends import connected
 from tests.databases.tenants import clear, isolate, login
+from tests.integration.command_lines import run_here
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -89,15 +90,7 @@ def url(own_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> str:
 def load(capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
     """Runs a command line in this process."""
 
-    def run(*arguments: str) -> Run:
-        capsys.readouterr()
-        try:
-            code = main(arguments)
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
-        return Run(code, *capsys.readouterr())
-
-    return run
+    return lambda *arguments: Run(*run_here(main, arguments, capsys))
 
 
 def change(engine: Engine, statements: str) -> None:
