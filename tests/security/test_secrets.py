@@ -508,7 +508,7 @@ def test_a_test_that_changes_the_variable_does_not_show_the_password(
             with mock.patch.dict(os.environ, clear=True):
                 assert URL + " postgresql://a:correct-horse@c/d" == "x"
     """)
-    result = pytester.runpytest_inprocess("-p", "no:cacheprovider")
+    result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-p", "no:randomly")
 
     result.assert_outcomes(failed=3)
     said = result.stdout.str()
