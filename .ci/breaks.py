@@ -921,6 +921,13 @@ BREAKS = [
         (f"{PARKED_TOO}::test_a_device_that_is_removed_and_made_again_during_the_rollback_has_refused_nothing",),
     ),
     Break(
+        "a rollback brings back a policy that was dropped meanwhile",
+        "alembic/versions/078_shadow_history.py",
+        "            EXECUTE 'DROP POLICY ' || policy.name || ' ON {PARKED}';\n",
+        "            PERFORM policy.name;\n",
+        (f"{OUR_TABLES}::test_a_policy_that_was_dropped_during_a_rollback_does_not_come_back_with_the_history",),
+    ),
+    Break(
         "the history of all tenants is open to who has default privileges",
         "alembic/versions/078_shadow_history.py",
         "    _give_to_the_owner()\n    _revoke_all(HISTORY)\n",
