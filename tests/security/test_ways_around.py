@@ -5,6 +5,7 @@ Each attack is run, too, as the limited role: an arrangement that lets it reach 
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 import psycopg
@@ -16,13 +17,15 @@ from iot_models import tenancy
 from iot_models._core import ways_around
 from iot_models._migrations import dependents, strangers
 from iot_models.testing import PostgresServer, database
+from tests.databases.backends import await_lock_waits
 from tests.databases.devices import TENANT, add_device
-from tests.databases.tenants import OTHER, isolate, login, rows, run
+from tests.databases.tenants import OFF, OTHER, isolate, login, rows, run, security
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sqlalchemy import Engine
+    from sqlalchemy.engine.interfaces import IsolationLevel
 
 pytestmark = pytest.mark.repeats
 
@@ -385,6 +388,51 @@ def test_what_reaches_another_tenants_rows_is_found_before_it_is_used(
 
     assert [line for line in found if line.startswith(said)]
     assert KEPT + OTHER in loot or victims(isolated) != before
+
+
+def test_what_is_committed_while_enable_waits_for_its_lock_is_found(isolated: Engine, server_role: str) -> None:
+    """The right to make a trigger may be gone by then."""
+    group = f"{server_role}_group"
+    trigger = "CREATE TRIGGER t BEFORE UPDATE ON device_state FOR EACH ROW EXECUTE FUNCTION mine.on_a_row()"
+    with isolated.begin() as connection:
+        tenancy.disable(connection, server_role)
+        run(
+            connection, f"CREATE ROLE {group}; GRANT TRIGGER ON device_state TO {group}; GRANT {group} TO {server_role}"
+        )
+    try:
+        with create_engine(login(isolated, server_role), poolclass=NullPool).connect() as attacker:
+            attacker.execute(text(trigger))
+            with isolated.begin() as connection:
+                run(connection, f"REVOKE {group} FROM {server_role}")
+            with ThreadPoolExecutor(1) as pool:
+                enabling = pool.submit(enabled, isolated, server_role)
+                await_lock_waits(isolated, 1)
+                attacker.commit()
+                with pytest.raises(ValueError, match=r"it owns the function mine\.on_a_row\(\)"):
+                    enabling.result()
+        with isolated.begin() as connection:
+            assert security(connection) == OFF
+    finally:
+        with isolated.begin() as connection:
+            run(connection, f"DROP OWNED BY {group} CASCADE; DROP ROLE {group}")
+
+
+def enabled(owner: Engine, role: str) -> None:
+    with owner.begin() as connection:
+        tenancy.enable(connection, role)
+
+
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+def test_a_transaction_that_sees_only_what_was_there_before_it_enables_and_disables_nothing(
+    isolated: Engine, server_role: str, level: IsolationLevel
+) -> None:
+    with isolated.connect().execution_options(isolation_level=level) as connection:
+        with pytest.raises(RuntimeError, match=f"this transaction is {level} and would not see"):
+            tenancy.disable(connection, server_role)
+        connection.rollback()
+        tenancy.enable(connection, server_role)  # it is, and no lock is needed
+    with isolated.begin() as connection:
+        assert tenancy.check(connection, server_role) == []
 
 
 def victims(owner: Engine) -> list[str]:
