@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 from iot_models import ShadowService, cli, migrate
 from iot_models._migrations.command_line import main
 from iot_models.engine import create_async_engine, create_engine, shown
+from pytest_iot_models import _without_pieces
 from tests.databases.alembic_runs import CHECKOUT, run_alembic
 from tests.databases.devices import DEVICE, TENANT, add_device
 from tests.databases.engines import KINDS, Kind
@@ -573,6 +574,92 @@ def test_what_a_test_prints_or_writes_otherwise_does_not_show_the_password(
     result = pytester.runpytest_inprocess("-p", "no:cacheprovider")
     result.assert_outcomes(failed=3)
     assert SECRET not in result.stdout.str()
+
+
+LONG = "Kq7vXw2mZr9tLp4sYb8nDf3gQw5eRt6y"
+PIECES = [LONG[start : start + 4] for start in range(len(LONG) - 3)]
+
+
+@pytest.mark.repeats
+@pytest.mark.parametrize("color", ["no", "yes"])
+def test_what_is_left_of_a_password_where_pytest_cuts_a_text_is_not_shown(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, color: str
+) -> None:
+    monkeypatch.setenv("IOT_MODELS_TEST_DATABASE_URL", f"postgresql+psycopg://iot_tester:{LONG}@127.0.0.1:9/iot")
+    pytester.makepyfile("""
+        import os
+        import pytest
+        from sqlalchemy import make_url
+
+        URL = os.environ["IOT_MODELS_TEST_DATABASE_URL"]
+        OPTIONS = make_url(URL).translate_connect_args()
+
+        @pytest.mark.parametrize("other", ["db.example", "127.0.0.2", "127.0.0.1:9/other", "Kq7vXw2m:9"])
+        def test_the_same_beginning(other):
+            assert URL == URL.replace("127.0.0.1", other)
+
+        def test_the_same_end():
+            assert URL == "x" * 34 + URL[34:]
+
+        @pytest.mark.parametrize("before", range(0, 110, 4))
+        def test_a_long_text(before):
+            assert URL in ["a" * before + URL + "b" * 150, OPTIONS]
+
+        @pytest.mark.parametrize("before", range(0, 36, 4))
+        def test_a_dict(before):
+            assert {"a" * before: 1, **OPTIONS} == 1
+
+        @pytest.mark.parametrize("before", range(0, 640, 16))
+        def test_many_characters(before):
+            assert "a" * before + URL == "b"
+
+        def test_passwords():
+            assert "a" * 60 + OPTIONS["password"] == "a" * 60 + OPTIONS["password"][:20]
+    """)
+    said = pytester.runpytest_inprocess("-p", "no:cacheprovider", f"--color={color}", "--no-header").stdout.str()
+
+    assert "Skipping" in said
+    assert [piece for piece in PIECES if piece in said.replace("Kq7vXw2m:9", "")] == []
+
+
+def test_pieces_of_a_password_are_hidden_where_something_is_cut_and_nowhere_else() -> None:
+    passwords = ["postgres-Qx7"]
+    for said, expected in (
+        ("postgres, post, and res-Qx7", "postgres, post, and res-Qx7"),
+        ("...res-Qx7@db", "...***@db"),
+        ("'iot:postgres-...'", "'iot:***...'"),
+        ("'iot:postgres-...res-Qx7'", "'iot:***...***'"),
+        ("E    - gres-Q@x", "E    - ***@x"),
+        ("+ iot:postg", "+ iot:***"),
+        ("+ gres-", "+ ***"),
+        ("...gres-@...", "...***@..."),
+        ("..." + "pos@" + "Qx7...", "...pos@Qx7..."),
+    ):
+        assert _without_pieces(said, passwords) == expected
+
+
+def test_a_property_that_a_test_records_does_not_show_the_password(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IOT_MODELS_TEST_DATABASE_URL", NOWHERE)
+    pytester.makepyfile("""
+        import os
+
+        def test_records(record_property):
+            record_property("url", os.environ["IOT_MODELS_TEST_DATABASE_URL"])
+            record_property(os.environ["IOT_MODELS_TEST_DATABASE_URL"], 1)
+            record_property("options", {"password": "hunter2"})
+            record_property("number", 17)
+    """)
+    result = pytester.runpytest_inprocess(
+        "-p", "no:cacheprovider", "--junit-xml=report.xml", "-o", "junit_family=xunit1"
+    )
+
+    result.assert_outcomes(passed=1)
+    recorded = (pytester.path / "report.xml").read_text()
+    assert 'name="number" value="17"' in recorded
+    assert recorded.count("iot:***@127.0.0.1:9") == 2
+    assert SECRET not in recorded
 
 
 def test_a_subtest_does_not_show_the_password(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
