@@ -38,9 +38,12 @@ Id = Annotated[str, StringConstraints(max_length=255, pattern=TEXT)]
 Words = Annotated[str, StringConstraints(max_length=1000, pattern=TEXT)]
 
 
+ONCE = ("X-Tenant-Id", "X-User", "X-Device-Id", "If-Match", "Idempotency-Key")
+
+
 def each_header_once(request: Request) -> None:
     # A proxy that adds its X-Tenant-Id to the one that the client sent, instead of replacing it, leaves open who asks.
-    for name in ("X-Tenant-Id", "X-User", "X-Device-Id", "If-Match", "Idempotency-Key"):
+    for name in ONCE:
         if len(request.headers.getlist(name)) > 1:
             raise HTTPException(400, f"{name} must be there once")
 

@@ -86,7 +86,17 @@ async def polling(_: FastAPI) -> AsyncIterator[None]:
     await engine.dispose()
 
 
-app = FastAPI(title="Device shadows, live", lifespan=polling)
+ONCE = ("X-Tenant-Id",)
+
+
+def each_header_once(request: Request) -> None:
+    # A proxy that adds its X-Tenant-Id to the one that the client sent, instead of replacing it, leaves open who asks.
+    for name in ONCE:
+        if len(request.headers.getlist(name)) > 1:
+            raise HTTPException(400, f"{name} must be there once")
+
+
+app = FastAPI(title="Device shadows, live", lifespan=polling, dependencies=[Depends(each_header_once)])
 
 
 # REAL AUTHENTICATION GOES HERE: EventSource sends cookies and no headers of one's own, so take the tenant from the

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import importlib
+import inspect
 import json
 import sys
 import threading
@@ -148,6 +149,29 @@ def test_tenants_see_their_own_devices_and_others_are_not_there(stream: Stream, 
     for device_id, tenant_id, status in (("x", TENANT, 404), ("%00", TENANT, 404), ("a", "", 401)):
         with stream.follow(device_id, tenant_id) as answer:
             assert answer.status == status
+
+
+@pytest.mark.parametrize("tenants", [(TENANT, "other"), ("other", TENANT), (TENANT, TENANT)])
+def test_a_browser_whose_proxy_adds_a_tenant_to_the_one_that_was_sent_follows_nothing(
+    stream: Stream, fleet: Engine, tenants: tuple[str, str]
+) -> None:
+    with Session(fleet) as session, session.begin():
+        add_device(session, "a", tenant_id="other", desired_state={"whose": "other"})
+    with closing(http.client.HTTPConnection("127.0.0.1", stream.port, timeout=20)) as connection:
+        connection.putrequest("GET", "/devices/a/events")
+        for tenant in tenants:
+            connection.putheader("X-Tenant-Id", tenant)
+        connection.endheaders()
+        with closing(connection.getresponse()) as answer:
+            assert (answer.status, answer.read()) == (400, b'{"detail":"X-Tenant-Id must be there once"}')
+    assert not stream.followers()
+
+
+def test_both_examples_over_http_have_the_same_rule_for_headers(stream: Stream) -> None:
+    """Each example is one file, to be copied."""
+    twin = importlib.import_module("fastapi_twin")
+    for name in ("each_header_once", "tenant"):
+        assert inspect.getsource(getattr(stream.module, name)) == inspect.getsource(getattr(twin, name))
 
 
 def test_a_connection_that_is_lost_stops_no_browser(stream: Stream, fleet: Engine) -> None:
