@@ -314,8 +314,9 @@ def read_version(shadows: Shadows, device_id: str, version: int) -> Response:
 
 @app.get("/changes", responses=READ_CHANGES)
 def read_changes(
-    shadows: Shadows, limit: Annotated[int, Query(ge=1, le=1000)] = 100, after: str | None = None
+    shadows: Shadows, limit: Annotated[int, Query(ge=1, le=100)] = 100, after: str | None = None
 ) -> Response:
+    # A hundred documents of 32 KiB are a body of some megabytes, which stands in memory: more is more pages.
     # The next page is after the cursor of this one. An empty one says: ask again later, with the same cursor.
     return JSONResponse(shadows.changes(after=after, limit=limit).to_dict())
 

@@ -9,7 +9,9 @@ import json
 import sys
 import threading
 import time
-from contextlib import closing, contextmanager
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -192,5 +194,24 @@ def test_there_is_an_end_to_how_many_browsers_are_served(stream: Stream, monkeyp
     monkeypatch.setattr(stream.module, "MOST", 1)
     with stream.follow("a") as one:
         next_shadow(one)
-        with stream.follow("b") as other:
+        with stream.follow("b", "other") as other:
             assert (other.status, other.headers["Retry-After"]) == (503, "60")
+
+
+def test_a_tenant_that_follows_as_much_as_it_can_leaves_room_for_others(
+    stream: Stream, fleet: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many requests come before the first of them is answered."""
+    monkeypatch.setattr(stream.module, "EACH", 3)
+    monkeypatch.setattr(stream.module, "MOST", 4)
+    with Session(fleet) as session, session.begin():
+        add_device(session, "a", tenant_id="other")
+    with ExitStack() as open_ones, ThreadPoolExecutor(20) as pool:
+        asked = pool.map(lambda _: open_ones.enter_context(stream.follow("a")), range(20))
+        assert Counter(answer.status for answer in asked) == {200: 3, 503: 17}
+        with stream.follow("a", "other") as other:
+            assert other.status == 200
+            next_shadow(other)
+    until(lambda: not stream.followers() and not stream.module.browsers)
+    with stream.follow("none") as unknown, stream.follow("a") as again:
+        assert (unknown.status, again.status) == (404, 200)
