@@ -175,6 +175,10 @@ _ATTRIBUTES: Final = """
            'documents where a driver writes values into its statements' FROM role
      WHERE CAST(rolname AS text) IN ('pg_monitor', 'pg_read_all_stats')
     UNION ALL
+    SELECT 'it is a member of ' || subject || ', which reads the settings of the server, a password in '
+           'primary_conninfo too' FROM role
+     WHERE CAST(rolname AS text) = 'pg_read_all_settings'
+    UNION ALL
     SELECT 'it is a member of ' || subject || ', which writes every table without policies, the revision too' FROM role
      WHERE CAST(rolname AS text) = 'pg_write_all_data'
     UNION ALL
