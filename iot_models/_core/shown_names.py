@@ -1,14 +1,22 @@
-"""How names from the database are shown: a stranger may have chosen them."""
+"""What may be shown: names from the database, which a stranger may have chosen, and words of a command line."""
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
+# The URL of a database, also behind jdbc: or a blank; any URL with a password; a connection string of libpq.
+_SECRET: Final = re.compile(r"postgres(ql)?(\+\w+)?:?//|://[^/\s]*@|pass(word|wd)\s*=", re.IGNORECASE)
 # Characters that steer a terminal: control characters, and those that order the text or cannot be seen.
 _STEERING: Final = (
     "{[0,32),[127,160),[173,174),[1564,1565),[6158,6159),[8203,8208),[8232,8239),[8288,8304),[65279,65280),"
     "[65529,65532),[917504,917632)}"
 )
+
+
+def looks_like_a_secret(word: str) -> bool:
+    """Whether a word of a command line may be a URL or a password in the wrong place, which nothing may repeat."""
+    return _SECRET.search(word) is not None
 
 
 def escaped(sentence: str) -> str:

@@ -14,6 +14,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
 from iot_models import ShadowService, cli, migrate
+from iot_models._core.shown_names import looks_like_a_secret
 from iot_models._migrations.command_line import main
 from iot_models.engine import create_async_engine, create_engine, shown
 from pytest_iot_models import _without_pieces
@@ -153,13 +154,64 @@ def test_an_unknown_command_is_told_which_there_are(capsys: pytest.CaptureFixtur
     assert SECRET not in said
 
 
-@pytest.mark.parametrize("arguments", [["show", "{}"], ["history", "{}"], ["register", "d", "{}"], ["remove", "{}"]])
-def test_a_url_in_the_place_of_an_id_is_not_repeated(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "given",
+    [
+        NOWHERE,
+        f" {NOWHERE}",
+        f"jdbc:{NOWHERE}",
+        NOWHERE.replace("postgresql", "POSTGRESQL"),
+        f"postgres//iot:{SECRET}@db/iot",
+        f"mqtt://iot:{SECRET}@db",
+        f"host=127.0.0.1 password = {SECRET}",
+        f"PGPASSWORD={SECRET}",
+    ],
+)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["show", "{}"],
+        ["history", "{}"],
+        ["register", "d", "{}", "--yes"],
+        ["remove", "{}", "--yes"],
+        ["show", "d", "--tenant", "{}"],
+        ["--tenant", "{}", "show", "d"],
+        ["pending", "--after", "{}"],
+        ["patch", "d", "{{}}", "--yes", "--reason", "{}"],
+        ["patch", "d", "{{}}", "--yes", "--request-id", "{}"],
+        ["patch", "d", "{{}}", "--yes", "--actor", "{}"],
+        ["patch", "d", "{}", "--yes"],
+        ["history", "d", "--before", "{}"],
+        ["{}"],
+        ["show", "d", "{}"],
+    ],
+)
+def test_a_url_or_a_password_in_the_place_of_another_argument_is_not_repeated(
+    arguments: list[str], given: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IOT_MODELS_TENANT", "acme")
+    monkeypatch.setenv("IOT_MODELS_DATABASE_URL", NOWHERE)
     with pytest.raises(SystemExit, match="2"):
-        cli.main([argument.format(NOWHERE) for argument in arguments])
+        cli.main([argument.format(given) for argument in arguments])
     printed = capsys.readouterr()
-    assert "pass it as --url" in printed.err
+    assert "error: " in printed.err
     assert SECRET not in printed.out + printed.err
+
+
+def test_a_url_in_the_variable_of_the_tenant_is_not_repeated(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IOT_MODELS_TENANT", NOWHERE)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["show", "d"])
+    printed = capsys.readouterr()
+    assert "the tenant looks like the URL of a database, or a password: pass a URL as --url" in printed.err
+    assert SECRET not in printed.out + printed.err
+
+
+@pytest.mark.parametrize("given", ["see https://tickets.example/17", "urn:dev:1", "pass", "a@b", "host=a", "passwords"])
+def test_other_words_are_no_secrets(given: str) -> None:
+    assert not looks_like_a_secret(given)
 
 
 @pytest.mark.parametrize("option", ["password", "sslpassword", "scram_client_key"])
