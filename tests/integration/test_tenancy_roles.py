@@ -17,6 +17,7 @@ from tests.databases.tenants import OFF, OTHER, PRIVILEGES, run, security, tenan
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
+    from sqlalchemy.engine.interfaces import IsolationLevel
 
 # On and off
 
@@ -226,6 +227,18 @@ def test_autocommit_mode_is_refused_since_nobody_may_see_half_of_it(engine: Engi
             with pytest.raises(RuntimeError, match="AUTOCOMMIT mode"):
                 call(connection, app)
         assert security(connection) == OFF
+
+
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+def test_a_transaction_that_sees_only_what_was_there_before_it_enables_and_disables_nothing(
+    own_engine: Engine, app: str, level: IsolationLevel
+) -> None:
+    with own_engine.connect().execution_options(isolation_level=level) as connection:
+        with pytest.raises(RuntimeError, match=f"this transaction is {level} and would not see"):
+            tenancy.enable(connection, app)
+        connection.rollback()
+        assert security(connection) == OFF
+        tenancy.disable(connection, app)  # there is nothing to do
 
 
 def test_a_lock_that_is_not_had_in_time_is_an_error_that_says_what_to_do(own_engine: Engine, app: str) -> None:
