@@ -249,7 +249,13 @@ def with_place(*place: object) -> str:
 
 GOOD: list[Any] = [True, 1, "d", 1, None]
 # For each part of a place what it cannot be.
-BAD: list[list[Any]] = [[1, None], [-1, 2**63, 1.0, "1"], [7, "\0", "\ud800"], [-1, 2**63, None], ["x", 1.5]]
+BAD: list[list[Any]] = [
+    [1, None],
+    [-1, 2**63, 1.0, "1", True],
+    [7, "\0", "\ud800"],
+    [-1, 2**63, None, True, False],
+    ["x", 1.5, True],
+]
 NO_CURSORS = [
     *("", "7", "ä", "\0", "\ud800", "AAAA", "x" * 100_000),
     base64.urlsafe_b64encode(b"[" * 10_000).decode(),
