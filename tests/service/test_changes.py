@@ -25,6 +25,8 @@ from iot_models import ChangePage, CursorExpired, DeviceNotFound, InvalidCursor,
 from iot_models._core import change_cursors
 from tests.databases.devices import TENANT, add_device
 from tests.databases.statements import counted_statements
+from tests.generated.documents import values
+from tests.generated.examples import with_a_database
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -276,6 +278,24 @@ def test_what_is_no_cursor_is_refused_before_anything_is_sent(session: Session, 
     ):
         ShadowService(session, TENANT).changes(after=cursor)
     assert statements == []
+
+
+@with_a_database()
+@given(st.data())
+def test_a_cursor_in_which_anything_is_replaced_is_refused_has_expired_or_is_one(
+    session: Session, data: st.DataObject
+) -> None:
+    place: list[Any] = [*GOOD]
+    parts: list[Any] = [1, TENANT, "o", place, True, []]
+    for _ in range(data.draw(st.integers(1, 3))):
+        whole = data.draw(st.sampled_from([parts, place]))
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.booleans() | st.integers() | values)
+    try:
+        page_of = ShadowService(session, TENANT).changes(after=text_of(*parts))
+    except (InvalidCursor, CursorExpired):
+        pass
+    else:
+        assert page_of.changes == []
 
 
 def test_a_cursor_that_is_none_of_ours_and_looks_like_one_has_expired(session: Session) -> None:
