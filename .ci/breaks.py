@@ -554,7 +554,7 @@ BREAKS = [
     ),
     Break(
         "printed SQL waits for a lock without an end once an index is built",
-        "iot_models/_migrations/operations.py",
+        "iot_models/_migrations/indexes.py",
         """f"SET lock_timeout = '{given.get('lock_timeout', LOCK_TIMEOUT)}'\"""",
         '"RESET lock_timeout"',
         ("tests/migrations/test_offline.py",),

@@ -108,12 +108,23 @@ def _differences(connection: Connection, table: Table, temporary: Table) -> list
         raise CommandError(f"{str(error.orig).strip()}; {refusal}") from error
     of_table = "" if table is DEFINED else f" of {table.name}"
     return [
-        f"{item}{of_table} is {actual[item]}: the models have {definition}"
+        f"{item}{of_table} is {actual[item]}: the models have {definition}{_mended(item, actual[item])}"
         if item in actual
         else f"{item}{of_table} is missing: the models have {definition}"
         for item, definition in expected.items()
         if actual.get(item) != definition
     ]
+
+
+def _mended(item: str, actual: str) -> str:
+    """What makes an INVALID index valid: also one that Citus marked so, because it was to be built again."""
+    if not actual.startswith("INVALID"):
+        return ""
+    index = item.removeprefix("index ")
+    return (
+        f"; REINDEX INDEX CONCURRENTLY {index} mends it, or, where the table is partitioned, an index of each "
+        f"partition that lacks it, and ALTER INDEX {index} ATTACH PARTITION"
+    )
 
 
 def _items(connection: Connection, table: int) -> dict[str, str]:

@@ -120,7 +120,7 @@ DIFFERENCES = {
     "CREATE INDEX idx_device_state_shadow_pending ON device_state (tenant_id)": "index idx_device_state_shadow_pending is btree (tenant_id): expected btree (tenant_id) WHERE (desired_version > reported_version)",
     "CREATE INDEX idx_device_state_shadow_pending_device ON device_state (tenant_id, device_id)": "index idx_device_state_shadow_pending_device is btree (tenant_id, device_id): expected btree (tenant_id, device_id) WHERE (desired_version > reported_version)",
     "CREATE TABLE other (a text); CREATE INDEX idx_device_state_shadow_pending ON other (a)": "the name of index idx_device_state_shadow_pending is taken by another table's",
-    "ALTER TABLE device_state RENAME TO real; CREATE VIEW device_state AS SELECT * FROM real": "it is no plain table (pg_class.relkind is 'v', expected 'r')",
+    "ALTER TABLE device_state RENAME TO real; CREATE VIEW device_state AS SELECT * FROM real": "it is no table (pg_class.relkind is 'v', expected 'r', or 'p' for a partitioned one)",
 }
 
 

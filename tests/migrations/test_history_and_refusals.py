@@ -227,7 +227,7 @@ def test_where_a_restrictive_policy_cannot_be_copied_nobody_sees_more_than_befor
     ("made", "said"),
     [
         (f"CREATE TABLE {HISTORY} (id int)", f"{HISTORY} is not the table that this migration expects"),
-        (f"CREATE VIEW {HISTORY} AS SELECT 1", "it is no plain table"),
+        (f"CREATE VIEW {HISTORY} AS SELECT 1", "it is no table"),
         (f"CREATE TYPE {HISTORY} AS ENUM ()", "a table's name is taken by type"),
     ],
 )

@@ -18,7 +18,16 @@ from sqlalchemy import NullPool, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError
 
 from iot_models import migrate
-from iot_models._migrations import deployers, environment, expectations, faulty_rows, findings, operations, runner
+from iot_models._migrations import (
+    deployers,
+    environment,
+    expectations,
+    faulty_rows,
+    findings,
+    indexes,
+    operations,
+    runner,
+)
 from iot_models._migrations.command_line import main
 from iot_models._migrations.obstacles import Plan, obstacles
 from iot_models.testing import throwaway
@@ -452,7 +461,7 @@ def _slow(monkeypatch: pytest.MonkeyPatch) -> None:
             time.sleep(0.2)
         return original(connection, table, name)
 
-    monkeypatch.setattr(operations, "find_index", slow)
+    monkeypatch.setattr(indexes, "find_index", slow)
     monkeypatch.setattr(expectations, "find_index", slow)
 
 
@@ -674,7 +683,7 @@ def test_check_says_what_a_grant_would_gain(url: str, server_role: str, capsys: 
 def test_the_progress_of_an_index_build_needs_no_room_in_the_pool(
     raw_fleet: str, pool_timeout: float | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(operations, "_PROGRESS_EVERY", 0.05)
+    monkeypatch.setattr(indexes, "_PROGRESS_EVERY", 0.05)
     migrate.upgrade(raw_fleet, "076")
     engine = create_engine(raw_fleet, pool_size=1, max_overflow=0, pool_timeout=pool_timeout)
     with ThreadPoolExecutor(1) as threads, caplog.at_level(logging.INFO):

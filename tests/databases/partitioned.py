@@ -1,0 +1,25 @@
+"""`device_state` in partitions, as a team would have it: by the hash of its tenant, one of them in partitions itself."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from tests.databases.alembic_runs import CHECKOUT
+
+# IOT_MODELS_TEST_PARTITIONED=1 runs what needs a migrated database on one whose table is partitioned.
+ASKED_FOR = os.environ.get("IOT_MODELS_TEST_PARTITIONED") == "1"
+
+_RAW_075 = (CHECKOUT / "tests" / "data" / "075.sql").read_text()
+RAW_075_PARTITIONED = (
+    re.sub(r"(PRIMARY KEY \(tenant_id, device_id\)\s*\))", r"\1 PARTITION BY HASH (tenant_id)", _RAW_075)
+    + """
+    CREATE TABLE device_state_p0 PARTITION OF device_state FOR VALUES WITH (MODULUS 3, REMAINDER 0);
+    CREATE TABLE device_state_p1 PARTITION OF device_state FOR VALUES WITH (MODULUS 3, REMAINDER 1);
+    CREATE TABLE device_state_p2 PARTITION OF device_state FOR VALUES WITH (MODULUS 3, REMAINDER 2)
+      PARTITION BY HASH (device_id);
+    CREATE TABLE device_state_p2a PARTITION OF device_state_p2 FOR VALUES WITH (MODULUS 2, REMAINDER 0);
+    CREATE TABLE device_state_p2b PARTITION OF device_state_p2 FOR VALUES WITH (MODULUS 2, REMAINDER 1);
+"""
+)
+LEAVES = ("device_state_p0", "device_state_p1", "device_state_p2a", "device_state_p2b")
