@@ -22,11 +22,13 @@ from sqlalchemy import Connection, Engine, NullPool, create_engine, make_url, te
 from sqlalchemy.orm import Session
 
 from iot_models.testing import NoServerError, PostgresServer, database, postgres_server
+from tests.databases import partitioned
 from tests.databases.alembic_runs import upgrade
 from tests.databases.reuse import ReusedDatabase
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 # pytest's own tool for trying plugins; and our plugin, be the entry point installed or not.
 pytest_plugins = ["pytester", "pytest_iot_models"]
@@ -53,6 +55,11 @@ def pytest_configure_node(node: Any) -> None:
             raise pytest.UsageError(str(error)) from error
     server = config.stash[SERVER]
     node.workerinput[SERVER_OF_WORKERS] = (str(server.url), server.description)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out what needs a cluster, unless it is asked for by name: `make test-distributed`."""
+    return (collection_path.name == "distributed" and not any("distributed" in given for given in config.args)) or None
 
 
 @pytest.hookimpl(trylast=True)  # after pytest-randomly has shuffled them
@@ -141,6 +148,10 @@ def connection(server: PostgresServer) -> Iterator[Connection]:
 def migrated_url(server: PostgresServer) -> Iterator[str]:
     """A database at head that nobody stays connected to: others are copied from it."""
     with database(server) as url:
+        if partitioned.ASKED_FOR:
+            raw = create_engine(url, poolclass=NullPool)
+            with raw.begin() as connection:
+                connection.connection.cursor().execute(partitioned.RAW_075_PARTITIONED)
         upgrade(url)
         yield url
 

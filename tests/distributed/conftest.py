@@ -1,0 +1,67 @@
+"""A real Citus cluster, which no package has: IOT_MODELS_TEST_DISTRIBUTED_URL names its coordinator and a database there.
+
+The database has the extension, knows two workers at least, and the role is a superuser. Each test has a schema of its
+own in it, which goes with the test.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy import URL, NullPool, create_engine, make_url, text
+
+from iot_models.engine import database_url
+from tests.migrations.raw_sql import FLEET, RAW_075, run_sql
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+VARIABLE = "IOT_MODELS_TEST_DISTRIBUTED_URL"
+
+
+def execute(url: URL | str, *statements: str) -> list[tuple[object, ...]]:
+    """Run each statement in a transaction of its own; the rows of the last one."""
+    rows: list[tuple[object, ...]] = []
+    engine = create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        for statement in statements:
+            result = connection.execute(text(statement.replace(":", "\\:")))
+            rows = [tuple(row) for row in result] if result.returns_rows else []
+    return rows
+
+
+@pytest.fixture(scope="session")
+def coordinator() -> URL:
+    """The coordinator of the cluster."""
+    given = os.environ.get(VARIABLE)
+    if not given:
+        pytest.skip(f"{VARIABLE} names no coordinator of a Citus cluster")
+    return database_url(given)
+
+
+@pytest.fixture
+def schema(coordinator: URL) -> Iterator[str]:
+    """An empty schema; returns its URL."""
+    name = f"iot_models_test_{secrets.token_hex(4)}"
+    execute(coordinator, f"CREATE SCHEMA {name}")
+    yield coordinator.update_query_dict({"options": f"-csearch_path={name}"}).render_as_string(hide_password=False)
+    execute(coordinator, f"DROP SCHEMA {name} CASCADE")
+
+
+@pytest.fixture
+def fleet(schema: str) -> str:
+    """A deployment before shadows, made by raw SQL and distributed, with ten devices."""
+    run_sql(schema, RAW_075)
+    execute(schema, "SELECT create_distributed_table('device_state', 'tenant_id', shard_count => 4)", FLEET)
+    return schema
+
+
+@pytest.fixture
+def worker(fleet: str) -> str:
+    """The same database and schema through a worker."""
+    query = "SELECT nodename, nodeport FROM pg_dist_node WHERE groupid > 0 ORDER BY 2 LIMIT 1"
+    ((host, port),) = execute(fleet, query)
+    return make_url(fleet).set(host=str(host), port=int(str(port))).render_as_string(hide_password=False)
