@@ -2,10 +2,11 @@
 # make quick   after each change: the tests of the service and of the pure functions, its core covered whole
 # make test    all tests in parallel, with branch coverage of all code
 # make test-matrix   the migration and service tests on PostgreSQL 15 to 18, and with the oldest libraries admitted
-# make test-distributed   the migrations on a Citus cluster, which IOT_MODELS_TEST_DISTRIBUTED_URL names
+# make test-distributed   the migrations and the service on a Citus cluster, which IOT_MODELS_TEST_DISTRIBUTED_URL names;
+#              prints where calls of the service differ from those on a plain table
 # make bench   how fast it is, beside the limit and beside what one would write instead; writes benchmarks/results.md
 # make bench-stall   how long a migration keeps a writer waiting; writes benchmarks/stall.md
-# make soak    load with faults for half an hour (MINUTES=30), then proof that nothing was lost
+# make soak    load with faults for half an hour (MINUTES=30), then proof that nothing was lost; then a fleet behind the MQTT bridge
 # make fuzz    hostile input for ten minutes (MINUTES=10), then histories of objects for as long
 # make breaks  breaks the code in the ways that would break a promise; a test has to notice each
 # make revision   adds a revision and a column to a copy of the checkout; no test fails but what is about the history
@@ -49,12 +50,12 @@ test: .venv/installed
 test-matrix: .venv/installed
 	@$(BIN)/python .ci/matrix.py
 
-# No package has Citus, so the cluster is yours. Each test makes a schema of its own in the database, and drops it.
+# No package has Citus, so the cluster is yours. The tests make schemas of their own in the database, and drop them.
 test-distributed: .venv/installed
 	@test -n "$$IOT_MODELS_TEST_DISTRIBUTED_URL" || { \
 	  echo "test-distributed needs a Citus cluster: set IOT_MODELS_TEST_DISTRIBUTED_URL to the URL of a database on its"; \
 	  echo "coordinator, with the extension, two workers and a superuser"; exit 1; }
-	$(BIN)/python -m pytest tests/distributed
+	$(BIN)/python -m pytest --capture=no tests/distributed
 
 bench: .venv/bench
 	@$(BIN)/python benchmarks/bench.py
@@ -64,6 +65,7 @@ bench-stall: .venv/installed
 
 soak: .venv/installed
 	@$(BIN)/python -m tests.guarantees.soak --minutes $(or $(MINUTES),30)
+	@$(BIN)/python -m tests.guarantees.soak_bridge --minutes $(or $(MINUTES),30)
 
 fuzz: .venv/installed
 	@$(BIN)/python -m tests.fuzz.fuzz --minutes $(or $(MINUTES),10)

@@ -34,27 +34,51 @@ _PASSWORD = re.compile(r"://[^:/]*:([^@]+)@|[?&](?:ssl)?password=([^&]+)")
 
 
 def _passwords() -> set[str]:
-    """Those in IOT_MODELS_TEST_DATABASE_URL, as they are written there, as they are, and as SQLAlchemy writes them."""
+    """Those in IOT_MODELS_TEST_DATABASE_URL, in each form in which a report may show them.
+
+    As they are written there, as they are, as SQLAlchemy writes them, and as a `repr` of these.
+    """
     found = ["".join(groups) for groups in _PASSWORD.findall(os.environ.get("IOT_MODELS_TEST_DATABASE_URL", ""))]
     plain = [unquote(password) for password in found]
     encoded = [quote(password, safe=safe) for password in plain for safe in ("", " +", "/")]
-    return {*found, *plain, *encoded}
+    forms = {*found, *plain, *encoded}
+    # With either quotation mark around it; and once more, as the repr of a repr in an assertion.
+    for _ in range(2):
+        forms |= {repr(mark + form)[2:-1] for form in forms for mark in "'\""}
+    return forms
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Remember the passwords: a test may change the variable, or the whole environment."""
     config.stash[_HIDDEN] = _passwords()
+    config.pluginmanager.register(_Logged(config), "iot_models_reports")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Hide the passwords of IOT_MODELS_TEST_DATABASE_URL in the report of a test, and in what the test printed."""
     report = yield
-    known = item.config.stash[_HIDDEN]
+    _hide(report, item.config)
+    return report
+
+
+class _Logged:
+    """Hides them once more in what is logged: subtests add to their reports, and then log them themselves."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        _hide(report, self._config)
+
+
+def _hide(report: pytest.TestReport, config: pytest.Config) -> None:
+    known = config.stash[_HIDDEN]
     known.update(_passwords())  # a test may have set another one
     passwords = sorted(known, key=len, reverse=True)
     if not passwords:
-        return report
+        return
 
     def hidden(said: str) -> str:
         for password in passwords:
@@ -69,7 +93,12 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
         report.longrepr = shown
     if hasattr(report, "wasxfail"):
         report.wasxfail = hidden(report.wasxfail)
-    return report
+    # The message and the parameters of a subtest, which stand in its heading.
+    if (of_subtest := getattr(report, "context", None)) is not None:
+        parameters = {name: hidden(v if isinstance(v, str) else repr(v)) for name, v in of_subtest.kwargs.items()}
+        object.__setattr__(of_subtest, "kwargs", parameters)  # frozen
+        if of_subtest.msg is not None:
+            object.__setattr__(of_subtest, "msg", hidden(str(of_subtest.msg)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -20,6 +20,7 @@ from iot_models._migrations.obstacles import refuse_another_version_table
 from iot_models._migrations.operations import (
     ensure_version_table,
     keep_for_the_owner,
+    naming_who_was_waited_for,
     undo_interrupted_downgrade,
 )
 from iot_models._migrations.options import require_known
@@ -131,7 +132,8 @@ def _run_online() -> None:
                 connection.rollback()
                 if _migrates():
                     wait_for_other_deployers(connection)
-                _run(connection, options)
+                with naming_who_was_waited_for(connection):
+                    _run(connection, options)
     except SQLAlchemyError as error:
         lost = _disconnect(error)
         if lost is None:

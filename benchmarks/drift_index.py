@@ -2,7 +2,8 @@
 
     python benchmarks/drift_index.py [--devices 10000 100000 1000000] [--rounds 9]
 
-It decided against an index of ours: docs/performance.md has the figures, and the index for a team that decides otherwise.
+It decided against an index of ours. docs/performance.md has the figures, and the index for a team that decides
+otherwise.
 PostgreSQL has no subquery in the predicate of an index. So this one holds candidates: devices that acknowledged the
 newest version and lack something of desired's top level. `drifted` then asks the rule itself of these.
 """

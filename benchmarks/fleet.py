@@ -33,6 +33,7 @@ PENDING = f"""
 def measure(url: str, devices: int, rounds: int, progress: Progress) -> list[Figure]:
     """Measure the first page and a deep page of pending devices, and counts. The fleet must be loaded."""
     setting = f"{devices:,} devices"
+    _record(url)
     deep = f"device-{devices * 9 // 10:07}"
     figures: list[Figure] = []
     with ExitStack() as stack:
@@ -41,6 +42,8 @@ def measure(url: str, devices: int, rounds: int, progress: Progress) -> list[Fig
         stack.callback(engine.dispose)
         session = stack.enter_context(Session(engine))
         service = ShadowService(session, TENANT)
+
+        read = _after_nine_tenths(service, devices)
 
         def by_hand(after: str) -> int:
             return len(connection.execute(PENDING, (TENANT, after)).fetchall())
@@ -68,6 +71,13 @@ def measure(url: str, devices: int, rounds: int, progress: Progress) -> list[Fig
                 "psycopg by hand, keyset": timed(lambda: _full(by_hand(deep), full - 1)),
                 "ORM, OFFSET": timed(lambda: _full(by_offset(depth), full)),
             },
+            "page of changes, first": {"ours": timed(lambda: _full(len(service.changes(limit=PAGE).changes), PAGE))},
+            "page of changes, deep": {
+                "ours": timed(lambda: _full(len(service.changes(after=read, limit=PAGE).changes), PAGE))
+            },
+            "page of refused": {
+                "ours": timed(lambda: _full(len(service.refused(limit=PAGE)), min(PAGE, devices // 500)))
+            },
             "count_pending": {
                 "ours": timed(lambda: _full(service.count_pending(), devices // 100)),
                 "psycopg by hand": timed(lambda: _full(counted(), devices // 100)),
@@ -81,6 +91,26 @@ def measure(url: str, devices: int, rounds: int, progress: Progress) -> list[Fig
             for name, measured in interleaved(turns, some, progress, f"{work}, {setting}").items():
                 figures.append(Figure(SECTION, work, name, setting, "s", measured))
     return figures
+
+
+def _record(url: str) -> None:
+    """A version of each device in the history, written by ten transactions."""
+    with psycopg.connect(plain(url), autocommit=True) as connection:
+        for turn in range(10):
+            connection.execute(
+                """INSERT INTO device_shadow_history (tenant_id, device_id, desired_version, desired_state, written_at)
+                   SELECT tenant_id, device_id, desired_version, desired_state, now() FROM device_state
+                    WHERE hashtext(device_id) %% 10 IN (%(turn)s, -%(turn)s)""",
+                {"turn": turn},
+            )
+        connection.execute("VACUUM ANALYZE device_shadow_history")
+
+
+def _after_nine_tenths(service: ShadowService, devices: int) -> str | None:
+    cursor = None
+    for _ in range(9):
+        cursor = service.changes(after=cursor, limit=devices // 10).cursor
+    return cursor
 
 
 def _full(found: int, least: int) -> None:

@@ -42,10 +42,13 @@ COLUMNS = (
 
 ROWS = """
     INSERT INTO device_state (tenant_id, site_id, device_id, status, last_heartbeat_at, last_seen_at, state,
-                              desired_state, reported_state, desired_version, reported_version, shadow_updated_at)
+                              desired_state, reported_state, desired_version, reported_version, shadow_updated_at,
+                              refused_version, refusal, refused_at)
     SELECT %(tenant)s, 'site-' || i %% 500, %(prefix)s || lpad(i::text, 7, '0'), 'ONLINE', now(), now(),
            jsonb_build_object('temperature_c', 20 + i %% 10, 'humidity', i %% 100, 'rssi', -40 - i %% 60),
-           %(document)s::jsonb, %(document)s::jsonb, 2, CASE WHEN i %% 100 = 0 THEN 1 ELSE 2 END, now()
+           %(document)s::jsonb, %(document)s::jsonb, 2, CASE WHEN i %% 100 = 0 THEN 1 ELSE 2 END, now(),
+           CASE WHEN i %% 500 = 0 THEN 2 END, CASE WHEN i %% 500 = 0 THEN 'not now' END,
+           CASE WHEN i %% 500 = 0 THEN now() END
       FROM generate_series(0, %(devices)s - 1) AS i
 """
 
@@ -72,7 +75,10 @@ def database(server_url: str, name: str, **settings: str) -> Iterator[str]:
 
 
 def load(url: str, devices: int, *, tenant: str = TENANT, prefix: str = "device-") -> None:
-    """Insert devices from `<prefix>0000000` on, one in a hundred pending. Then vacuum, analyze and checkpoint."""
+    """Insert devices from `<prefix>0000000` on, one in a hundred pending, a fifth of them refused.
+
+    Then vacuum, analyze and checkpoint.
+    """
     with psycopg.connect(plain(url), autocommit=True) as connection:
         connection.execute(
             ROWS,

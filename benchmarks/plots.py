@@ -42,13 +42,14 @@ class Plot:
     """A plot: which figures it shows, and how. `place` returns the panel of a figure and its place on the x axis."""
 
     section: str
-    work: str  # the beginning of the figure's `work`
+    work: str | tuple[str, ...]  # the beginning of the figure's `work`
     title: str
     x_label: str
     unit: str
     place: Callable[[Figure], tuple[str, str]]
     amount: Callable[[float, str], float]  # from a round's value and its place on the x axis to the plot's unit
     is_log: bool = True
+    is_bars: bool = False
 
 
 def _number(text: str) -> str:
@@ -59,7 +60,12 @@ PLOTS: Final = {
     "one_device": Plot(
         "one device", "replace desired",
         "One client replaces desired documents, one after the other", "", "µs a write",
-        lambda figure: (figure.setting, ""), lambda value, _: value * 1e6, is_log=False,
+        lambda figure: (figure.setting, ""), lambda value, _: value * 1e6, is_log=False, is_bars=True,
+    ),
+    "buffer": Plot(
+        "buffer", "reports",
+        "Reports from 256 tasks on one event loop: ReportBuffer, and a call for each", "", "reports a second",
+        lambda figure: (figure.setting, ""), lambda value, _: value, is_log=False, is_bars=True,
     ),
     "batches": Plot(
         "batches", "reports",
@@ -74,6 +80,12 @@ PLOTS: Final = {
     "fleet": Plot(
         "fleet", "page of pending",
         "A page of 100 pending devices, by the size of the fleet", "devices in the fleet", "ms a page",
+        lambda figure: (figure.work, _number(figure.setting)), lambda value, _: value * 1e3,
+    ),
+    "pages": Plot(
+        "fleet", ("page of refused", "page of changes"),
+        "A page of 100 refused devices, and of 100 changes, by the size of the fleet",
+        "devices in the fleet", "ms a page",
         lambda figure: (figure.work, _number(figure.setting)), lambda value, _: value * 1e3,
     ),
     "documents": Plot(
@@ -103,7 +115,7 @@ def draw(figures: list[Figure], folder: Path) -> list[Path]:
             panels[panel][figure.contender][x] = Bar(*(plot.amount(value, x) for value in (low, figure.median, high)))
         rounds = max(len(figure.rounds) for figure in chosen)
         with mpl.rc_context(STYLE):
-            canvas = _bars(plot, panels) if name == "one_device" else _lines(plot, panels)
+            canvas = _bars(plot, panels) if plot.is_bars else _lines(plot, panels)
             _head(canvas, plot, rounds)
             drawn.append(folder / f"{name}.svg")
             drawn[-1].write_text(as_svg(canvas, plot.title, _in_words(plot, panels)), encoding="utf-8")
@@ -168,7 +180,11 @@ def _bars(plot: Plot, panels: Panels) -> Canvas:
 
 
 def _lines(plot: Plot, panels: Panels) -> Canvas:
-    canvas, all_axes = _canvas(4.4, list(panels), left=0.6, between=1.95, right=1.5)
+    # The names of the lines stand beside each panel, unless there is one line only: it is ours.
+    is_alone = all(len(found) == 1 for found in panels.values())
+    canvas, all_axes = _canvas(
+        4.4, list(panels), left=0.6, between=0.6 if is_alone else 1.95, right=0.2 if is_alone else 1.5
+    )
     every = [bar for found in panels.values() for along in found.values() for bar in along.values()]
     low, high = min(bar.low for bar in every), max(bar.high for bar in every)
     for axes, found in zip(all_axes, panels.values(), strict=True):
@@ -196,6 +212,8 @@ def _lines(plot: Plot, panels: Panels) -> Canvas:
                 xs, [bar.median for bar in bars], color=colour, linestyle=DASHES[style], marker=MARKERS[style],
                 linewidth=2.2 if ours else 1.3, markersize=5 if ours else 4, markeredgewidth=0, clip_on=False,
             )  # fmt: skip
+        if is_alone:
+            continue
         _label(
             axes, [(ticks[x], bar.median, name) for name, along in found.items() for x, bar in list(along.items())[-1:]]
         )

@@ -88,15 +88,16 @@ def _writes(run: Run, setting: str) -> Iterator[Target]:
 
 
 def _fleet(run: Run) -> Iterator[Target]:
-    for page in ("first", "deep"):
-        small, large = (
-            run.figure("fleet", f"page of pending, {page}", "ours", f"{devices:,} devices")
-            for devices in ((10_000 if page == "first" else 100_000), 1_000_000)
-        )
-        since = small.setting.split()[0]
-        yield Target(
-            f"a page of pending, {page}: at 1,000,000 devices over {since}", "", 1.5, ratio(large, small), at_most=True
-        )
+    """From the smallest fleet that has a full page on: a deep page has its last tenth, one in 500 is refused."""
+    for page, smallest in (
+        ("page of pending, first", 10_000),
+        ("page of pending, deep", 100_000),
+        ("page of refused", 100_000),
+        ("page of changes, first", 10_000),
+        ("page of changes, deep", 10_000),
+    ):
+        small, large = (run.figure("fleet", page, "ours", f"{devices:,} devices") for devices in (smallest, 1_000_000))
+        yield Target(f"{page}: at 1,000,000 devices over {smallest:,}", "", 1.5, ratio(large, small), at_most=True)
 
 
 def _limits(figures: list[Figure], run: Run) -> Iterator[Target]:

@@ -156,6 +156,14 @@ class DesiredVersion(BaseModel):
     request_id: str | None
 
 
+class Changes(BaseModel):
+    """Desired versions of all devices of the tenant, and where the next ones begin."""
+
+    changes: list[DesiredVersion]
+    cursor: str
+    held_back_since: datetime | None
+
+
 class Place(BaseModel):
     """Where a new device is."""
 
@@ -201,6 +209,9 @@ TOO_LARGE = {413: {"description": "The document is too large", "model": Refused}
 READ = ERRORS | {200: {"description": "The twin", "model": Twin, "headers": ETAG}}
 READ_HISTORY = ERRORS | {200: {"description": "Versions, the newest first", "model": list[DesiredVersion]}}
 READ_VERSION = ERRORS | {200: {"description": "The version", "model": DesiredVersion}}
+READ_CHANGES = ERRORS | {200: {"description": "Versions, in the order to read them", "model": Changes}}
+READ_CHANGES |= {410: {"description": "`after` has expired: read all again, without it", "model": Refused}}
+del READ_CHANGES[404]
 READ_DELTA = ERRORS | {200: {"description": "What reported lacks", "model": Delta, "headers": ETAG}}
 REPORT = READ | TOO_LARGE | {409: {"description": "An older report came late: drop it", "model": Refused}}
 CONFLICT = "If-Match is not the current ETag, which is sent; or the Idempotency-Key is of another request, without ETag"
@@ -296,6 +307,14 @@ def read_history(
 @app.get("/devices/{device_id}/twin/desired/versions/{version}", responses=READ_VERSION)
 def read_version(shadows: Shadows, device_id: str, version: int) -> Response:
     return JSONResponse(shadows.desired_at(device_id, version).to_dict())
+
+
+@app.get("/changes", responses=READ_CHANGES)
+def read_changes(
+    shadows: Shadows, limit: Annotated[int, Query(ge=1, le=1000)] = 100, after: str | None = None
+) -> Response:
+    # The next page is after the cursor of this one. An empty one says: ask again later, with the same cursor.
+    return JSONResponse(shadows.changes(after=after, limit=limit).to_dict())
 
 
 @app.get("/devices/{device_id}/twin/delta", responses=READ_DELTA)

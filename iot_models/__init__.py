@@ -8,8 +8,10 @@ from iot_models._core.documents import DocumentLimits
 from iot_models.aio import AsyncShadowService
 from iot_models.errors import (
     BatchRejected,
+    CursorExpired,
     DeviceNotFound,
     DocumentTooLarge,
+    InvalidCursor,
     InvalidDocument,
     InvalidVersion,
     IotModelsError,
@@ -20,7 +22,7 @@ from iot_models.errors import (
     VersionConflict,
     VersionNotKept,
 )
-from iot_models.history import DesiredVersion
+from iot_models.history import ChangePage, DesiredVersion
 from iot_models.models import Base, DeviceState, ShadowHistory
 from iot_models.reports import Report, ReportOutcome, ReportStatus
 from iot_models.service import ShadowService
@@ -41,12 +43,15 @@ __all__ = [  # noqa: RUF022 - the order of sorted()
     "AsyncShadowService",
     "Base",
     "BatchRejected",
+    "ChangePage",
     "Comparison",
+    "CursorExpired",
     "DesiredVersion",
     "DeviceNotFound",
     "DeviceState",
     "DocumentLimits",
     "DocumentTooLarge",
+    "InvalidCursor",
     "InvalidDocument",
     "InvalidVersion",
     "IotModelsError",

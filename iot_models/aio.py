@@ -123,6 +123,7 @@ class AsyncShadowService:
     count_refused = _awaited(ShadowService.count_refused)
     history = _awaited(ShadowService.history)
     desired_at = _awaited(ShadowService.desired_at)
+    changes = _awaited(ShadowService.changes)
     prune_history = _awaited(ShadowService.prune_history)
     status_counts = _awaited(ShadowService.status_counts)
 

@@ -243,6 +243,39 @@ class RequestReused(IotModelsError):
         )
 
 
+class CursorExpired(IotModelsError):
+    """The cursor of `ShadowService.changes` does not say any more what was read, so versions could be missed.
+
+    Versions behind it were pruned, or the database is another one than it was read from, or is not in the state any
+    more that was read: it was restored, or a server took over that had not received the last commits.
+    """
+
+    http_status = 410
+
+    def __init__(self, tenant_id: str) -> None:
+        super().__init__(tenant_id)
+        self.tenant_id = tenant_id
+
+    def __str__(self) -> str:
+        return (
+            f"the cursor of the changes of tenant {self.tenant_id!r} has expired: versions behind it were pruned, or "
+            "the database was restored. List all again, from the start (after=None)"
+        )
+
+
+class InvalidCursor(IotModelsError, ValueError):
+    """What was passed as a cursor of `ShadowService.changes` is none, or one of another tenant. Nothing was sent."""
+
+    http_status = 400
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"after {self.reason}: pass ChangePage.cursor as it is, or None to begin from the start"
+
+
 class InvalidDocument(IotModelsError, ValueError):
     """A document that cannot be stored: JSON or PostgreSQL cannot represent it, or it is nested too deep.
 

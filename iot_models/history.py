@@ -1,4 +1,4 @@
-"""`DesiredVersion`: one desired version of one device, as the history has it."""
+"""`DesiredVersion`, one desired version of one device, as the history has it; `ChangePage`, a page of all of them."""
 
 from __future__ import annotations
 
@@ -55,4 +55,28 @@ class DesiredVersion:
             "actor": self.actor,
             "reason": self.reason,
             "request_id": self.request_id,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ChangePage:
+    """A page of the desired versions of a tenant, and where the next one begins: see `ShadowService.changes`.
+
+    Attributes:
+        changes: The versions. Empty: there are no more now.
+        cursor: Where the next page begins. Keep it with what you made of the page, in the same transaction.
+        held_back_since: When the oldest version was written that is committed and yet not to be read, because an older
+            transaction is open, of any database of the server. None: nothing is held back.
+    """
+
+    changes: list[DesiredVersion]
+    cursor: str
+    held_back_since: datetime | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the page as a dict for an HTTP API, ready for `json.dumps`. The times are ISO 8601 in UTC."""
+        return {
+            "changes": [change.to_dict() for change in self.changes],
+            "cursor": self.cursor,
+            "held_back_since": iso(self.held_back_since) if self.held_back_since else None,
         }

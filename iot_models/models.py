@@ -13,7 +13,7 @@ import typing
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import DDL, ColumnElement, Index, Integer, MetaData, Table, event, func, text
+from sqlalchemy import DDL, BigInteger, ColumnElement, Index, Integer, MetaData, Table, event, func, text
 from sqlalchemy.ext.hybrid import hybrid_property
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -199,6 +199,9 @@ class ShadowHistory(Base):
     `desired_state` is NULL for the version that removed the device. `written_at` is NULL where nobody
     knows: the state that a device had before its first recorded write. `actor` and `reason` are NULL where the writer
     gave none. A write with a `request_id` is done once for a device.
+
+    A row whose `desired_version` is negative, and whose `device_id` is empty, is no version: it says up to which
+    `transaction_id` versions of the tenant were pruned.
     """
 
     __tablename__ = "device_shadow_history"
@@ -215,6 +218,11 @@ class ShadowHistory(Base):
     actor: Mapped[str | None] = mapped_column(comment="Who wrote it.")
     reason: Mapped[str | None] = mapped_column(comment="Why, in the words of the writer.")
     request_id: Mapped[str | None] = mapped_column(comment="The request that this write answered, done once.")
+    transaction_id: Mapped[int] = mapped_column(
+        BigInteger,
+        server_default=text("CAST(CAST(pg_current_xact_id() AS text) AS bigint)"),
+        comment="The transaction that wrote it: the order of ShadowService.changes.",
+    )
 
     __table_args__ = (
         # A request is done once for a device, also where it is repeated at the same moment.
@@ -228,6 +236,8 @@ class ShadowHistory(Base):
         ),
         # The oldest versions of a tenant: ShadowService.prune_history.
         Index("idx_device_shadow_history_written", "tenant_id", "written_at"),
+        # The versions of a tenant by the transactions that wrote them: ShadowService.changes.
+        Index("idx_device_shadow_history_changes", "tenant_id", "transaction_id", "device_id", "desired_version"),
         {"comment": "The desired documents of device_state, a row for each version. Never changed."},
     )
 

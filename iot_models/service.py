@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, cast
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, cast
 from iot_models import tenancy, twin
 from iot_models._core import (
     batches,
+    change_cursors,
     desired_statements,
     history_statements,
     loaded_objects,
@@ -31,9 +33,8 @@ from iot_models.errors import (
     UnreadableShadow,
     VersionConflict,
     VersionNotKept,
-    shown,
 )
-from iot_models.history import DesiredVersion
+from iot_models.history import ChangePage, DesiredVersion
 from iot_models.models import DeviceState
 from iot_models.shadow import STALE_AFTER, Shadow
 
@@ -55,6 +56,7 @@ _T = TypeVar("_T")
 
 # No version is that old, and PostgreSQL's times do not begin much earlier.
 _BEFORE_ALL: Final = timedelta(days=365 * 2000)
+_LARGEST_PAGE: Final = 2**62
 
 
 class _Done(NamedTuple):
@@ -667,12 +669,52 @@ class ShadowService:
         """
         return self._version("desired_at", device_id, validation.require_version("version", version))
 
+    def changes(self, *, after: str | None = None, limit: int = 1000) -> ChangePage:
+        """A page of all desired versions of the tenant, removals included: for a search index, a cache, an audit.
+
+        One statement. Whoever goes from cursor to cursor reads each version that is kept once: nothing that commits
+        later stands before the cursor. Versions of one transaction come in the order of `device_id` and version.
+        Transactions come in the order in which they began to write. So of two that overlapped the later version of a
+        device can come first: of a device, keep the highest version.
+
+        What an open transaction might precede is held back until that has ended, and so is what this transaction has
+        written itself. In a dump of another cluster that was restored, versions of before can come twice.
+
+        Versions that a row held before its first recorded write are there from that write on.
+
+        Args:
+            after: The `cursor` of the page before; None begins with the oldest version that is kept.
+            limit: How many at most.
+
+        Raises:
+            CursorExpired: If versions behind the cursor were pruned, or the database is not the one, or not in the
+                state, that the cursor was read from.
+            InvalidCursor: If `after` is no cursor of this tenant.
+            TypeError: If `after` is no string, or `limit` no int.
+            ValueError: If `limit` is negative.
+        """
+        limit = min(validation.whole("limit", limit), _LARGEST_PAGE)
+        cursor = None if after is None else change_cursors.decode(after, self.tenant_id)
+        place = None if cursor is None else cursor.place
+        binds: dict[str, object] = {"tenant": self.tenant_id, "limit": limit + (place is not None)}
+        if place is not None:
+            binds |= {"transaction": place.transaction_id, "device": place.device_id, "version": place.version}
+        is_foreign = place is None or not place.is_local
+        statement = history_statements.changes_page(foreign=is_foreign, after=place is not None)
+        rows = self._execute("changes", statement, binds).all()
+        found, cursor = change_cursors.follow(cursor, rows, tenant_id=self.tenant_id, limit=limit)
+        changes = self._readable(found, _desired_version)
+        return ChangePage(changes, cursor.encoded(self.tenant_id), rows[0].held_back_since)
+
     def prune_history(self, *, older_than: timedelta, keep: int = 1, limit: int = 10_000) -> int:
         """Delete a page of the tenant's oldest versions; returns how many. Call it until that is 0.
 
         One statement. The newest `keep` versions of each device stay, whatever their age. A request whose version is
         deleted can be done again. With `keep=0` the removal of a device is forgotten, too: registered again, it starts
         at version 0.
+
+        Readers of `changes` that have not come to a version that is deleted get `CursorExpired`: let `older_than` be
+        longer than the longest time that one may be away.
 
         Args:
             older_than: The age from which on a version is deleted.
@@ -683,17 +725,16 @@ class ShadowService:
             TypeError: If `older_than` is no timedelta, or `keep` or `limit` no int.
             ValueError: If one of them is negative.
         """
-        if not isinstance(older_than, timedelta):
-            raise TypeError(f"older_than must be a timedelta, got {shown(older_than)}")
-        if older_than < timedelta():
-            raise ValueError(f"older_than must be an age, 0 or more, got {older_than!r}")
+        age = validation.duration("older_than", older_than)
         keep = validation.whole("keep", keep)
-        binds = {
+        binds: dict[str, object] = {
             "tenant": self.tenant_id,
-            "age": min(older_than, _BEFORE_ALL),
+            "age": min(age, _BEFORE_ALL),
             "limit": validation.whole("limit", limit),
         }
-        return len(self._execute("prune_history", history_statements.prune_history(keep=keep), binds).all())
+        binds["mark"] = -2 - secrets.randbelow(2**31 - 3)
+        count: int = self._execute("prune_history", history_statements.prune_history(keep=keep), binds).scalar_one()
+        return count
 
     def status_counts(self, *, now: datetime | None = None) -> dict[twin.SyncStatus, int]:
         """How many devices are synced, pending and stale, as `twin.sync_status` says; all three, in one statement.

@@ -24,11 +24,12 @@ from sqlalchemy.orm import Session
 from iot_models.testing import NoServerError, PostgresServer, database, postgres_server
 from tests.databases import partitioned
 from tests.databases.alembic_runs import upgrade
+from tests.databases.async_engines import ASYNC_DRIVERS
+from tests.databases.in_memory import temporary_files_in_memory
 from tests.databases.reuse import ReusedDatabase
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 # pytest's own tool for trying plugins; and our plugin, be the entry point installed or not.
 pytest_plugins = ["pytester", "pytest_iot_models"]
@@ -40,6 +41,21 @@ settings.load_profile("full")  # unless --hypothesis-profile names the other
 
 SERVER = pytest.StashKey[PostgresServer]()
 SERVER_OF_WORKERS = "server"
+LOCK_TABLES = """
+    DO $$ DECLARE name regclass; BEGIN
+      FOR name IN SELECT c.oid FROM pg_class c WHERE c.relkind IN ('r', 'p') AND c.oid >= 16384 ORDER BY c.oid LOOP
+        EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE', name);
+      END LOOP;
+    END $$
+"""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let the servers of this run, whoever starts them, write to memory. The workers of a parallel run inherit it."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        stack = ExitStack()
+        config.add_cleanup(stack.close)
+        stack.enter_context(temporary_files_in_memory())
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -55,11 +71,6 @@ def pytest_configure_node(node: Any) -> None:
             raise pytest.UsageError(str(error)) from error
     server = config.stash[SERVER]
     node.workerinput[SERVER_OF_WORKERS] = (str(server.url), server.description)
-
-
-def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out what needs a cluster, unless it is asked for by name: `make test-distributed`."""
-    return (collection_path.name == "distributed" and not any("distributed" in given for given in config.args)) or None
 
 
 @pytest.hookimpl(trylast=True)  # after pytest-randomly has shuffled them
@@ -135,6 +146,12 @@ def new_database(server: PostgresServer) -> Iterator[Callable[..., str]]:
         yield lambda template=None: stack.enter_context(database(server, template))
 
 
+@pytest.fixture(params=ASYNC_DRIVERS)
+def driver(request: pytest.FixtureRequest) -> str:
+    """Each asynchronous driver in turn."""
+    return str(request.param)
+
+
 @pytest.fixture
 def connection(server: PostgresServer) -> Iterator[Connection]:
     """A connection that sees no tables of ours, to ask PostgreSQL what it computes; rolled back after the test."""
@@ -207,5 +224,8 @@ def server_role(server: PostgresServer) -> Iterator[str]:
         ):
             own = create_engine(make_url(server.url).set(database=name), poolclass=NullPool)
             with own.begin() as inside:
+                # The tables first: otherwise it changes rows of the catalog and then waits for a table that autovacuum
+                # holds, which waits for the same rows.
+                inside.execute(text(LOCK_TABLES))
                 inside.execute(text(f"DROP OWNED BY {role} CASCADE"))
         connection.execute(text(f"DROP ROLE {role}"))

@@ -114,6 +114,7 @@ def upgrade() -> None:
         op.iot_models_ensure_index("device_state", *PENDING)
 
     if context.is_offline_mode():
+        op.iot_models_nobody_makes_triggers(PARKED)
         _put_back_offline()
     elif parked:
         _report_what_stays(op.get_bind())

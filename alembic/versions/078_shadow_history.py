@@ -3,14 +3,18 @@
 A row is written by the statement that writes `desired_state`; no trigger does it. It stays when its device is removed,
 so the table has no foreign key.
 
+`transaction_id` orders the changes of a tenant, so that nothing that commits later stands before what was read. A
+sequence could not: it is drawn before the commit. It is a bigint, because few libraries that read a schema know
+PostgreSQL's xid8.
+
 The table has the documents of all tenants. What default privileges give others on it is taken away. Then those who may
 read `device_state` may read it, those who may write desired documents may add to it, and those who may delete devices
 may delete from it; nobody may change what it holds. Row level security is copied from `device_state`, with its
 policies. So code that is deployed afterwards needs no GRANT, and no role sees more of a tenant than before.
 
-The downgrade renames a table that has rows to `device_shadow_history_078`, for its owner alone; the upgrade takes it
-back. Neither reads a row, nor keeps a writer of `device_state` waiting. Desired writes in between, by code that knows
-no history, leave versions without a row.
+The downgrade renames a table that has rows to `device_shadow_history_078`, for its owner alone, with row level security
+also where it had none; the upgrade takes it back. Neither reads a row, nor keeps a writer of `device_state` waiting.
+Desired writes in between, by code that knows no history, leave versions without a row.
 
 Revision ID: 078
 Revises: 077
@@ -40,23 +44,31 @@ COLUMNS = {
     "actor": ("text", False, None),
     "reason": ("text", False, None),
     "request_id": ("text", False, None),
+    "transaction_id": ("bigint", True, "((pg_current_xact_id())::text)::bigint"),
 }
 KEY = ("tenant_id", "device_id", "desired_version")
+# The columns of device_state that are the same there.
+SHARED = "'tenant_id', 'device_id', 'desired_version', 'desired_state'"
 COMMENTS = {
     "desired_state": "The document of this version. NULL: the device was removed.",
     "written_at": "When it was written. NULL: not known, before the first recorded write.",
     "actor": "Who wrote it.",
     "reason": "Why, in the words of the writer.",
     "request_id": "The request that this write answered, done once.",
+    "transaction_id": "The transaction that wrote it: the order of ShadowService.changes.",
 }
 INDEXES = {
     # A request is done once for a device, also where it is repeated at the same moment.
     "idx_device_shadow_history_request": "btree (tenant_id, device_id, request_id) WHERE (request_id IS NOT NULL)",
     # The oldest versions of a tenant: ShadowService.prune_history.
     "idx_device_shadow_history_written": "btree (tenant_id, written_at)",
+    # The versions of a tenant by the transactions that wrote them: ShadowService.changes.
+    "idx_device_shadow_history_changes": "btree (tenant_id, transaction_id, device_id, desired_version)",
 }
 UNIQUE = {"idx_device_shadow_history_request"}
 ADDS = {HISTORY: {"columns": COLUMNS, "indexes": INDEXES}}
+# As long as it is parked. Of a history that had no row level security, so that the upgrade takes it off again.
+SHUT = "The history that the downgrade from 078 parked. It had no row level security. The next upgrade takes it back."
 MAKES = {table: {"required": COLUMNS, "primary_key": KEY} for table in (HISTORY, PARKED)}
 
 
@@ -78,7 +90,15 @@ def upgrade() -> None:
     for table in (HISTORY, PARKED):
         if op.iot_models_table_exists(table):
             op.iot_models_expect_table(table, required=COLUMNS, primary_key=KEY)
+    _lock_what_exists()
 
+    op.execute(f"""
+        DO $$ BEGIN
+          IF pg_catalog.obj_description(CAST(to_regclass('{PARKED}') AS oid), 'pg_class') = '{SHUT}' THEN
+            ALTER TABLE {PARKED} DISABLE ROW LEVEL SECURITY;
+          END IF;
+        END $$
+    """)
     # If both exist, somebody has made the table while another was parked.
     op.execute(f"""
         DO $$ BEGIN
@@ -97,6 +117,7 @@ def upgrade() -> None:
           actor           TEXT,
           reason          TEXT,
           request_id      TEXT,
+          transaction_id  BIGINT NOT NULL DEFAULT CAST(CAST(pg_current_xact_id() AS TEXT) AS BIGINT),
           PRIMARY KEY (tenant_id, device_id, desired_version)
         )
     """)
@@ -114,6 +135,7 @@ def upgrade() -> None:
     for name, definition in INDEXES.items():
         unique = "UNIQUE " if name in UNIQUE else ""
         op.execute(f"CREATE {unique}INDEX IF NOT EXISTS {name} ON {HISTORY} USING {definition}")
+        _require_index(name)
     op.execute(
         f"COMMENT ON TABLE {HISTORY} IS 'The desired documents of device_state, a row for each version. Never changed.'"
     )
@@ -123,6 +145,7 @@ def upgrade() -> None:
     _revoke_all(HISTORY)
     _grant_as_on_device_state()
     _secure_as_device_state()
+    op.iot_models_look_again()  # the text of a policy may call another function there, which matches better
     if not context.is_offline_mode():
         _name_what_is_not_copied(op.get_bind())
 
@@ -138,12 +161,44 @@ def downgrade() -> None:
         DO $$ BEGIN
           IF EXISTS (SELECT 1 FROM {HISTORY}) THEN
             ALTER TABLE {HISTORY} RENAME TO {PARKED};
+            IF NOT (SELECT relrowsecurity FROM pg_class WHERE oid = to_regclass('{PARKED}')::oid) THEN
+              ALTER TABLE {PARKED} ENABLE ROW LEVEL SECURITY;
+              COMMENT ON TABLE {PARKED} IS '{SHUT}';
+            END IF;
           ELSE
             DROP TABLE {HISTORY};
           END IF;
         END $$
     """)
     _revoke_all(PARKED)
+
+
+def _lock_what_exists() -> None:
+    """Wait for who makes a trigger on a history that exists already, and name it: rows may be added to that table."""
+    for table in (HISTORY, PARKED):
+        if op.iot_models_table_exists(table):
+            op.iot_models_lock_table(table, "ACCESS EXCLUSIVE")
+    if context.is_offline_mode():
+        op.execute(f"""
+            DO $$ BEGIN
+              IF to_regclass('{HISTORY}') IS NOT NULL THEN
+                LOCK TABLE {HISTORY} IN ACCESS EXCLUSIVE MODE;
+              END IF;
+            END $$
+        """)
+        op.iot_models_look_again()
+
+
+def _require_index(name: str) -> None:
+    """IF NOT EXISTS leaves an index out where anything else has its name."""
+    op.execute(f"""
+        DO $$ BEGIN
+          IF NOT EXISTS (SELECT FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+                          WHERE i.indrelid = to_regclass('{HISTORY}')::oid AND c.relname = '{name}') THEN
+            RAISE duplicate_table USING MESSAGE = 'the name of index {name} is taken: rename or drop what has it';
+          END IF;
+        END $$
+    """)
 
 
 def _give_to_the_owner() -> None:
@@ -184,7 +239,10 @@ def _revoke_all(table: str) -> None:
 
 
 def _grant_as_on_device_state() -> None:
-    """A right on `device_state`, or to update its desired documents, is a right on their history."""
+    """A right on `device_state`, or to write its desired documents, is a right on their history.
+
+    Who may read one column of the table may not read all of the history.
+    """
     op.execute(f"""
         DO $$
         DECLARE granted record;
@@ -198,7 +256,7 @@ def _grant_as_on_device_state() -> None:
                SELECT grantee, privilege_type FROM aclexplode(c.relacl)
                UNION ALL
                SELECT e.grantee, e.privilege_type FROM pg_attribute t CROSS JOIN aclexplode(t.attacl) e
-                WHERE t.attrelid = c.oid AND t.attname = 'desired_state') a
+                WHERE t.attrelid = c.oid AND t.attname = 'desired_state' AND NOT e.privilege_type = 'SELECT') a
               JOIN (VALUES (CAST('SELECT' AS text), CAST('SELECT' AS text)), ('INSERT', 'INSERT'), ('UPDATE', 'INSERT'),
                            ('DELETE', 'INSERT'), ('DELETE', 'DELETE')) AS given (has, privilege)
                 ON given.has = a.privilege_type
@@ -214,6 +272,9 @@ def _grant_as_on_device_state() -> None:
 
 def _secure_as_device_state() -> None:
     """Copy row level security. A policy that uses what the history does not have is named, and not copied.
+
+    Its text is copied, in which a column of the team's could be one of the history's own (`actor`). So it is copied
+    only if it uses no other columns than those that both tables have from us.
 
     Without a policy a role sees no row and adds none. So a restrictive one that cannot be copied takes the others with
     it: they would show too much.
@@ -246,7 +307,13 @@ def _secure_as_device_state() -> None:
                    ELSE coalesce(' USING (' || pg_get_expr(p.polqual, p.polrelid) || ')', '') END
                      || CASE WHEN CAST(p.polcmd AS text) = 'w'
                         THEN ' WITH CHECK (' || pg_get_expr(coalesce(p.polwithcheck, p.polqual), p.polrelid) || ')'
-                        ELSE coalesce(' WITH CHECK (' || pg_get_expr(p.polwithcheck, p.polrelid) || ')', '') END AS rule
+                        ELSE coalesce(' WITH CHECK (' || pg_get_expr(p.polwithcheck, p.polrelid) || ')', '') END
+                     AS rule,
+                   NOT EXISTS (
+                     SELECT FROM pg_depend d JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
+                      WHERE d.classid = 'pg_policy'::regclass::oid AND d.objid = p.oid
+                        AND d.refclassid = 'pg_class'::regclass::oid AND d.refobjid = p.polrelid
+                        AND d.refobjsubid <> 0 AND a.attname <> ALL (ARRAY[{SHARED}])) AS is_shared
               FROM pg_policy p
              WHERE p.polrelid = to_regclass('device_state')::oid
                AND NOT EXISTS (SELECT FROM pg_policy o WHERE o.polrelid = known AND o.polname = p.polname)
@@ -254,6 +321,9 @@ def _secure_as_device_state() -> None:
           LOOP
             CONTINUE WHEN wanted.permissive AND left_out IS NOT NULL;
             BEGIN
+              IF NOT wanted.is_shared THEN
+                RAISE undefined_column;
+              END IF;
               EXECUTE 'CREATE POLICY ' || quote_ident(wanted.name) || ' ON {HISTORY} AS '
                 || CASE WHEN wanted.permissive THEN 'PERMISSIVE' ELSE 'RESTRICTIVE' END
                 || ' FOR ' || wanted.command || ' TO ' || wanted.roles || wanted.rule;

@@ -95,6 +95,7 @@ def upgrade() -> None:
         op.iot_models_ensure_index("device_state", *REFUSED)
 
     if context.is_offline_mode():
+        op.iot_models_nobody_makes_triggers(PARKED)
         _put_back_offline()
     elif parked:
         op.execute(f"DROP TABLE {PARKED}")

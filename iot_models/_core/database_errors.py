@@ -36,6 +36,10 @@ _CLIENT_ENCODING: Final = (
 # A constraint's error quotes the row, or the key that is there twice. The words are in the server's language. A key is
 # shown if it is made of columns only, and of none that holds a document.
 _KEY: Final = re.compile(r"[^()]*\((?!(?:.*, )?(?:desired_state|reported_state|state)\b)[\w, ]+\)=")
+# asyncpg quotes the value of a parameter that it cannot encode, whatever hide_parameters says.
+_ARGUMENT: Final = re.compile(
+    r"(invalid input for query argument \$\d+(?: in element #\d+ of executemany\(\) sequence)?).*", re.DOTALL
+)
 _ABOUT_A_ROW: Final = ("23", "44")  # constraints, and the WITH CHECK OPTION of a view
 # Values out of range or of the wrong form, constraints, the WITH CHECK OPTION of a view, RAISE in a trigger.
 _OF_THE_DATA: Final = ("22", "23", "44", "P0")
@@ -143,14 +147,15 @@ def hide_row(context: ExceptionContext) -> None:
     A listener for SQLAlchemy's `handle_error`.
     """
     original: Any = context.original_exception
-    asyncpgs: Any = original.__cause__
     diag: Any = getattr(original, "diag", None)
-    if getattr(diag, "message_primary", None):
+    # asyncpg's own: what SQLAlchemy has wrapped, or, while rows are streamed, the error itself.
+    asyncpgs: Any = original.__cause__ or original
+    if getattr(diag, "sqlstate", None):
         said = str(original)
         detail = _without_a_row(diag.sqlstate, diag.message_detail)
         kept = "\n".join(
             [
-                diag.message_primary,
+                diag.message_primary or "",
                 *([f"DETAIL:  {detail}"] if detail else []),
                 *([f"HINT:  {diag.message_hint}"] if diag.message_hint else []),
             ]
@@ -159,14 +164,24 @@ def hide_row(context: ExceptionContext) -> None:
             hidden = {"CONTEXT", "INTERNAL_QUERY", *([] if detail else ["MESSAGE_DETAIL"])}
             read = original.__reduce__()[2]["_info"]
             original._info = {field: value for field, value in read.items() if field.name not in hidden}  # noqa: SLF001
+    elif argument := _ARGUMENT.search(str(asyncpgs)):
+        said, kept = argument.group(), f"{argument.group(1)}: its value does not fit"
+        asyncpgs.__cause__ = None  # quotes the value, too
+        _replace(asyncpgs, said, kept)
     elif hasattr(asyncpgs, "internal_query"):
         said = str(asyncpgs)
         asyncpgs.detail = _without_a_row(asyncpgs.sqlstate, asyncpgs.detail)
         asyncpgs.context = asyncpgs.internal_query = None
+        original.detail = asyncpgs.detail  # SQLAlchemy's copy
         kept = str(asyncpgs)
     else:  # the server has said nothing
         return
     for error in filter(None, (context.sqlalchemy_exception, original)):
+        _replace(error, said, kept)
+
+
+def _replace(error: BaseException, said: str, kept: str) -> None:
+    if said:
         error.args = tuple(part.replace(said, kept) if isinstance(part, str) else part for part in error.args)
 
 

@@ -65,7 +65,8 @@ _TENANT: Final = cast(bindparam("tenant", type_=Text), Text)
 _ACTOR, _REASON, _REQUEST = (cast(bindparam(name, type_=Text), Text) for name in ("author", "why", "request"))
 _NOBODY: Final = cast(null(), Text)
 _EMPTY: Final = literal_column("'{}'::jsonb", JSONB)
-_COLUMNS: Final = tuple(column.name for column in HISTORY.columns)
+# The database fills in the transaction.
+_COLUMNS: Final = tuple(column.name for column in HISTORY.columns if column.name != "transaction_id")
 _REQUEST_KEY: Final = ("tenant_id", "device_id", "request_id")
 
 

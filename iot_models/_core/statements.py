@@ -369,15 +369,11 @@ def rows_of(name: str, **arrays: TypeEngine[Any]) -> TableValuedAlias:
     return rows.table_valued(*columns).render_derived(name=name)
 
 
-def locked_rows(of: TableValuedAlias, *guard: ColumnElement[bool], carrying: Sequence[ColumnElement[Any]] = ()) -> CTE:
-    """The rows of these devices for which the guard holds, locked in the order of `device_id`.
-
-    The guard is evaluated on a row as it is when it is locked.
-    """
+def locked_rows(of: TableValuedAlias, carrying: Sequence[ColumnElement[Any]]) -> CTE:
+    """The rows of these devices with those columns beside them, locked in the order of `device_id`."""
     return lock(
         select(LOCKED.c.device_id, *carrying)
         .join_from(LOCKED, of, LOCKED.c.device_id == of.c.devices)
-        .where(*guard)
         .order_by(LOCKED.c.device_id)
     )
 

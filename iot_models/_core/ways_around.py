@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 
 # Ours beside the table and its history: where Alembic keeps the revision, and what downgrades park.
 _VERSION_TABLE: Final = "alembic_version_iot_models"
+_PARKING: Final = "device_state_shadow_076_park"
+_PARKED_HISTORY: Final = "device_shadow_history_078"
 _OTHERS: Final = (
     _VERSION_TABLE,
     "device_state_shadow_076",
-    "device_shadow_history_078",
+    _PARKED_HISTORY,
     "device_state_refusals_079",
 )
 
@@ -70,6 +72,9 @@ _ATTRIBUTES: Final = """
            'documents where a driver writes values into its statements' FROM role
      WHERE CAST(rolname AS text) IN ('pg_monitor', 'pg_read_all_stats')
     UNION ALL
+    SELECT 'it is a member of ' || subject || ', which writes every table without policies, the revision too' FROM role
+     WHERE CAST(rolname AS text) = 'pg_write_all_data'
+    UNION ALL
     SELECT pg_catalog.format('%s may execute %s, which reach the files of the server', subject,
                              string_agg(CAST(CAST(p.oid AS regprocedure) AS text), ', ' ORDER BY p.oid))
       FROM role JOIN pg_proc p ON p.pronamespace = CAST(CAST('pg_catalog' AS regnamespace) AS oid)
@@ -82,6 +87,16 @@ _ATTRIBUTES: Final = """
       FROM pg_parameter_acl CROSS JOIN aclexplode(paracl) LEFT JOIN role ON role.oid = grantee
      WHERE privilege_type = 'ALTER SYSTEM' AND (grantee = CAST(0 AS oid) OR role.oid IS NOT NULL)
      GROUP BY subject, rolname
+    UNION ALL
+    SELECT pg_catalog.format('%s may set parameters that load code, or switch triggers, foreign keys or checks off '
+                             '(REVOKE SET ON PARAMETER %s FROM %s)',
+                             coalesce(subject, 'everybody'), string_agg(parname, ', ' ORDER BY parname),
+                             coalesce(quote_ident(CAST(rolname AS text)), 'PUBLIC'))
+      FROM pg_parameter_acl CROSS JOIN aclexplode(paracl) LEFT JOIN role ON role.oid = grantee
+     WHERE privilege_type = 'SET' AND (grantee = CAST(0 AS oid) OR role.oid IS NOT NULL)
+       AND parname IN ('allow_system_table_mods', 'dynamic_library_path', 'ignore_checksum_failure',
+                       'session_preload_libraries', 'session_replication_role', 'zero_damaged_pages')
+     GROUP BY subject, rolname
 """
 
 _RIGHTS: Final = """
@@ -89,6 +104,17 @@ _RIGHTS: Final = """
     UNION ALL
     SELECT subject || ' owns the schema ' || quote_ident(CAST(nspname AS text)) || ', and may drop the table'
       FROM target JOIN pg_namespace n ON n.oid = relnamespace JOIN role ON role.oid = nspowner
+    UNION ALL
+    -- Anybody who may create objects could have made a history before the migration did.
+    SELECT pg_catalog.format('%s belongs to %s, and %s to %s (drop it, or ALTER TABLE %s OWNER TO %s)',
+                             target.name, CAST(CAST(target.relowner AS regrole) AS text),
+                             quote_ident(CAST(relname AS text)),
+                             CAST(CAST(c.relowner AS regrole) AS text), target.name,
+                             CAST(CAST(c.relowner AS regrole) AS text))
+      FROM target JOIN pg_class c ON c.relnamespace = target.relnamespace
+       AND CAST(c.relname AS text) = CAST(:device_state AS text)
+      JOIN pg_roles o ON o.oid = target.relowner
+     WHERE NOT c.relowner = target.relowner AND NOT o.rolsuper
     UNION ALL
     SELECT subject || ' owns the database' FROM role JOIN pg_database d ON d.datdba = role.oid
      WHERE d.datname = current_database()
@@ -117,19 +143,31 @@ _RIGHTS: Final = """
       FROM role CROSS JOIN (VALUES (CAST('pg_statistic' AS text)), ('pg_statistic_ext_data')) AS v (catalog)
      WHERE NOT rolsuper AND has_any_column_privilege(role.oid, 'pg_catalog.' || catalog, 'SELECT')
     UNION ALL
-    SELECT pg_catalog.format('%s may read the passwords of all roles as they are stored (REVOKE SELECT ON pg_authid '
-                             'FROM %s, PUBLIC)', subject, quote_ident(CAST(rolname AS text)))
-      FROM role WHERE NOT rolsuper AND has_column_privilege(role.oid, 'pg_catalog.pg_authid', 'rolpassword', 'SELECT')
+    SELECT pg_catalog.format('%s may read the passwords of all roles as they are stored (REVOKE SELECT ON %s '
+                             'FROM %s, PUBLIC)', subject, catalog, quote_ident(CAST(rolname AS text)))
+      FROM role CROSS JOIN LATERAL (
+             SELECT catalog FROM (VALUES (CAST('pg_authid' AS text), CAST('rolpassword' AS text)),
+                                         ('pg_shadow', 'passwd')) AS v (catalog, col)
+              WHERE has_column_privilege(role.oid, 'pg_catalog.' || catalog, col, 'SELECT')
+              ORDER BY catalog LIMIT 1) AS read
+     WHERE NOT rolsuper
     UNION ALL
     -- With another type, its operator decides which rows are the tenant's.
     SELECT pg_catalog.format('the column tenant_id has the type %s (ALTER TABLE %s ALTER tenant_id TYPE text)',
                              pg_catalog.format_type(atttypid, atttypmod), target.name)
       FROM target JOIN pg_attribute ON attrelid = target.oid
      WHERE attname = 'tenant_id' AND NOT atttypid = CAST(CAST('text' AS regtype) AS oid)
+    UNION ALL
+    SELECT pg_catalog.format('the column tenant_id has the nondeterministic collation %s, for which tenants of '
+                             'different names are one (ALTER TABLE %s ALTER tenant_id TYPE text COLLATE "default")',
+                             CAST(CAST(attcollation AS regcollation) AS text), target.name)
+      FROM target JOIN pg_attribute ON attrelid = target.oid JOIN pg_collation l ON l.oid = attcollation
+     WHERE attname = 'tenant_id' AND NOT collisdeterministic
 """
 
 _OTHER_TABLES: Final = """
-    -- The revision has no policies, and nobody but its owner may write it. What is parked has row level security.
+    -- The revision has no policies, and nobody but its owner may write it. What is parked has row level security; but
+    -- the history is parked with the policies that it had.
     SELECT pg_catalog.format('%s may use what no policy limits (REVOKE %s ON %s FROM %s)',
                              coalesce(subject, 'everybody'),
                              string_agg(privilege_type, ', ' ORDER BY privilege_type),
@@ -144,9 +182,17 @@ _OTHER_TABLES: Final = """
         WHERE t.attrelid = c.oid) AS granted
       LEFT JOIN role ON role.oid = grantee
      WHERE (privilege_type IN ('MAINTAIN', 'REFERENCES', 'TRIGGER', 'TRUNCATE')
-            OR CAST(c.relname AS text) = CAST(:version_table AS text) AND privilege_type <> 'SELECT')
+            OR CAST(c.relname AS text) = CAST(:version_table AS text) AND privilege_type <> 'SELECT'
+            OR CAST(c.relname AS text) = CAST(:parked_history AS text))
        AND grantee <> c.relowner AND (grantee = CAST(0 AS oid) OR role.oid IS NOT NULL)
      GROUP BY subject, rolname, c.oid
+    UNION ALL
+    SELECT pg_catalog.format('the foreign key %I on a table of ours runs the code of others, as whoever migrates or '
+                             'changes a device (ALTER TABLE %s DROP CONSTRAINT %I)',
+                             conname, CAST(CAST(conrelid AS regclass) AS text), conname)
+      FROM target JOIN pg_class c ON c.relnamespace = target.relnamespace
+       AND CAST(c.relname AS text) = ANY (CAST(:others AS text[]))
+      JOIN pg_constraint ON confrelid = c.oid
 """
 
 _RELATED_TABLES: Final = """
@@ -353,37 +399,70 @@ _CALLERS_PATH: Final = """
         WHERE CAST(confdeltype AS text) IN ('c', 'n', 'd') OR CAST(confupdtype AS text) IN ('c', 'n', 'd')
        UNION
        SELECT conrelid FROM cascaded JOIN pg_constraint ON confrelid = cascaded.oid AND CAST(contype AS text) = 'f'
-        WHERE CAST(confdeltype AS text) IN ('c', 'n', 'd') OR CAST(confupdtype AS text) IN ('c', 'n', 'd'))
+        WHERE CAST(confdeltype AS text) IN ('c', 'n', 'd') OR CAST(confupdtype AS text) IN ('c', 'n', 'd')),
+     -- The functions that it can let run as another role.
+     run AS (
+       SELECT role.oid AS role, subject, rolname, p.oid AS function, proconfig, runner, nspname
+         FROM target CROSS JOIN (SELECT oid, true AS as_owner FROM cascaded
+                                 UNION SELECT oid, false FROM family) AS fired
+         JOIN pg_class c ON c.oid = fired.oid JOIN pg_namespace n ON n.oid = c.relnamespace
+         JOIN pg_trigger t ON tgrelid = c.oid JOIN pg_proc p ON p.oid = tgfoid JOIN pg_language l ON l.oid = prolang
+        CROSS JOIN LATERAL (SELECT CASE WHEN prosecdef THEN proowner ELSE c.relowner END) AS runs (runner)
+         JOIN role ON NOT role.oid = runner
+          AND (has_table_privilege(role.oid, target.oid, 'INSERT, DELETE')
+               OR has_any_column_privilege(role.oid, target.oid, 'INSERT, UPDATE'))
+        WHERE NOT rolsuper AND NOT role.oid = target.relowner
+          AND NOT tgisinternal AND NOT CAST(tgenabled AS text) = 'D' AND NOT CAST(lanname AS text) IN ('internal', 'c')
+          AND CASE WHEN as_owner
+              -- For DELETE or UPDATE. Before PostgreSQL 18, one that fires AFTER runs as whoever changed the device.
+              THEN CAST(tgtype AS integer) & 24 <> 0
+                   AND (prosecdef OR CAST(tgtype AS integer) & 2 <> 0
+                        OR CAST(current_setting('server_version_num') AS integer) >= 180000)
+              ELSE prosecdef END),
+     -- The schemas of their own paths, in order, as they are called.
+     own AS (
+       SELECT run.*, place = pg_catalog.max(place) OVER (PARTITION BY role, function, runner) AS is_last,
+              CASE WHEN part = '"$user"' THEN CAST(pg_get_userbyid(runner) AS text)
+                   WHEN starts_with(part, '"')
+                   THEN pg_catalog.replace(pg_catalog.substr(part, 2, pg_catalog.length(part) - 2), '""', '"')
+                   ELSE part END AS schema
+         FROM run CROSS JOIN pg_catalog.unnest(proconfig) AS setting
+        CROSS JOIN pg_catalog.regexp_matches(pg_catalog.substr(setting, 13), '"(?:[^"]|"")*"|[^, ]+', 'g')
+                   WITH ORDINALITY AS matched (parts, place)
+        CROSS JOIN LATERAL (SELECT parts[1]) AS p (part)
+        WHERE starts_with(setting, 'search_path='))
      SELECT DISTINCT
             pg_catalog.format('%s may put its own tables before those that the function %s names, which runs as %s '
                               '(ALTER FUNCTION %s SET search_path = %s, pg_temp)',
-                              subject, CAST(CAST(p.oid AS regprocedure) AS text), CAST(CAST(runner AS regrole) AS text),
-                              CAST(CAST(p.oid AS regprocedure) AS text), quote_ident(CAST(nspname AS text))) AS way
-       FROM target CROSS JOIN (SELECT oid, true AS as_owner FROM cascaded
-                               UNION SELECT oid, false FROM family) AS fired
-       JOIN pg_class c ON c.oid = fired.oid JOIN pg_namespace n ON n.oid = c.relnamespace
-       JOIN pg_trigger t ON tgrelid = c.oid JOIN pg_proc p ON p.oid = tgfoid JOIN pg_language l ON l.oid = prolang
-      CROSS JOIN LATERAL (SELECT CASE WHEN prosecdef THEN proowner ELSE c.relowner END) AS runs (runner)
-       JOIN role ON NOT role.oid = runner
-        AND (has_table_privilege(role.oid, target.oid, 'INSERT, DELETE')
-             OR has_any_column_privilege(role.oid, target.oid, 'INSERT, UPDATE'))
+                              subject, CAST(CAST(function AS regprocedure) AS text),
+                              CAST(CAST(runner AS regrole) AS text), CAST(CAST(function AS regprocedure) AS text),
+                              quote_ident(CAST(nspname AS text))) AS way
+       FROM run
         -- TEMP tables, or those of a schema that it puts first.
-        AND (EXISTS (SELECT FROM pg_namespace WHERE has_schema_privilege(role.oid, oid, 'CREATE'))
+      WHERE (EXISTS (SELECT FROM pg_namespace WHERE has_schema_privilege(role, oid, 'CREATE'))
              OR has_database_privilege(
-                  role.oid, (SELECT oid FROM pg_database WHERE datname = current_database()), 'TEMP'))
-      WHERE NOT rolsuper AND NOT role.oid = target.relowner
-        AND NOT tgisinternal AND NOT CAST(tgenabled AS text) = 'D' AND NOT CAST(lanname AS text) IN ('internal', 'c')
-        AND CASE WHEN as_owner
-            -- For DELETE or UPDATE. Before PostgreSQL 18, one that fires AFTER runs as whoever changed the device.
-            THEN CAST(tgtype AS integer) & 24 <> 0
-                 AND (prosecdef OR CAST(tgtype AS integer) & 2 <> 0
-                      OR CAST(current_setting('server_version_num') AS integer) >= 180000)
-            ELSE prosecdef END
+                  role, (SELECT oid FROM pg_database WHERE datname = current_database()), 'TEMP'))
         -- TEMP tables come first, unless the function's own path names them later, or leads to no table of a team's.
-        AND NOT EXISTS (
-          SELECT FROM pg_catalog.unnest(proconfig) AS setting
-           WHERE setting IN ('search_path=""', 'search_path=pg_catalog')
-              OR setting LIKE 'search_path=%, pg_temp'))
+        AND (NOT EXISTS (
+               SELECT FROM pg_catalog.unnest(proconfig) AS setting
+                WHERE setting IN ('search_path=""', 'search_path=pg_catalog')
+                   OR setting LIKE 'search_path=%, pg_temp')
+             OR EXISTS (SELECT FROM own WHERE own.role = run.role AND own.function = run.function
+                           AND schema = 'pg_temp' AND NOT is_last))
+     UNION ALL
+     -- Also by a function or an operator that matches better. That of our downgrade names the types of all it uses.
+     SELECT DISTINCT
+            pg_catalog.format('%s may create objects in schema %s, which is in the search path of the function %s, '
+                              'which runs as %s (take that right away, or ALTER FUNCTION %s SET search_path = ... '
+                              'without that schema, pg_temp at the end)',
+                              subject, quote_ident(schema), CAST(CAST(function AS regprocedure) AS text),
+                              CAST(CAST(runner AS regrole) AS text), CAST(CAST(function AS regprocedure) AS text))
+       FROM own LEFT JOIN pg_namespace named ON CAST(named.nspname AS text) = schema JOIN pg_proc p ON p.oid = function
+      WHERE CASE WHEN named.oid IS NOT NULL THEN has_schema_privilege(role, named.oid, 'CREATE')
+            -- It may make the schema.
+            ELSE NOT starts_with(schema, 'pg_') AND NOT schema = '' AND has_database_privilege(
+                   role, (SELECT oid FROM pg_database WHERE datname = current_database()), 'CREATE') END
+        AND NOT CAST(proname AS text) = CAST(:parking AS text))
 """
 
 _POLICIES: Final = """
@@ -451,6 +530,9 @@ def ways_around(connection: Connection, role: str, *, policy: str, setting: str)
         "policy": policy,
         "setting": setting,
         "version_table": _VERSION_TABLE,
+        "parked_history": _PARKED_HISTORY,
+        "parking": _PARKING,
+        "device_state": TABLE.name,
         "others": [*_OTHERS],
     }
     # PostgreSQL expects many rows of each recursion. For such a plan it would compile, for seconds, what takes 10 ms.

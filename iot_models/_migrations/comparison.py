@@ -110,7 +110,7 @@ def _differences(connection: Connection, table: Table, temporary: Table) -> list
     return [
         f"{item}{of_table} is {actual[item]}: the models have {definition}{_mended(item, actual[item])}"
         if item in actual
-        else f"{item}{of_table} is missing: the models have {definition}"
+        else f"{item}{of_table} is missing: the models have {definition}{_way_to(connection, table, item, definition)}"
         for item, definition in expected.items()
         if actual.get(item) != definition
     ]
@@ -125,6 +125,26 @@ def _mended(item: str, actual: str) -> str:
         f"; REINDEX INDEX CONCURRENTLY {index} mends it, or, where the table is partitioned, an index of each "
         f"partition that lacks it, and ALTER INDEX {index} ATTACH PARTITION"
     )
+
+
+def _way_to(connection: Connection, table: Table, item: str, definition: str) -> str:
+    """How a missing index is made, at head, where no upgrade makes it any more."""
+    kind, _, name = item.partition(" ")
+    if kind != "index":
+        return ""
+    taken_by = connection.scalar(
+        text("""
+            SELECT pg_catalog.concat(pg_catalog.pg_describe_object(CAST('pg_class' AS regclass), taken.oid, 0),
+                                     ' of role ', quote_ident(CAST(pg_get_userbyid(taken.relowner) AS text)))
+              FROM pg_class c JOIN pg_class taken ON taken.relnamespace = c.relnamespace
+             WHERE c.oid = CAST(to_regclass(CAST(:table AS text)) AS oid) AND taken.relname = CAST(:name AS text)
+        """),
+        {"table": table.name, "name": name},
+    )
+    if taken_by:
+        return f"; its name is taken by {taken_by}: rename or drop that first"
+    unique = "UNIQUE " * definition.startswith("UNIQUE ")
+    return f"; CREATE {unique}INDEX CONCURRENTLY {name} ON {table.name} USING {definition.removeprefix('UNIQUE ')}"
 
 
 def _items(connection: Connection, table: int) -> dict[str, str]:

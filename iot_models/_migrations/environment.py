@@ -36,6 +36,7 @@ from iot_models._migrations.obstacles import (
 from iot_models._migrations.operations import (
     LockTable,
     keep_for_the_owner,
+    naming_who_was_waited_for,
     rights_taken_in_sql,
     undo_interrupted_downgrade,
 )
@@ -162,7 +163,8 @@ def guarded(connection: Connection) -> Iterator[None]:
                 refuse([Obstacle(fact, (), remedy)])
             connection.rollback()
             wait_for_other_deployers(connection)
-            yield
+            with naming_who_was_waited_for(connection):
+                yield
 
 
 def _path(schemas: Sequence[str] | None) -> str:

@@ -341,6 +341,7 @@ def _taken_names(connection: Connection, plan: Plan, *, creates: bool, parked: b
         *[TABLE] * creates,
         *[PARKED] * (parks and plan.has_shadows and not parked),
         *[PARKED_HISTORY] * (parks and plan.has_history),
+        *[PARKED_REFUSALS] * (parks and plan.has_refusals and not _exists(connection, PARKED_REFUSALS)),
         *[HISTORY] * (plan.upgrade and plan.has_history and not _exists(connection, HISTORY)),
     ]
     types = connection.scalars(
@@ -356,9 +357,20 @@ def _taken_names(connection: Connection, plan: Plan, *, creates: bool, parked: b
     found = [
         *(f"a table's name is taken by {kind}" for kind in types),
         *(expectations.index_differences(connection, TABLE, indexes) if creates else ()),
+        *(_names_of_the_historys_indexes(connection, plan) if plan.upgrade else ()),
     ]
     if found:
         yield Obstacle("other objects have names that this migration gives to its own", found, "rename or drop them")
+
+
+def _names_of_the_historys_indexes(connection: Connection, plan: Plan) -> Iterator[str]:
+    """What has the names of the history's indexes, if it is no index of the history, parked or not."""
+    for script in plan.scripts:
+        for name, definition in added(script, "indexes", HISTORY).items():
+            tables = [table for table in (HISTORY, PARKED_HISTORY) if _exists(connection, table)] or [HISTORY]
+            differences = [[*expectations.index_differences(connection, table, {name: definition})] for table in tables]
+            if all(differences):
+                yield from differences[0]
 
 
 def _differences(connection: Connection, plan: Plan, *, exists: bool, parked: bool) -> Iterator[Obstacle]:
@@ -442,21 +454,42 @@ def _puts_back(connection: Connection, plan: Plan, *, parked: bool) -> bool:
     return (parked and plan.has_shadows) or (plan.has_refusals and _exists(connection, PARKED_REFUSALS))
 
 
-_MAY_MAKE_TRIGGERS: Final = text(f"""
-    SELECT pg_catalog.format('REVOKE TRIGGER ON %s FROM %s', c.oid::regclass,
-                             coalesce(quote_ident(CAST(r.rolname AS text)), 'PUBLIC'))
-      FROM pg_class c CROSS JOIN aclexplode(c.relacl) a LEFT JOIN pg_roles r ON r.oid = a.grantee
-     WHERE c.oid = ANY (CAST(CAST(CAST(:tables AS text[]) AS regclass[]) AS oid[])) AND a.grantee <> c.relowner
-       AND a.privilege_type = 'TRIGGER' AND NOT coalesce({TRUSTED}, false)
+# Of the table and of those that inherit from it, whose rows are put back with its own.
+_MAY_MAKE_TRIGGERS: Final = f"""
+    WITH RECURSIVE family (oid) AS (
+      SELECT to_regclass('{TABLE}')::oid
+      UNION
+      SELECT i.inhrelid FROM family JOIN pg_inherits i ON i.inhparent = family.oid)
+    SELECT pg_catalog.concat('REVOKE TRIGGER ON ', c.oid::regclass, ' FROM ',
+                             coalesce(quote_ident(CAST(r.rolname AS text)), 'PUBLIC')) AS found
+      FROM family JOIN pg_class c ON c.oid = family.oid
+     CROSS JOIN aclexplode(c.relacl) a LEFT JOIN pg_roles r ON r.oid = a.grantee
+     WHERE a.grantee <> c.relowner AND a.privilege_type = 'TRIGGER' AND NOT coalesce({TRUSTED}, false)
      ORDER BY 1
-""")  # noqa: S608 - our own text
+"""  # noqa: S608 - our own text
+_OTHERS_MAKE_TRIGGERS: Final = (
+    f"others may make triggers on {TABLE}, which would run as this role while parked shadows are put back"
+)
 
 
 def _may_make_triggers(connection: Connection) -> Iterator[Obstacle]:
     """Who can let code run as this role, by a trigger that is made between two pages of rows."""
-    if rights := connection.scalars(_MAY_MAKE_TRIGGERS, {"tables": [TABLE, *partitions(connection, TABLE)]}).all():
-        fact = f"others may make triggers on {TABLE}, which would run as this role while parked shadows are put back"
-        yield Obstacle(fact, rights, "take that right away")
+    if rights := connection.scalars(text(_MAY_MAKE_TRIGGERS)).all():
+        yield Obstacle(_OTHERS_MAKE_TRIGGERS, rights, "take that right away")
+
+
+def makers_of_triggers_in_sql(parked: str) -> str:
+    """SQL that asks the same, if there is such a parked table, where no connection can be asked."""
+    return f"""DO $$
+DECLARE
+  rights pg_catalog.text := (
+    SELECT pg_catalog.string_agg(asked.found, pg_catalog.chr(10)) FROM ({_MAY_MAKE_TRIGGERS}) AS asked
+     WHERE to_regclass('{parked}') IS NOT NULL);
+BEGIN
+  IF rights IS NOT NULL THEN
+    RAISE EXCEPTION USING MESSAGE = '{_OTHERS_MAKE_TRIGGERS}', DETAIL = rights;
+  END IF;
+END $$"""  # noqa: S608 - our own text
 
 
 def row_security_hides(connection: Connection, table: str) -> bool:

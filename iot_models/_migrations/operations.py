@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, cast
 
 from alembic.operations import MigrateOperation, Operations
@@ -17,11 +18,11 @@ from sqlalchemy.exc import DBAPIError
 
 from iot_models._core.database_errors import LOCK_NOT_AVAILABLE, sqlstate
 from iot_models._core.shown_names import escaped
-from iot_models._migrations.comparison import TABLE
+from iot_models._migrations.comparison import HISTORY, TABLE
 from iot_models._migrations.dependents import PARKED, TRIGGER
-from iot_models._migrations.obstacles import interrupted_downgrade, refuse_strangers
+from iot_models._migrations.obstacles import interrupted_downgrade, makers_of_triggers_in_sql, refuse_strangers
 from iot_models._migrations.places import LOCK_TIMEOUT_EVERYWHERE, distributed_beside, distribution
-from iot_models._migrations.strangers import ALONE, TRUSTED, VERSION_TABLE
+from iot_models._migrations.strangers import ALONE, TRUSTED, VERSION_TABLE, refusal_in_sql
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,6 +36,8 @@ TRIES: Final = 5
 _FIRST_PAUSE: Final = 0.5  # seconds, doubled after each try: the writers that queued behind us run first
 # What Citus says if a lock is not had on another machine, among other things.
 _ON_A_WORKER: Final = "failure on connection marked as essential"
+_MOST_NAMED: Final = 3
+_MOST_OF_A_STATEMENT: Final = 200
 
 
 @Operations.register_operation("iot_models_lock_table")
@@ -152,6 +155,46 @@ class Distribute(MigrateOperation):
 @Operations.implementation_for(Distribute)
 def _distribute(operations: Operations, operation: Distribute) -> None:
     operations.execute(distributed_beside(operation.table, operation.beside))
+
+
+@Operations.register_operation("iot_models_look_again")
+class LookAgain(MigrateOperation):
+    """Ask once more whether code of a stranger's would run."""
+
+    @classmethod
+    def iot_models_look_again(cls, operations: Operations) -> None:
+        """Refuse what a statement of this revision has bound to an object of a stranger's; its transaction is undone.
+
+        Raises:
+            CommandError: As `refuse_strangers`. Printed SQL raises an exception of PostgreSQL's.
+        """
+        operations.invoke(cls())
+
+
+@Operations.implementation_for(LookAgain)
+def _look_again(operations: Operations, _again: LookAgain) -> None:
+    if operations.get_context().as_sql:
+        operations.execute(refusal_in_sql())
+    else:
+        refuse_strangers(operations.get_bind())
+
+
+@Operations.register_operation("iot_models_nobody_makes_triggers")
+class NobodyMakesTriggers(MigrateOperation):
+    """Ask in printed SQL what is otherwise asked before the first change."""
+
+    def __init__(self, parked: str) -> None:
+        self.parked = parked
+
+    @classmethod
+    def iot_models_nobody_makes_triggers(cls, operations: Operations, parked: str) -> None:
+        """Let printed SQL put nothing back from `parked` while others may make triggers on `device_state`."""
+        operations.invoke(cls(parked))
+
+
+@Operations.implementation_for(NobodyMakesTriggers)
+def _nobody_makes_triggers(operations: Operations, asked: NobodyMakesTriggers) -> None:
+    operations.execute(makers_of_triggers_in_sql(asked.parked))
 
 
 def ensure_version_table(connection: Connection) -> None:
@@ -272,3 +315,60 @@ def _lock_holders(connection: Connection, table: str) -> str:
         {"table": table},
     )
     return "; ".join(f"{escaped(row.holder)}, for {row.seconds} s)" for row in rows) or "no transaction any more"
+
+
+# Whoever makes an object has a lock on it that only it sees, and one on its own transaction's id.
+_OPEN: Final = text("""
+    SELECT DISTINCT ON (l.virtualtransaction)
+           CASE WHEN p.gid IS NULL THEN pg_catalog.concat('pid ', a.pid, ', role ', a.usename, ', application ',
+                                                          coalesce(nullif(a.application_name, ''), '?'))
+           ELSE pg_catalog.concat('the prepared transaction ', pg_catalog.quote_literal(p.gid),
+                                  ', which stays until ROLLBACK PREPARED') END AS holder,
+           CASE WHEN l.relation IS NULL THEN 2 WHEN l.relation = ANY (CAST(CAST(:tables AS bigint[]) AS oid[])) THEN 1
+           ELSE 0 END AS rank
+      FROM pg_locks l LEFT JOIN pg_stat_activity a USING (pid)
+      -- A prepared transaction has no process. Its other lock, on its own id, says which one it is.
+      LEFT JOIN pg_locks own ON l.pid IS NULL AND own.pid IS NULL AND own.locktype = 'transactionid'
+            AND own.virtualtransaction = l.virtualtransaction
+      LEFT JOIN pg_prepared_xacts p ON p.transaction = own.transactionid
+     WHERE l.granted AND l.pid IS DISTINCT FROM pg_backend_pid()
+       AND coalesce(a.datname, p.database) = current_database()
+       AND (l.locktype = 'transactionid'
+            OR l.locktype = 'relation' AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+               AND (l.relation = ANY (CAST(CAST(:tables AS bigint[]) AS oid[]))
+                    OR NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = l.relation)))
+     ORDER BY l.virtualtransaction, rank
+""")
+
+
+@contextmanager
+def naming_who_was_waited_for(connection: Connection) -> Iterator[None]:
+    """Say which transactions are open, where a statement has not had a lock for which `iot_models_lock_table` asks.
+
+    Whoever makes an object under a name of ours, and does not commit, makes us wait without having locked anything of
+    ours.
+
+    Raises:
+        CommandError: In the place of PostgreSQL's error.
+    """
+    try:
+        yield
+    except DBAPIError as error:
+        if sqlstate(error) != LOCK_NOT_AVAILABLE:
+            raise
+        connection.rollback()
+        tables = text("""
+            SELECT ARRAY(SELECT CAST(CAST(to_regclass(name) AS oid) AS bigint)
+                           FROM pg_catalog.unnest(CAST(:names AS text[])) AS name WHERE to_regclass(name) IS NOT NULL)
+        """)
+        ours = connection.scalar(tables, {"names": [TABLE, HISTORY, *ALONE]})
+        rows = sorted(connection.execute(_OPEN, {"tables": ours}), key=lambda row: row.rank)
+        timeout = connection.scalar(text("SHOW lock_timeout"))
+        connection.rollback()
+        waiting = " ".join((error.statement or "").split())[:_MOST_OF_A_STATEMENT]
+        raise CommandError(
+            f"another transaction stood in the way of this statement for {timeout}: {waiting}\n"
+            "This step changed nothing. Perhaps it makes an object with the same name. Open are: "
+            f"{escaped('; '.join(row.holder for row in rows[:_MOST_NAMED])) or 'none any more'}. End that transaction, "
+            "or run the same command again."
+        ) from error

@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
 # Of our own, beside the `alembic_version` of the application.
 VERSION_TABLE: Final = "alembic_version_iot_models"
-# Tables that are ours alone. A team's triggers and policies on `device_state` and the history are its own business.
-ALONE: Final = (VERSION_TABLE, PARKED, PARKED_REFUSALS)
-_TABLES: Final = (*ALONE, HISTORY, PARKED_HISTORY)
+# Tables that are ours alone. A team's triggers and policies on `device_state` and the history are its own business,
+# also while the history is parked with them.
+ALONE: Final = (VERSION_TABLE, PARKED, PARKED_REFUSALS, PARKED_HISTORY)
+_TABLES: Final = (*ALONE, HISTORY)
 
 # The rule, as a condition on a row `r` of pg_roles. `{=}` stands for the catalog's operator.
 _TRUSTED: Final = """
@@ -41,7 +42,8 @@ TRUSTED: Final = _TRUSTED.replace("{=}", _EQUAL)
 
 REFUSAL: Final = "names that this command uses are taken by objects of other roles, and their code would run"
 
-_FOUND: Final = """
+_FOUND: Final = (
+    """
     WITH RECURSIVE path AS (
       SELECT n.oid FROM pg_catalog.pg_namespace n
        WHERE n.nspname {=} ANY (pg_catalog.current_schemas(false)) AND NOT (n.nspname {=} 'pg_catalog')),
@@ -82,7 +84,7 @@ _FOUND: Final = """
       SELECT c.oid FROM pg_catalog.pg_class c JOIN path ON path.oid {=} c.relnamespace
        WHERE c.relname {=} ANY (CAST(CAST(:tables AS text[]) AS name[]))),
     alone AS (
-      SELECT c.oid, CAST(c.relkind AS text) {=} 'r' AS is_table
+      SELECT c.oid, CAST(c.relkind AS text) {=} 'r' AS is_table, c.relname {=} '{parked_history}' AS was_a_teams
         FROM pg_catalog.pg_class c JOIN path ON path.oid {=} c.relnamespace
        WHERE c.relname {=} ANY (CAST(CAST(:alone AS text[]) AS name[]))),
     named AS (
@@ -121,12 +123,17 @@ _FOUND: Final = """
                                  WHERE b.oprnamespace {=} CAST(CAST('pg_catalog' AS regnamespace) AS oid))),
     carried AS (
       SELECT CAST('pg_catalog.pg_trigger' AS regclass) AS class, t.oid FROM pg_catalog.pg_trigger t
-        JOIN alone ON alone.oid {=} t.tgrelid WHERE NOT t.tgisinternal
+        JOIN alone ON alone.oid {=} t.tgrelid WHERE NOT t.tgisinternal AND NOT alone.was_a_teams
       UNION ALL
       SELECT 'pg_catalog.pg_rewrite', r.oid FROM pg_catalog.pg_rewrite r
-        JOIN alone ON alone.oid {=} r.ev_class WHERE alone.is_table
+        JOIN alone ON alone.oid {=} r.ev_class WHERE alone.is_table AND NOT alone.was_a_teams
       UNION ALL
-      SELECT 'pg_catalog.pg_policy', p.oid FROM pg_catalog.pg_policy p JOIN alone ON alone.oid {=} p.polrelid
+      SELECT 'pg_catalog.pg_policy', p.oid FROM pg_catalog.pg_policy p
+        JOIN alone ON alone.oid {=} p.polrelid WHERE NOT alone.was_a_teams
+      UNION ALL
+      -- A foreign key outlives the right to make it. What it does to the rows of its table fires the triggers there:
+      -- before PostgreSQL 18, those that fire AFTER run as whoever migrates.
+      SELECT 'pg_catalog.pg_constraint', k.oid FROM pg_catalog.pg_constraint k JOIN alone ON alone.oid {=} k.confrelid
       UNION ALL
       SELECT 'pg_catalog.pg_class', i.inhrelid FROM pg_catalog.pg_inherits i JOIN alone ON alone.oid {=} i.inhparent
       UNION ALL
@@ -146,7 +153,10 @@ _FOUND: Final = """
                              ', which a table of ours does not have')
       FROM carried
      ORDER BY 1
-""".replace("{trusted}", _TRUSTED).replace("{=}", _EQUAL)
+""".replace("{trusted}", _TRUSTED)
+    .replace("{parked_history}", PARKED_HISTORY)
+    .replace("{=}", _EQUAL)
+)
 
 
 def strangers(connection: Connection, *besides: str) -> Sequence[str]:

@@ -40,6 +40,9 @@ log = logging.getLogger(__name__)
 _DRIVERS: Final = ("psycopg", "psycopg_async", "asyncpg")
 _VERSIONS_AT_ONCE: Final = 5000
 _SHADOWS_AT_ONCE: Final = 500
+# Every role of a database may notify. What does not look like a topic of ours, and more than so many, is not kept.
+_TOPIC_LENGTH: Final = len(topic(""))
+_TOPICS_AT_ONCE: Final = 10_000
 # Seconds. After a look there is a pause of this length, or of that of the look where that took longer: with many
 # pending devices and many writers, looking takes half of a connection at most.
 _PAUSE: Final = 0.05
@@ -173,7 +176,11 @@ class _Watch:
 
     def concerns(self, name: str) -> bool:
         """Whether a notification with this topic is of a tenant that is watched."""
-        return self._tenant_id is None or name == topic(self._tenant_id)
+        return len(name) == _TOPIC_LENGTH if self._tenant_id is None else name == topic(self._tenant_id)
+
+    def look_at_all(self) -> None:
+        """Look at all tenants next, without waiting for a notification."""
+        self._next_full_look = 0.0
 
     def pause(self) -> float:
         """How many seconds to leave the database alone after a look."""
@@ -192,7 +199,9 @@ class _Watch:
         if not _passes(error):
             raise error
         if not self._retry:
-            log.warning("watch_pending: %s; it is tried again until the database answers", error)
+            # In one line: SQLAlchemy's and libpq's messages have several.
+            why = " ".join(str(error).split())
+            log.warning("watch_pending: %s; it is tried again until the database answers", why)
         self._retry = min(max(self._retry * 2, _FIRST_RETRY), _LONGEST_RETRY)
         self._next_full_look = 0.0
         return self._retry
@@ -281,7 +290,7 @@ async def _watch_async(engine: AsyncEngine, watch: _Watch) -> AsyncGenerator[Sha
         try:
             async with engine.connect() as connection:
                 try:
-                    listener = await _listen_async(connection)
+                    listener = await _listen_async(connection, watch)
                     woken_by: set[str] = set()
                     while True:
                         parts = watch.new(cast("Connection", connection.sync_connection), woken_by)
@@ -324,10 +333,10 @@ def _next(_connection: Connection, parts: Iterator[list[Shadow]]) -> list[Shadow
     return next(parts, None)
 
 
-async def _listen_async(connection: AsyncConnection) -> _PsycopgListener | _AsyncpgListener:
+async def _listen_async(connection: AsyncConnection, watch: _Watch) -> _PsycopgListener | _AsyncpgListener:
     driver: Any = (await connection.get_raw_connection()).driver_connection
     if connection.dialect.driver == "asyncpg":
-        listener = _AsyncpgListener(driver)
+        listener = _AsyncpgListener(driver, watch)
         with _while_waiting():
             await driver.add_listener(CHANNEL, listener.notice)
         return listener
@@ -360,14 +369,20 @@ class _PsycopgListener:
 
 
 class _AsyncpgListener:
-    def __init__(self, driver: Any) -> None:
+    def __init__(self, driver: Any, watch: _Watch) -> None:
         self._driver = driver
+        self._watch = watch
         self._woken_by: set[str] = set()
         self._something = asyncio.Event()
         driver.add_termination_listener(lambda _: self._something.set())
 
     def notice(self, _driver: object, _pid: int, _channel: str, payload: str) -> None:
+        if not self._watch.concerns(payload):
+            return
         self._woken_by.add(payload)
+        if len(self._woken_by) > _TOPICS_AT_ONCE:
+            self._woken_by.clear()
+            self._watch.look_at_all()
         self._something.set()
 
     async def wait(self, watch: _Watch) -> set[str]:
@@ -380,6 +395,6 @@ class _AsyncpgListener:
             woken_by, self._woken_by = self._woken_by, set()
             if self._driver.is_closed():
                 raise ConnectionError("the connection that listens is lost")
-            if woken_by := set(filter(watch.concerns, woken_by)):
+            if woken_by:
                 return woken_by
         return set()

@@ -98,6 +98,13 @@ def _whole(least: int) -> Any:
     return read
 
 
+def _no_url(given: str) -> str:
+    """Take an id, but not the URL of a database in its place, which an error about the device would repeat."""
+    if re.match(r"postgres(ql)?(\+\w+)?://", given):
+        raise argparse.ArgumentTypeError("an id is expected, and this is the URL of a database: pass it as --url")
+    return given
+
+
 def _document(given: str) -> dict[str, Any]:
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is no JSON value")
@@ -172,8 +179,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _POSITIONALS: Final[dict[str, dict[str, Any]]] = {
-    "device": {"metavar": "DEVICE", "help": "the id of the device; -- before one that begins with -"},
-    "site": {"metavar": "SITE", "help": "the id of the site where it stands"},
+    "device": {"metavar": "DEVICE", "type": _no_url, "help": "the id of the device; -- before one that begins with -"},
+    "site": {"metavar": "SITE", "type": _no_url, "help": "the id of the site where it stands"},
     "version": {"metavar": "VERSION", "type": _whole(0), "help": "a version that `history` lists"},
     "v1": {"metavar": "V1", "type": _whole(0), "help": "the version to compare with"},
     "v2": {"metavar": "V2", "type": _whole(0), "help": "the version to look at"},

@@ -81,8 +81,6 @@ def _actor(given: argparse.Namespace) -> str:
 
 def _said_by_the_database(error: SQLAlchemyError) -> str:
     hints: list[str] = getattr(error, "detail", [])
-    if getattr(error, "connection_invalidated", False) and not hints:  # while it committed
-        hints = ["The connection is lost, and nobody knows whether it was written: look at the device (show)."]
     return " ".join(" ".join([*hints, str(getattr(error, "orig", None) or error)]).split())
 
 

@@ -7,16 +7,11 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy.orm import Session
 
-from tests.databases.async_engines import ASYNC_DRIVERS, url_for
+from tests.databases.async_engines import url_for
 from tests.databases.devices import add_device
 
 if TYPE_CHECKING:
     from sqlalchemy import URL, Engine
-
-
-@pytest.fixture(params=ASYNC_DRIVERS)
-def driver(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 @pytest.fixture

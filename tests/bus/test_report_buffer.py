@@ -192,6 +192,20 @@ async def test_a_caller_that_is_cancelled_while_its_batch_is_written_takes_nobod
 
 
 @in_event_loop
+async def test_a_caller_that_is_cancelled_while_its_batch_fails_hears_nothing_of_it(url: URL, fleet: Engine) -> None:
+    soon = timedelta(milliseconds=500)
+    async with async_engine(url, lock_timeout=soon) as engine, ReportBuffer(engine, max_delay=SOON) as buffer:
+        with fleet.begin() as holder:
+            holder.execute(text("SELECT FROM device_state FOR UPDATE"))
+            tasks = [asyncio.create_task(buffer.report(TENANT, Report(name, {"t": 1}))) for name in "ab"]
+            await asyncio.to_thread(await_lock_waits, fleet, 1)
+            tasks[0].cancel()
+            with pytest.raises(DBAPIError, match="lock timeout"):
+                await tasks[1]
+        assert tasks[0].cancelled()
+
+
+@in_event_loop
 async def test_leaving_the_block_writes_what_is_waiting(url: URL, fleet: Engine) -> None:
     async with async_engine(url) as engine:
         async with ReportBuffer(engine, max_delay=NEVER) as buffer:

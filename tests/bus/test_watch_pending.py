@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 from contextlib import aclosing, asynccontextmanager, closing
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy import create_engine as sqlalchemy_create_engine
 from sqlalchemy import event, text
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import Session
@@ -212,8 +214,9 @@ async def test_a_database_that_is_down_for_a_while_is_said_once_and_waited_for(
             event.remove(engine.sync_engine, "do_connect", lead_nowhere)
             assert await first == [("a", 1)]
 
-    levels = [record.levelno for record in caplog.records if record.name == "iot_models.bus.pending"]
-    assert levels == [logging.WARNING] * 2
+    said = [record for record in caplog.records if record.name == "iot_models.bus.pending"]
+    assert [record.levelno for record in said] == [logging.WARNING] * 2
+    assert not any("\n" in record.message for record in said)
 
 
 @in_event_loop
@@ -329,3 +332,38 @@ def test_what_is_no_engine_is_refused_with_what_to_pass(engine: Engine) -> None:
     url: Any = engine.url
     with pytest.raises(TypeError, match="engine must be an AsyncEngine or an Engine, got <URL>"):
         watch_pending(url)
+
+
+class Driver:
+    """An asyncpg connection, as far as a listener asks for one."""
+
+    def add_termination_listener(self, _listener: object) -> None:
+        pass
+
+    def is_closed(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("tenant_id", [TENANT, None])
+@in_event_loop
+async def test_what_others_send_on_the_channel_does_not_gather_in_a_watcher_that_is_slow(tenant_id: str | None) -> None:
+    watch = pending._Watch(tenant_id, LONG, None, bind_tenant=False)  # noqa: SLF001 - no server is that fast
+    watch._next_full_look = math.inf  # noqa: SLF001
+    listener = pending._AsyncpgListener(Driver(), watch)  # noqa: SLF001
+
+    def send(*payloads: str) -> None:
+        for payload in payloads:
+            listener.notice(None, 1, "", payload)
+
+    send(*(f"junk {n}" for n in range(30_000)), topic(TENANT))
+    assert await listener.wait(watch) == {topic(TENANT)}
+
+    send(*map(topic, map(str, range(10_001))))
+    assert len(listener._woken_by) <= 1  # noqa: SLF001
+    # With too many tenants to remember, all of them are looked at.
+    assert watch.patience() == (0 if tenant_id is None else math.inf)
+
+
+def test_a_driver_that_cannot_listen_is_refused() -> None:
+    with pytest.raises(TypeError, match="listens by psycopg or asyncpg, not by pysqlite"):
+        watch_pending(sqlalchemy_create_engine("sqlite://"))

@@ -253,7 +253,9 @@ def committed(engine: Engine) -> Rows:
     history: dict[str, dict[int, Any]] = {}
     with engine.connect() as connection:
         rows = connection.execute(select(DeviceState.__table__).where(DeviceState.tenant_id == TENANT)).all()
-        versions = select(ShadowHistory.__table__).where(ShadowHistory.tenant_id == TENANT)
+        versions = select(ShadowHistory.__table__).where(
+            ShadowHistory.tenant_id == TENANT, ShadowHistory.desired_version >= 0
+        )
         for version in connection.execute(versions):
             history.setdefault(version.device_id, {})[version.desired_version] = version.desired_state
     found = {

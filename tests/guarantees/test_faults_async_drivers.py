@@ -12,7 +12,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from iot_models import AsyncShadowService
-from tests.databases.async_engines import ASYNC_DRIVERS, async_engine, in_event_loop, url_for
+from tests.databases.async_engines import async_engine, in_event_loop, url_for
 from tests.databases.backends import cut, unlocked
 from tests.databases.devices import TENANT
 from tests.databases.statements import at_statement
@@ -36,11 +36,6 @@ if TYPE_CHECKING:
     from tests.guarantees.every_write import Write
 
 pytestmark = pytest.mark.repeats
-
-
-@pytest.fixture(params=ASYNC_DRIVERS)
-def driver(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 @pytest.fixture

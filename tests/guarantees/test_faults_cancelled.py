@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from iot_models import AsyncShadowService
-from tests.databases.async_engines import ASYNC_DRIVERS, async_engine, in_event_loop, url_for
+from tests.databases.async_engines import async_engine, in_event_loop, url_for
 from tests.databases.backends import await_connections
 from tests.databases.devices import TENANT
 from tests.guarantees.every_write import (
@@ -41,11 +41,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.repeats
 
 PAUSE = 0.01  # what the server needs to answer one statement, with room
-
-
-@pytest.fixture(params=ASYNC_DRIVERS)
-def driver(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError, InternalError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from iot_models import AsyncShadowService, DeviceState, ShadowService, migrate
+from iot_models import AsyncShadowService, CursorExpired, DeviceState, ShadowService, migrate
 from iot_models.engine import create_engine
 from tests.databases.alembic_runs import upgrade
 from tests.databases.async_engines import ASYNC_DRIVERS, async_engine, in_event_loop, url_for
@@ -122,6 +122,7 @@ def all_reads(engine: Engine) -> list[object]:
         ]
 
 
+@pytest.mark.repeats
 def test_every_read_works_on_a_standby(
     standby: DurableServer, on_primary: Engine, engine_of: Callable[..., Engine]
 ) -> None:
@@ -250,3 +251,54 @@ def test_a_synchronous_standby_that_takes_over_has_every_acknowledged_write_and_
         assert rows["a"].desired == {"old": 1, "number": 21}
         assert rows[ONE].desired == REPLACE_DESIRED.done()[ONE].desired
         assert [rows[device_id].desired_version for device_id in "abcd"] == [28, 29, 28, 7]
+
+
+def changes(url: str, after: str | None = None) -> tuple[list[tuple[str, int]], str]:
+    engine = plain_engine(url, poolclass=NullPool)
+    with Session(engine) as session:
+        page = ShadowService(session, TENANT).changes(after=after)
+    return [(change.device_id, change.version) for change in page.changes], page.cursor
+
+
+def test_the_changes_are_read_on_a_standby_too_and_a_cursor_lives_through_a_takeover_that_loses_nothing(
+    primary: DurableServer, on_primary: Engine
+) -> None:
+    with standby_of(primary, "successor") as successor:
+        with Session(on_primary) as session, session.begin():
+            ShadowService(session, TENANT).replace_desired(ONE, {"n": 1})
+        catch_up(successor, on_primary)
+        found, cursor = changes(successor.url)
+        assert found[-1:] == changes(primary.url)[0][-1:]
+        assert found
+
+        promote(successor)
+
+        assert changes(successor.url, cursor)[0] == []
+        engine = plain_engine(successor.url, poolclass=NullPool)
+        with Session(engine) as session, session.begin():
+            written = ShadowService(session, TENANT).replace_desired(ONE, {"n": 2})
+        assert changes(successor.url, cursor)[0] == [(ONE, written.desired_version)]
+
+
+def test_a_cursor_has_expired_after_a_takeover_that_lost_what_it_has_seen(
+    primary: DurableServer, on_primary: Engine
+) -> None:
+    with standby_of(primary, "successor") as successor:
+        cut_off = plain_engine(successor.url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+        with cut_off.connect() as connection:
+            connection.execute(text("ALTER SYSTEM SET primary_conninfo = ''"))
+            connection.execute(text("SELECT pg_reload_conf()"))
+            while connection.scalar(text("SELECT count(*) FROM pg_stat_wal_receiver")):
+                time.sleep(0.01)
+        with Session(on_primary) as session, session.begin():
+            ShadowService(session, TENANT).replace_desired(ONE, {"lost": 1})
+        found, cursor = changes(primary.url)
+        assert found
+
+        promote(successor)
+
+        for number in range(3):  # under the same transaction ids, and the same version
+            with Session(plain_engine(successor.url, poolclass=NullPool)) as session, session.begin():
+                ShadowService(session, TENANT).replace_desired(ONE, {"n": number})
+        with pytest.raises(CursorExpired):
+            changes(successor.url, cursor)

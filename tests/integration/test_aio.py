@@ -32,7 +32,7 @@ from iot_models import (
     VersionConflict,
     VersionNotKept,
 )
-from tests.databases.async_engines import ASYNC_DRIVERS, async_engine, in_event_loop, url_for
+from tests.databases.async_engines import async_engine, in_event_loop, url_for
 from tests.databases.devices import DEVICE, TENANT, add_device
 from tests.databases.statements import counted_statements
 
@@ -46,11 +46,6 @@ METHODS = [
     name for name, value in vars(ShadowService).items() if inspect.isfunction(value) and not name.startswith("_")
 ]
 WRITERS = 8
-
-
-@pytest.fixture(params=ASYNC_DRIVERS)
-def driver(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 @pytest.fixture

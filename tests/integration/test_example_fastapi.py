@@ -183,7 +183,7 @@ def operator(port: int, database: Engine, log: Path) -> Iterator[Client]:
 
 
 def test_the_example_is_short_enough_to_be_copied() -> None:
-    assert len(EXAMPLE.read_text().splitlines()) < 345
+    assert len(EXAMPLE.read_text().splitlines()) < 365
 
 
 def test_a_shadow_lives_its_whole_life_over_http(operator: Client) -> None:
@@ -405,6 +405,27 @@ def test_a_version_that_is_not_kept_is_not_found_and_the_answer_names_those_that
         assert operator.version(version).status == 400
     assert operator.version(2**63).error == "400 InvalidVersion"
     assert operator.twin().etag == '"1"'
+
+
+def test_the_changes_of_all_devices_are_read_from_cursor_to_cursor(operator: Client, database: Engine) -> None:
+    operator.register("t-9", {"site_id": "berlin"})
+    operator.patch({"mode": "eco"}, "t-9", if_match="*", x_user="anna")
+    until = time.monotonic() + START_SECONDS
+    while (first := operator.send("GET", "/changes?limit=1").body)["held_back_since"]:
+        assert time.monotonic() < until
+
+    second = operator.send("GET", f"/changes?after={first['cursor']}")
+
+    assert (second.status, [len(page["changes"]) for page in (first, second.body)]) == (200, [1, 1])
+    assert second.body["changes"][0] == operator.send("GET", "/devices/t-9/twin/desired/versions/1").body
+    assert operator.send("GET", f"/changes?after={second.body['cursor']}").body["changes"] == []
+    assert operator.send("GET", "/changes?limit=1001").status == 400
+    assert operator.send("GET", "/changes?after=x").error == "400 InvalidCursor"
+    with database.begin() as connection:
+        connection.execute(
+            text("DELETE FROM device_shadow_history WHERE tenant_id = :tenant"), {"tenant": operator.tenant}
+        )
+    assert operator.send("GET", f"/changes?after={first['cursor']}").error == "410 CursorExpired"
 
 
 def test_a_restore_writes_an_earlier_version_again_as_a_new_one(operator: Client) -> None:
@@ -704,6 +725,7 @@ def test_a_header_that_is_there_twice_is_a_bad_request(operator: Client, name: s
         ("POST", "/device/v1/shadow/reported"),
         ("GET", "/devices/t-1/twin/desired/history"),
         ("GET", "/devices/t-1/twin/desired/versions/0"),
+        ("GET", "/changes"),
         ("POST", "/devices/t-1/twin/desired/restore"),
         ("PUT", "/devices/t-1"),
         ("DELETE", "/devices/t-1"),
@@ -783,6 +805,7 @@ def test_openapi_shows_the_bodies_the_answers_and_the_errors_of_each_endpoint(op
         "post /device/v1/shadow/reported",
         "get /devices/{device_id}/twin/desired/history",
         "get /devices/{device_id}/twin/desired/versions/{version}",
+        "get /changes",
         "post /devices/{device_id}/twin/desired/restore",
         "put /devices/{device_id}",
         "delete /devices/{device_id}",
@@ -798,10 +821,11 @@ def test_openapi_shows_the_bodies_the_answers_and_the_errors_of_each_endpoint(op
         has_body = name.startswith("p")
         expected = {"204" if name.startswith("delete") else "200", "400", "401", "503", "default"}
         expected |= {"413"} if has_body else set()
-        expected |= set() if name.startswith("put") else {"404"}
+        expected |= {"410"} if name == "get /changes" else set() if name.startswith("put") else {"404"}
         expected |= {"409"} if name.startswith("post") or name in guarded else set()
         assert answers.keys() == expected | ({"428"} if name in guarded else set())
-        shows_a_version = name.startswith("delete") or "/desired/history" in name or "/desired/versions" in name
+        no_twin = ("delete", "get /changes"), ("/desired/history", "/desired/versions")
+        shows_a_version = name.startswith(no_twin[0]) or any(part in name for part in no_twin[1])
         assert ("headers" in answers.get("200", {})) != shows_a_version
         assert answers["503"]["headers"].keys() == {"Retry-After"}
         bodies = answers.keys() - {"default", "204"}

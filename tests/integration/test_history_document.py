@@ -14,7 +14,7 @@ from tests.databases.alembic_runs import CHECKOUT
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-(SQL,) = re.findall(r"```sql\n(.*?)```", (CHECKOUT / "docs/history.md").read_text(), re.DOTALL)
+SQL, WHO_HOLDS_BACK = re.findall(r"```sql\n(.*?)```", (CHECKOUT / "docs/history.md").read_text(), re.DOTALL)
 WHO, HOW, ELSE, REQUEST, BACK = re.findall(r"^-- \d\. .*?\n(.*?;)\n", SQL, re.DOTALL | re.MULTILINE)
 
 
@@ -49,3 +49,11 @@ def test_the_questions_of_an_operator_are_answered_by_sql_alone_and_the_version_
         (newest, *_) = shadows.history("t-1")
         assert (newest.version, newest.reason) == (3, "wrong device in ticket 711")
         assert shadows.patch_desired("t-1", {"on": True}).desired_version == 4
+
+
+def test_who_holds_the_changes_back_is_found_by_sql(own_engine: Engine) -> None:
+    open_ones, prepared = WHO_HOLDS_BACK.split(";")[:2]
+    with own_engine.connect() as writer, own_engine.connect() as connection:
+        writer.execute(text("SELECT pg_current_xact_id()"))
+        assert connection.execute(text(open_ones.replace("LIMIT 3", ""))).rowcount >= 1
+        connection.execute(text(prepared))

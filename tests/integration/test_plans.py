@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -307,7 +308,7 @@ def test_each_index_of_the_history_serves_its_query(own_engine: Engine) -> None:
         )
         connection.execute(text("ANALYZE device_shadow_history"))
         one = {"device": "d7", "request": "r7", "version": 7}
-        old = {"age": timedelta(days=20), "limit": 100}
+        old = {"age": timedelta(days=20), "limit": 100, "mark": -2}
 
         assert access(connection, history_statements.request_done(), **one) == {REQUEST, "device_shadow_history_pkey"}
         page = access(connection, history_statements.history_page(before=False), **one, limit=5)
@@ -315,3 +316,49 @@ def test_each_index_of_the_history_serves_its_query(own_engine: Engine) -> None:
         assert access(connection, history_statements.prune_history(keep=1), **old) == {
             "idx_device_shadow_history_written", "device_shadow_history_pkey"
         }  # fmt: skip
+
+
+def test_a_page_of_drifted_devices_uses_an_index_that_a_team_makes(own_engine: Engine) -> None:
+    page = Path(__file__).parents[2] / "docs" / "performance.md"
+    (index,) = re.findall(r"^CREATE INDEX CONCURRENTLY (?s:.*?);$", page.read_text(), re.MULTILINE)
+    with own_engine.connect() as connection:
+        connection.execute(
+            text("""INSERT INTO device_state (tenant_id, site_id, device_id, desired_state, reported_state)
+                    SELECT 'acme', 's', 'device-' || n, '{"m": 1}', jsonb_build_object('m', CASE WHEN n = 7 THEN 2 ELSE 1 END, 'uptime', n)
+                      FROM generate_series(1, 5000) n""")
+        )
+        connection.execute(text(index.replace("CONCURRENTLY ", "")))
+        connection.execute(text("ANALYZE device_state"))
+
+        plan = prepared_plan(connection, statements.drifted_page(after=False), limit=100)
+
+    assert [
+        node.get("Index Name") for node in nodes(plan) if "Scan" in node["Node Type"] and node.get("Relation Name")
+    ] == ["idx_device_state_drifted"]
+    assert plan["Actual Rows"] == 1
+
+
+@pytest.mark.parametrize("analysed", [True, False], ids=["analysed", "never analysed"])
+@pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
+def test_a_page_of_changes_reads_its_own_versions_in_order_and_no_others(
+    own_engine: Engine, mode: str, *, analysed: bool
+) -> None:
+    with own_engine.connect() as connection:
+        for tenant, where in (("acme", "n % 2 = 0"), ("globex", "n % 2 = 1")):
+            connection.execute(
+                text(f"""INSERT INTO device_shadow_history (tenant_id, device_id, desired_version, desired_state, written_at, transaction_id)
+                         SELECT '{tenant}', 'd' || n % 500, n / 500, '{{}}', now(), 3 + n / 1000
+                           FROM generate_series(1, 60000) n WHERE {where}""")
+            )
+        if analysed:
+            connection.execute(text("ANALYZE device_shadow_history"))
+        connection.execute(text(f"SET plan_cache_mode = {mode}"))
+        place = {"transaction": 33, "device": "d7", "version": 1}
+        for foreign, binds in ((True, {}), (True, place), (False, place)):
+            statement = history_statements.changes_page(foreign=foreign, after=bool(binds))
+            plan = prepared_plan(connection, statement, limit=100, **binds)
+            reads = [node for node in nodes(plan) if node.get("Relation Name") == "device_shadow_history"]
+            used = {node["Index Name"] for node in reads}
+            assert used <= {"idx_device_shadow_history_changes", "device_shadow_history_pkey"}, reads
+            assert plan["Actual Rows"] == 100
+            assert sum(node["Actual Rows"] + node.get("Rows Removed by Filter", 0) for node in reads) == 100, reads

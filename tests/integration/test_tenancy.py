@@ -64,6 +64,7 @@ def test_the_orm_without_any_condition_reads_and_writes_one_tenant(app: Engine, 
     assert len(rows(engine)) == 3
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize(
     "write",
     [
@@ -262,6 +263,7 @@ def test_the_service_binds_nothing_unless_it_is_asked_to(app: Engine) -> None:
 # Strange ids
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("conforming", ["on", "off"])
 def test_a_tenant_may_have_any_id(app: Engine, engine: Engine, conforming: str) -> None:
     with Session(engine) as session, session.begin():

@@ -14,7 +14,7 @@ from tests.databases.devices import DEVICE, TENANT
 from tests.databases.tenants import ON_HISTORY, OTHER, PRIVILEGES, application, login, run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from sqlalchemy import Engine
 
@@ -41,6 +41,25 @@ def test_every_call_works_for_the_bound_tenant_and_reads_none_of_another(app: En
         assert {row.tenant_id for row in session.scalars(select(ShadowHistory))} == {TENANT}
 
 
+def test_a_history_that_somebody_else_made_before_the_migration_gets_no_policy(
+    new_database: Callable[..., str], server_role: str
+) -> None:
+    url = new_database()
+    migrate.upgrade(url, "077")
+    with create_engine(url, poolclass=NullPool).begin() as connection:
+        run(connection, f"GRANT SELECT ON device_state TO {server_role}")
+        run(connection, "CREATE TABLE device_shadow_history (tenant_id text)")
+        run(
+            connection,
+            f"CREATE ROLE {server_role}_other; ALTER TABLE device_shadow_history OWNER TO {server_role}_other",
+        )
+        with pytest.raises(
+            ValueError, match=f"device_shadow_history belongs to {server_role}_other, and device_state to"
+        ):
+            tenancy.enable(connection, server_role)
+        connection.rollback()
+
+
 def test_without_a_tenant_there_is_no_history(app: Engine) -> None:
     with Session(app) as session, session.begin():
         assert session.scalars(select(ShadowHistory)).all() == []
@@ -53,6 +72,7 @@ def test_without_a_tenant_there_is_no_history(app: Engine) -> None:
             theirs.desired_at(DEVICE, 2)
 
 
+@pytest.mark.repeats
 def test_a_version_of_another_tenant_cannot_be_forged_or_deleted(app: Engine, own_engine: Engine) -> None:
     forged = "INSERT INTO device_shadow_history (tenant_id, device_id, desired_version) VALUES ('globex', 'x', 1)"
     with Session(app) as session, session.begin():
@@ -66,6 +86,7 @@ def test_a_version_of_another_tenant_cannot_be_forged_or_deleted(app: Engine, ow
         assert ShadowService(session, OTHER).history(DEVICE)[0].actor == "theirs"
 
 
+@pytest.mark.repeats
 def test_a_role_that_was_limited_before_there_was_a_history_is_limited_there_too(
     own_engine: Engine, server_role: str
 ) -> None:
@@ -96,6 +117,7 @@ def test_a_right_on_the_history_that_no_policy_limits_is_named(own_engine: Engin
         connection.rollback()
 
 
+@pytest.mark.repeats
 def test_without_its_rights_on_the_history_a_write_says_which_are_missing(own_engine: Engine, server_role: str) -> None:
     with own_engine.begin() as connection:
         run(connection, f"GRANT {PRIVILEGES} ON device_state TO {server_role}")

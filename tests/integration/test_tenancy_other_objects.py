@@ -13,6 +13,8 @@ from tests.databases.tenants import run
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
+pytestmark = pytest.mark.repeats
+
 
 @pytest.fixture
 def owner(owner: Connection, app: str) -> Connection:

@@ -127,6 +127,16 @@ WAYS = {
     "it may set parameters of the whole server (REVOKE ALTER SYSTEM ON PARAMETER archive_command FROM {app})": [
         "GRANT ALTER SYSTEM ON PARAMETER archive_command TO {app}"
     ],
+    "it may read the passwords of all roles as they are stored (REVOKE SELECT ON pg_shadow FROM {app}, PUBLIC)": [
+        "GRANT SELECT ON pg_shadow TO {app}"
+    ],
+    "it is a member of pg_write_all_data, which writes every table without policies, the revision too": [
+        "GRANT pg_write_all_data TO {app}"
+    ],
+    "it may set parameters that load code, or switch triggers, foreign keys or checks off "
+    "(REVOKE SET ON PARAMETER session_replication_role FROM {app})": [
+        "GRANT SET ON PARAMETER session_replication_role, log_statement TO {app}"
+    ],
     'the foreign key k shows which devices exist (ALTER TABLE "My table" DROP CONSTRAINT k)': [
         'CREATE TABLE "My table" (t text, d text, CONSTRAINT k FOREIGN KEY (t, d) REFERENCES device_state)',
         'ALTER TABLE "My table" OWNER TO {app}',
@@ -152,6 +162,7 @@ WAYS = {
 }
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("way", WAYS)
 def test_a_role_that_a_policy_would_not_stop_is_refused_with_every_reason_also_when_its_rights_are_granted_later(
     owner: Connection, app: str, way: str
@@ -179,6 +190,16 @@ def test_a_role_that_a_policy_would_not_stop_is_refused_with_every_reason_also_w
     # A role for which it was never enabled, too.
     tenancy.disable(owner, app)
     with pytest.raises(ValueError, match="isolation would not hold"):
+        tenancy.enable(owner, app)
+
+
+def test_a_collation_for_which_two_tenants_are_one_is_refused(owner: Connection, app: str) -> None:
+    run(owner, "CREATE COLLATION any_case (locale = 'C')")
+    # Without ICU there is none.
+    run(owner, "UPDATE pg_collation SET collisdeterministic = false WHERE collname = 'any_case'")
+    run(owner, "ALTER TABLE device_state ALTER tenant_id TYPE text COLLATE any_case")
+
+    with pytest.raises(ValueError, match="the column tenant_id has the nondeterministic collation any_case"):
         tenancy.enable(owner, app)
 
 

@@ -85,6 +85,7 @@ def test_several_roles_are_isolated_each_by_itself(
     assert tenants_for(owner, app) == {TENANT, OTHER}
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("name", ["App-1", 'quo"ted', "per%cent", "co:lon", "größe", "x" * 63])
 def test_a_role_may_have_any_name(owner: Connection, name: str) -> None:
     quoted = '"' + name.replace('"', '""') + '"'
@@ -108,6 +109,7 @@ def test_a_group_is_isolated_with_its_members(owner: Connection, app: str) -> No
     assert tenancy.check(owner, app) == []
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize(
     "damage",
     [

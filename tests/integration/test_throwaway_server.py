@@ -21,6 +21,7 @@ from sqlalchemy import NullPool, create_engine, text
 
 from iot_models.testing import throwaway
 from iot_models.testing.throwaway import Server, ThrowawayPostgresError, postgres, wheel_binaries
+from tests.databases.in_memory import short_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 ROOT = os.geteuid() == 0
 MODULE = Path(throwaway.__file__)
 WAY_OUT = "set IOT_MODELS_TEST_DATABASE_URL to a PostgreSQL server of your own."
-SHORT = "/tmp"  # noqa: S108 - pytest's own temporary folders are too long for sockets, and closed to nobody
+SHORT = "/tmp"  # noqa: S108 - where a server goes whose temporary folder has too long a name
 SOON = 10
 
 # The module by itself, without its package: it starts fast, and a copy of it runs as any user.
@@ -98,7 +99,7 @@ def use_as_temporary_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def temporary(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The temporary folder during the test. Soon after the test no file in it and no process of it may be left."""
     tmp_path_factory.getbasetemp()  # pytest's own folder goes where it always goes
-    with tempfile.TemporaryDirectory(prefix="t-", dir=SHORT) as name:
+    with tempfile.TemporaryDirectory(prefix="t-", dir=short_folder()) as name:
         folder = Path(name).resolve()
         folder.chmod(0o1777)
         use_as_temporary_folder(folder, monkeypatch)

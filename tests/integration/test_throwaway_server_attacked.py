@@ -15,6 +15,7 @@ import pytest
 
 from iot_models.testing import throwaway
 from iot_models.testing.throwaway import ThrowawayPostgresError, postgres, wheel_binaries
+from tests.databases.in_memory import short_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +42,7 @@ PLANT = """
 def temporary(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A temporary folder that is open to every user."""
     tmp_path_factory.getbasetemp()  # pytest's own folder goes where it always goes
-    with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as name:
+    with tempfile.TemporaryDirectory(prefix="t-", dir=short_folder()) as name:
         folder = Path(name).resolve()
         folder.chmod(0o1777)
         monkeypatch.setenv("TMPDIR", name)

@@ -1,7 +1,8 @@
 """The databases that a migration starts from.
 
-Making and dropping a database takes longer than most migrations. So a database is emptied after a test and given to
-another one, unless the test changed more than its schema `public`.
+Making and dropping a database takes longer than emptying one. So an empty database is emptied again after a test and
+given to another one, unless the test changed more than its schema `public`. A migrated one is a copy: to migrate takes
+longer than that.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import pytest
 from sqlalchemy import NullPool, create_engine, text
 from sqlalchemy.exc import DBAPIError
 
+from iot_models._migrations import obstacles
 from iot_models.testing import PostgresServer, database
 from tests.databases.alembic_runs import upgrade
 from tests.migrations.raw_sql import FLEET, RAW_075, SHADOWS, run_sql
@@ -32,6 +34,12 @@ _END_OTHERS = text("""
     SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
      WHERE datname = current_database() AND usename = current_user AND pid <> pg_backend_pid()
 """)
+
+
+@pytest.fixture(autouse=True)
+def _strangers_are_looked_for_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every 20 ms on a machine that is busy makes half of a migration; `tests/security` is what tries it."""
+    monkeypatch.setattr(obstacles, "_FRESH_SECONDS", 0.5)
 
 
 @pytest.fixture(scope="session")
@@ -93,15 +101,21 @@ def raw_fleet(empty: str) -> str:
 
 
 @pytest.fixture
-def at_head(empty: str) -> str:
+def at_head(new_database: Callable[..., str], migrated_url: str) -> str:
     """A migrated database without devices."""
-    upgrade(empty)
-    return empty
+    return new_database(migrated_url)
+
+
+@pytest.fixture(scope="session")
+def _migrated_fleet(server: PostgresServer) -> Iterator[str]:
+    with database(server) as url:
+        run_sql(url, RAW_075 + FLEET)
+        upgrade(url)
+        run_sql(url, SHADOWS)
+        yield url
 
 
 @pytest.fixture
-def shadow_fleet_at_head(raw_fleet: str) -> str:
+def shadow_fleet_at_head(new_database: Callable[..., str], _migrated_fleet: str) -> str:
     """The same ten devices, migrated; four of them have a shadow."""
-    upgrade(raw_fleet)
-    run_sql(raw_fleet, SHADOWS)
-    return raw_fleet
+    return new_database(_migrated_fleet)

@@ -171,6 +171,7 @@ def test_one_that_is_not_certainly_ours_is_another_application_s(empty: str, mad
     assert theirs(empty) == [(revision,)]
 
 
+@pytest.mark.repeats
 def test_a_trigger_or_a_stranger_s_hand_on_it_makes_it_another_s(at_head: str, server_role: str) -> None:
     renamed(at_head)
     run_sql(at_head, f"ALTER TABLE alembic_version OWNER TO {server_role}")
@@ -319,6 +320,7 @@ def test_an_engine_that_translates_schemas_migrates_the_one_that_its_tables_are_
         migrate.upgrade(engine, schema="public")
 
 
+@pytest.mark.repeats
 def test_objects_that_a_team_s_own_need_of_the_search_path_are_still_found(empty: str) -> None:
     """An event trigger of the team's whose function names a table of the schema `public` without its schema."""
     run_sql(empty, """
@@ -331,6 +333,7 @@ def test_objects_that_a_team_s_own_need_of_the_search_path_are_still_found(empty
     assert migrate.check(empty, schema="iot") == []
 
 
+@pytest.mark.repeats
 def test_a_version_table_of_ours_in_another_schema_says_nothing_about_this_one(empty: str) -> None:
     run_sql(empty, "CREATE SCHEMA iot", f"CREATE TABLE {VERSION_TABLE} (version_num varchar(32) PRIMARY KEY);"
             f"INSERT INTO {VERSION_TABLE} VALUES ('{HEAD}')")  # fmt: skip

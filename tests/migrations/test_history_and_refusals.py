@@ -45,6 +45,7 @@ def refusals(url: str) -> list[str]:
     return rows_of(url, columns=f"{REFUSED}, {counts}")
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("revision", ["078", "077", "075"])
 def test_a_rollback_and_the_upgrade_after_it_lose_no_version_and_no_refusal(url: str, revision: str) -> None:
     before, history, schema = rows_of(url), rows_of(url, HISTORY), dump(url)
@@ -67,6 +68,7 @@ def test_without_a_version_or_a_refusal_a_rollback_leaves_no_table(shadow_fleet_
     assert tables_of(shadow_fleet_at_head) == {"alembic_version_iot_models", "device_state"}
 
 
+@pytest.mark.repeats
 def test_both_ways_by_printed_sql_end_in_the_same_result(url: str, make_empty: Callable[[], str]) -> None:
     other = make_empty()
     migrate.upgrade(other)
@@ -91,6 +93,7 @@ def _values(url: str, table: str) -> str:
     return f"SELECT (r::{table}).* FROM unnest(ARRAY[{rows}]) r"
 
 
+@pytest.mark.repeats
 def test_what_is_written_during_the_rollback_counts_and_the_refusal_before_it_does_not(url: str) -> None:
     downgrade(url, "078")
     run_sql(url, "UPDATE device_state SET desired_version = 9, shadow_updated_at = now() WHERE device_id = 'd1'")
@@ -99,6 +102,7 @@ def test_what_is_written_during_the_rollback_counts_and_the_refusal_before_it_do
     assert PARKED_REFUSALS not in tables_of(url)
 
 
+@pytest.mark.repeats
 def test_a_device_that_is_removed_and_made_again_during_the_rollback_has_refused_nothing(url: str) -> None:
     downgrade(url, "078")
     run_sql(url, """
@@ -110,11 +114,13 @@ def test_a_device_that_is_removed_and_made_again_during_the_rollback_has_refused
     assert PARKED_REFUSALS not in tables_of(url)
 
 
+@pytest.mark.repeats
 def test_discarding_throws_away_history_and_refusals_too(url: str) -> None:
     migrate.downgrade(url, "075", shadow="discard")
     assert tables_of(url) == {"alembic_version_iot_models", "device_state"}
 
 
+@pytest.mark.repeats
 def test_dropping_the_table_drops_what_was_parked(url: str) -> None:
     downgrade(url, "075")
     with pytest.raises(CommandError, match="holds 10 rows"):
@@ -123,6 +129,7 @@ def test_dropping_the_table_drops_what_was_parked(url: str) -> None:
     assert tables_of(url) == {"alembic_version_iot_models"}
 
 
+@pytest.mark.repeats
 def test_rows_that_stay_locked_keep_their_refusals_parked_until_the_command_is_run_again(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +144,7 @@ def test_rows_that_stay_locked_keep_their_refusals_parked_until_the_command_is_r
     assert len([row for row in refusals(url) if row.endswith("t)")]) == 2
 
 
+@pytest.mark.repeats
 def test_check_says_what_is_parked(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     downgrade(url, "077")
     assert migrate.main(["check", "--url", url]) == 1
@@ -155,6 +163,7 @@ def rights(url: str, role: str) -> str | None:
     return found if found is None else str(found)
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize(
     ("granted", "expected"),
     [
@@ -183,6 +192,7 @@ def test_who_has_a_right_on_the_shadows_has_it_on_their_history_and_nobody_else_
     assert rights(url, server_role) == expected
 
 
+@pytest.mark.repeats
 def test_policies_are_copied_and_what_cannot_be_is_named(
     shadow_fleet_at_head: str, server_role: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -204,6 +214,7 @@ def test_policies_are_copied_and_what_cannot_be_is_named(
     assert run_sql(as_role(url, server_role), f"SELECT tenant_id FROM {HISTORY}") == [("acme",)]
 
 
+@pytest.mark.repeats
 def test_where_a_restrictive_policy_cannot_be_copied_nobody_sees_more_than_before(
     shadow_fleet_at_head: str, server_role: str
 ) -> None:
@@ -239,6 +250,7 @@ def test_another_object_of_that_name_is_refused_before_any_change(raw_fleet: str
     assert state(raw_fleet) == before
 
 
+@pytest.mark.repeats
 def test_a_view_of_the_history_is_named_before_a_rollback(url: str) -> None:
     run_sql(url, f"CREATE VIEW v AS SELECT * FROM {HISTORY}")
     before = state(url)
@@ -247,6 +259,7 @@ def test_a_view_of_the_history_is_named_before_a_rollback(url: str) -> None:
     assert state(url) == before
 
 
+@pytest.mark.repeats
 def test_a_history_that_was_made_while_another_was_parked_is_joined_with_it(url: str) -> None:
     history = rows_of(url, HISTORY)
     downgrade(url, "077")
@@ -257,6 +270,7 @@ def test_a_history_that_was_made_while_another_was_parked_is_joined_with_it(url:
     assert PARKED_HISTORY not in tables_of(url)
 
 
+@pytest.mark.repeats
 def test_old_code_during_the_rollback_leaves_a_gap_and_nothing_stands_for_it(
     url: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -89,6 +89,7 @@ def test_a_connection_in_a_transaction_is_refused(empty: str) -> None:
     assert tables_of(empty) == set()
 
 
+@pytest.mark.repeats
 def test_a_connection_that_is_lost_says_so_and_the_next_run_continues(raw_fleet: str) -> None:
     with connected(raw_fleet) as connection, connected(raw_fleet, isolation_level="AUTOCOMMIT") as other:
 
@@ -390,6 +391,7 @@ def test_autogenerate_proposes_nothing_of_ours_and_all_of_theirs(tmp_path: Path,
     assert not {PARKED, "alembic_version_iot_models", "idx_device_state_site", "tenant_id"} & {*asked}
 
 
+@pytest.mark.repeats
 def test_a_table_of_theirs_with_the_same_name_elsewhere_is_theirs(at_head: str) -> None:
     run_sql(at_head, "CREATE SCHEMA app; CREATE TABLE app.device_state (id int PRIMARY KEY)")
     theirs = MetaData()
@@ -400,6 +402,7 @@ def test_a_table_of_theirs_with_the_same_name_elsewhere_is_theirs(at_head: str) 
     assert [(change[0], change[1], change[2]) for change in found] == [("add_column", "app", "device_state")]
 
 
+@pytest.mark.repeats
 def test_what_a_team_s_class_adds_to_our_table_is_theirs_to_migrate(at_head: str) -> None:
     theirs = TABLE.to_metadata(MetaData())
     theirs.append_column(Column("firmware", Integer, index=True))

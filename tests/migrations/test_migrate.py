@@ -313,7 +313,8 @@ def test_a_raw_schema_that_was_adopted_equals_the_models(empty: str) -> None:
         ),
         (
             "DROP INDEX idx_device_state_site",
-            "index idx_device_state_site is missing: the models have btree (tenant_id, site_id)",
+            "index idx_device_state_site is missing: the models have btree (tenant_id, site_id); CREATE INDEX CONCURRENTLY"
+            " idx_device_state_site ON device_state USING btree (tenant_id, site_id)",
         ),
         (
             "DROP INDEX idx_device_state_site; CREATE UNIQUE INDEX idx_device_state_site ON device_state (tenant_id, site_id)",

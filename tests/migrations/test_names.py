@@ -67,6 +67,7 @@ def test_an_upgrade_names_all_that_has_a_name_of_its_own(url: str, start: str, k
     assert migrate.check(url)  # says so, and does not fail
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_type_with_the_name_of_a_table_is_refused_before_the_table_is_made(at_head: str, kind: str) -> None:
     run_sql(at_head, FLEET, SHADOWS, TYPES[kind].format(name=PARKED))
@@ -161,6 +162,7 @@ def _shadows(engine: object) -> list[str]:
         return list(connection.scalars(text("SELECT CAST(d AS text) FROM device_state d ORDER BY 1")))
 
 
+@pytest.mark.repeats
 def test_a_stranger_who_is_dropped_half_way_is_no_stranger_to_the_next_command(
     server: PostgresServer, new_database: Callable[..., str]
 ) -> None:

@@ -189,6 +189,7 @@ def test_a_downgrade_names_all_that_depends_on_its_columns_and_changes_nothing(u
     assert PARKED in tables_of(url)
 
 
+@pytest.mark.repeats
 def test_what_does_not_depend_on_the_columns_of_a_shadow_does_not_stop_its_downgrade(url: str) -> None:
     run_sql(url, """
         CREATE VIEW v AS SELECT tenant_id, device_id, status FROM device_state;
@@ -202,6 +203,7 @@ def test_what_does_not_depend_on_the_columns_of_a_shadow_does_not_stop_its_downg
     assert revision_of(url) == "075"
 
 
+@pytest.mark.repeats
 def test_a_downgrade_to_base_names_what_depends_on_the_table(at_head: str) -> None:
     run_sql(at_head, """
         CREATE VIEW v AS SELECT status FROM device_state;
@@ -263,6 +265,7 @@ def test_a_downgrade_names_the_tables_whose_rows_it_could_not_park(shadow_fleet_
     migrate.downgrade(shadow_fleet_at_head, "075")
 
 
+@pytest.mark.repeats
 def test_an_upgrade_names_what_depends_on_the_parked_shadows(shadow_fleet_at_head: str) -> None:
     migrate.downgrade(shadow_fleet_at_head, "075")
     run_sql(shadow_fleet_at_head, f"CREATE VIEW parked AS SELECT 1 AS one FROM {PARKED}")
@@ -272,6 +275,7 @@ def test_an_upgrade_names_what_depends_on_the_parked_shadows(shadow_fleet_at_hea
     assert state(shadow_fleet_at_head) == before
 
 
+@pytest.mark.repeats
 def test_an_upgrade_and_the_downgrade_of_077_are_not_stopped_by_what_depends_on_columns(url: str) -> None:
     run_sql(url, "CREATE VIEW v AS SELECT desired_version FROM device_state")
     downgrade(url, "076")
@@ -279,6 +283,7 @@ def test_an_upgrade_and_the_downgrade_of_077_are_not_stopped_by_what_depends_on_
     assert revision_of(url) == HEAD
 
 
+@pytest.mark.repeats
 def test_check_says_what_would_stop_a_rollback_and_that_is_no_problem(
     url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -311,6 +316,7 @@ def test_a_downgrade_by_an_owner_who_does_not_see_every_row_is_refused_before_an
     assert len(rows_of(url, PARKED)) == 4
 
 
+@pytest.mark.repeats
 def test_an_interrupted_downgrade_is_undone_by_the_next_upgrade_of_such_an_owner(
     url: str, server_role: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -374,6 +380,7 @@ def test_an_owner_under_forced_row_security_adopts_a_table_because_that_reads_no
     assert revision_of(empty) == HEAD
 
 
+@pytest.mark.repeats
 def test_a_role_without_the_rights_is_told_so_before_any_change(url: str, server_role: str) -> None:
     run_sql(url, f"GRANT ALL ON device_state, alembic_version_iot_models TO {server_role}")
     before = state(url)
@@ -388,6 +395,7 @@ def test_a_role_without_the_rights_is_told_so_before_any_change(url: str, server
 # All at once.
 
 
+@pytest.mark.repeats
 def test_all_that_stops_a_downgrade_is_in_one_error(url: str, server_role: str) -> None:
     owner = owned_under_forced_row_security(url, server_role)
     run_sql(url, f"CREATE VIEW v AS SELECT * FROM device_state; CREATE TABLE {PARKED} (note text)")
@@ -607,6 +615,7 @@ def test_of_a_table_that_is_too_large_to_look_at_a_part_is_looked_at(
     )
 
 
+@pytest.mark.repeats
 def test_a_row_fault_of_a_table_without_shadows_is_not_looked_for(raw_fleet: str) -> None:
     upgrade(raw_fleet, "075")
     assert len(migrate.check(raw_fleet)) == 1
@@ -649,6 +658,7 @@ def test_a_prepared_transaction_that_holds_the_table_is_named_with_what_ends_it(
         assert migrate.check(server.url) == []
 
 
+@pytest.mark.repeats
 def test_the_role_that_may_set_it_makes_autovacuum_leave_at_once(url: str, server_role: str) -> None:
     owner = as_role(url, server_role)
     assert seen_by_a_migration(url) == "20ms"
@@ -667,6 +677,7 @@ def seen_by_a_migration(url: str) -> str:
     return runner.ask(url, {}, lambda _, connection: str(connection.scalar(text("SHOW deadlock_timeout"))))
 
 
+@pytest.mark.repeats
 def test_check_says_what_a_grant_would_gain(url: str, server_role: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--url", url]) == 0
     assert "deadlock_timeout" not in capsys.readouterr().err
@@ -679,6 +690,7 @@ def test_check_says_what_a_grant_would_gain(url: str, server_role: str, capsys: 
     assert f"GRANT SET ON PARAMETER deadlock_timeout TO {server_role} makes that 20ms" in capsys.readouterr().err
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("pool_timeout", [5, None])
 def test_the_progress_of_an_index_build_needs_no_room_in_the_pool(
     raw_fleet: str, pool_timeout: float | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -57,6 +57,7 @@ def shadows(url: str) -> list[str]:
     return rows_of(url, columns=KEYED)
 
 
+@pytest.mark.repeats
 def test_if_no_shadow_was_ever_written_a_downgrade_leaves_exactly_the_schema_of_075(
     raw_fleet: str, raw_075: str
 ) -> None:
@@ -85,6 +86,7 @@ def test_shadows_come_back_bit_by_bit_and_the_parked_table_is_gone(url: str, raw
     assert dump(url) == dump(migrated_url)
 
 
+@pytest.mark.repeats
 def test_writes_and_deletions_between_downgrade_and_upgrade_are_kept(url: str) -> None:
     before = set(shadows(url))
     downgrade(url, "075")
@@ -105,6 +107,7 @@ def test_writes_and_deletions_between_downgrade_and_upgrade_are_kept(url: str) -
     assert PARKED not in tables_of(url)
 
 
+@pytest.mark.repeats
 def test_a_device_that_is_removed_and_registered_again_during_a_rollback_has_no_shadow(url: str) -> None:
     before = shadows(url)
     downgrade(url, "075")
@@ -130,6 +133,7 @@ def test_the_shadow_of_a_device_that_is_renamed_during_a_rollback_goes_with_it(u
     assert shadows(url) == sorted(row.replace(",d2,", ",renamed,") for row in before)
 
 
+@pytest.mark.repeats
 def test_truncate_does_not_leave_the_shadows_of_devices_that_are_gone(url: str) -> None:
     downgrade(url, "075")
     with pytest.raises(Exception, match="cannot truncate a table referenced in a foreign key constraint"):
@@ -140,6 +144,7 @@ def test_truncate_does_not_leave_the_shadows_of_devices_that_are_gone(url: str) 
     assert PARKED not in tables_of(url)
 
 
+@pytest.mark.repeats
 def test_a_table_that_was_parked_before_it_had_a_foreign_key_gets_one_at_the_next_downgrade(url: str) -> None:
     downgrade(url, "075")
     run_sql(
@@ -175,6 +180,7 @@ def test_a_parked_shadow_does_not_overwrite_a_newer_one(url: str) -> None:
     assert any("newer" in row for row in before)
 
 
+@pytest.mark.repeats
 def test_shadows_are_discarded_only_with_the_option(url: str, raw_075: str) -> None:
     run = alembic("-x", "shadow=discard", "downgrade", "075", DATABASE_URL=url)
 
@@ -209,6 +215,7 @@ def test_a_downgrade_to_base_refuses_to_drop_rows_unless_an_option_says_so(url: 
     assert tables_of(url) == {"alembic_version_iot_models"}
 
 
+@pytest.mark.repeats
 def test_a_downgrade_to_base_refuses_to_drop_parked_shadows_too(url: str) -> None:
     downgrade(url, "075")
     # As logical replication does it, without a cascade.
@@ -225,6 +232,7 @@ def test_a_downgrade_to_base_drops_an_empty_table(at_head: str) -> None:
     assert tables_of(at_head) == {"alembic_version_iot_models"}
 
 
+@pytest.mark.repeats
 def test_another_table_with_the_name_of_the_parked_one_stops_the_downgrade(url: str) -> None:
     downgrade(url, "076")
     run_sql(url, f"CREATE TABLE {PARKED} (note text)")
@@ -236,6 +244,7 @@ def test_another_table_with_the_name_of_the_parked_one_stops_the_downgrade(url: 
     assert rows_of(url) == before
 
 
+@pytest.mark.repeats
 def test_a_downgrade_fails_if_a_policy_hides_rows_from_it(url: str, server_role: str) -> None:
     downgrade(url, "076")
     before = rows_of(url)

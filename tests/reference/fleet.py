@@ -98,6 +98,14 @@ class Fleet:
             raise VersionNotKept(device_id, version, min(kept, default=None), max(kept, default=None))
         return kept[version]
 
+    def changes(self) -> dict[tuple[str, int], Version]:
+        """All that is kept, once it is committed; in which order the model cannot know."""
+        return {
+            (device_id, number): version
+            for device_id, kept in self.versions.items()
+            for number, version in kept.items()
+        }
+
     def _kept(self, device_id: str) -> dict[int, Version]:
         """The history, and the version that the device is at."""
         kept = self.versions.get(device_id, {})

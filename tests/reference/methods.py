@@ -54,5 +54,6 @@ READS: Final = {
     "count_refused",
     "history",
     "desired_at",
+    "changes",
     "status_counts",
 }

@@ -1,11 +1,22 @@
-"""Operators and functions that match better than the catalog's, for whatever statement does not say what it means."""
+"""What attackers make: a function that tells who ran it; operators and functions that match better than the catalog's."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from tests.migrations.raw_sql import run_sql
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+# Where code of an attacker's says as whom it ran.
+WITNESS = "CREATE TABLE public.called (by name); GRANT ALL ON public.called TO PUBLIC;"
+TELL = "INSERT INTO public.called VALUES (current_user)"
+
+
+def calls(database: str) -> list[tuple[Any, ...]]:
+    """As whom code of an attacker's ran."""
+    return run_sql(database, "SELECT * FROM public.called")
 
 
 def hostile(types: Sequence[str], operators: Sequence[str], functions: Sequence[str]) -> str:

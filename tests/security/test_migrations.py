@@ -13,7 +13,7 @@ from alembic.util import CommandError
 from sqlalchemy import Connection, Engine, NullPool, create_engine, event, make_url, text
 
 from iot_models import engine, migrate, tenancy
-from iot_models._migrations import deployers, obstacles, operations, strangers
+from iot_models._migrations import deployers, indexes, obstacles, operations, strangers
 from iot_models._migrations.command_line import main
 from iot_models.testing import throwaway
 from tests.databases.backends import connected
@@ -29,35 +29,15 @@ from tests.migrations.raw_sql import (
     run_sql,
 )
 from tests.migrations.team import GUARDED, team
+from tests.security.hostile import TELL, calls
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
 
 PARKED = "device_state_shadow_076"
 PARK = f"{PARKED}_park"
-WITNESS = "CREATE TABLE public.called (by name); GRANT ALL ON public.called TO PUBLIC;"
-TELL = "INSERT INTO public.called VALUES (current_user)"
-
-
-@pytest.fixture
-def database(new_database: Callable[..., str]) -> str:
-    """A database in whose schema `public` everybody may create objects, as in those that PostgreSQL 14 made."""
-    url = new_database()
-    run_sql(url, "GRANT ALL ON SCHEMA public TO PUBLIC;" + WITNESS)
-    return url
-
-
-@pytest.fixture
-def attacker(database: str, server_role: str) -> Iterator[str]:
-    """The database as somebody logs in who owns nothing and was granted nothing."""
-    yield as_role(database, server_role)
-    run_sql(database, f"DROP OWNED BY {server_role} CASCADE")
-
-
-def calls(database: str) -> object:
-    return run_sql(database, "SELECT * FROM public.called")
 
 
 def interrupted_downgrade(database: str) -> None:
@@ -76,6 +56,7 @@ ATTACK = f"""
 """
 
 
+@pytest.mark.repeats
 def test_the_copying_function_of_a_downgrade_serves_nobody_elses_trigger(database: str, attacker: str) -> None:
     interrupted_downgrade(database)
     before = rows_of(database, PARKED)
@@ -86,6 +67,7 @@ def test_the_copying_function_of_a_downgrade_serves_nobody_elses_trigger(databas
     assert rows_of(database, PARKED) == before
 
 
+@pytest.mark.repeats
 def test_the_copying_function_refuses_another_table_though_its_execution_was_granted(
     database: str, attacker: str
 ) -> None:
@@ -99,6 +81,7 @@ def test_the_copying_function_refuses_another_table_though_its_execution_was_gra
     assert rows_of(database, PARKED) == before
 
 
+@pytest.mark.repeats
 def test_default_privileges_give_nobody_the_copying_function(database: str, attacker: str) -> None:
     role = make_url(attacker).username
     run_sql(database, f"ALTER DEFAULT PRIVILEGES GRANT ALL ON FUNCTIONS TO {role}; "
@@ -153,6 +136,7 @@ TAKEN = {
 }
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("left_out", ["a view with the parked table's name", "the parked table"])
 def test_names_that_a_stranger_took_first_are_refused_all_at_once_before_any_change(
     database: str, attacker: str, left_out: str
@@ -173,6 +157,7 @@ def test_names_that_a_stranger_took_first_are_refused_all_at_once_before_any_cha
     assert calls(database) == []
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize(
     "planted",
     [
@@ -228,6 +213,7 @@ def test_who_made_the_table_first_is_not_trusted_for_that(database: str, attacke
     assert calls(database) == []
 
 
+@pytest.mark.repeats
 def test_a_superuser_migrates_a_plain_owners_table_as_that_owner(database: str, server_role: str) -> None:
     run_sql(database, f"CREATE SCHEMA iot AUTHORIZATION {server_role}")
     run_sql(as_role(database, server_role), "SET search_path = iot;" + RAW_075 + FLEET)
@@ -242,17 +228,7 @@ def test_a_superuser_migrates_a_plain_owners_table_as_that_owner(database: str, 
     run_sql(database, f"DROP OWNED BY {server_role} CASCADE")
 
 
-@pytest.fixture
-def owners(database: str, server_role: str) -> Iterator[str]:
-    """The URL of the plain owner of the database and of its schema `public`, in which nobody else may create."""
-    name = make_url(database).database
-    run_sql(database, f"ALTER SCHEMA public OWNER TO {server_role}; ALTER DATABASE {name} OWNER TO {server_role};"
-                      "REVOKE ALL ON SCHEMA public FROM PUBLIC")  # fmt: skip
-    yield as_role(database, server_role)
-    run_sql(database, f"ALTER SCHEMA public OWNER TO postgres; ALTER DATABASE {name} OWNER TO postgres;"
-                      f"DROP OWNED BY {server_role} CASCADE")  # fmt: skip
-
-
+@pytest.mark.repeats
 def test_what_a_superuser_parks_is_the_owners_who_goes_on_with_it(database: str, owners: str) -> None:
     run_sql(owners, RAW_075, FLEET)
     migrate.upgrade(owners)
@@ -265,6 +241,7 @@ def test_what_a_superuser_parks_is_the_owners_who_goes_on_with_it(database: str,
     assert run_sql(owners, "SELECT count(*) FROM device_state WHERE desired_version = 7") == [(3,)]
 
 
+@pytest.mark.repeats
 def test_the_owner_of_the_schema_replaces_what_is_parked_and_gets_no_superusers_rights(
     database: str, owners: str, server_role: str
 ) -> None:
@@ -303,6 +280,7 @@ def test_who_lets_a_deployer_wait_gets_nothing_into_it_meanwhile(
     assert calls(database) == []
 
 
+@pytest.mark.repeats
 def test_what_is_made_while_an_index_build_waits_is_refused_before_the_next_statement(
     database: str, attacker: str
 ) -> None:
@@ -325,6 +303,7 @@ def test_what_is_made_while_an_index_build_waits_is_refused_before_the_next_stat
     assert calls(database) == []
 
 
+@pytest.mark.repeats
 def test_default_privileges_let_nobody_write_the_revision(database: str, attacker: str) -> None:
     role = make_url(attacker).username
     run_sql(database, f"ALTER DEFAULT PRIVILEGES GRANT ALL ON TABLES TO {role}")
@@ -349,6 +328,7 @@ def test_a_trigger_whose_function_is_a_strangers_is_refused(database: str, attac
     assert calls(database) == []
 
 
+@pytest.mark.repeats
 def test_a_trigger_with_the_name_of_ours_does_not_destroy_what_is_parked(database: str) -> None:
     run_sql(database, RAW_075, FLEET)
     migrate.upgrade(database)
@@ -397,6 +377,7 @@ def test_a_schema_before_pg_catalog_is_refused_before_anything_else_is_asked(dat
     assert calls(database) == []
 
 
+@pytest.mark.repeats
 def test_a_group_that_owns_the_table_is_not_trusted_because_the_deployer_is_in_it(
     database: str, server_role: str
 ) -> None:
@@ -413,6 +394,7 @@ def test_a_group_that_owns_the_table_is_not_trusted_because_the_deployer_is_in_i
         run_sql(database, f"DROP OWNED BY {group} CASCADE; DROP ROLE {group}")
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -435,6 +417,7 @@ def test_a_function_that_could_be_taken_for_a_column_is_refused(database: str, a
         migrate.upgrade(database)
 
 
+@pytest.mark.repeats
 def test_a_function_of_a_columns_name_that_takes_more_is_none_of_ours(database: str, attacker: str) -> None:
     migrate.upgrade(database, "075")
     run_sql(attacker, "CREATE FUNCTION desired_state(text, text) RETURNS text LANGUAGE sql AS 'SELECT $1'")
@@ -472,6 +455,7 @@ def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from nodes(part)
 
 
+@pytest.mark.repeats
 def test_no_statement_of_a_migration_is_compiled_which_can_take_seconds_under_a_lock(database: str) -> None:
     run_sql(database, f"ALTER DATABASE {make_url(database).database} SET jit = on", RAW_075)
     found = []
@@ -497,6 +481,7 @@ def test_the_applications_version_table_is_asked_about_where_its_env_py_runs_our
         team(tmp_path / "team", database, online=GUARDED, beside_ours=True).alembic("upgrade", "heads")
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("rights", ["ALL", "UPDATE (version_num), REFERENCES (version_num), SELECT (version_num)"])
 def test_a_version_table_that_is_taken_over_is_its_owners_to_write_alone(
     database: str, attacker: str, rights: str
@@ -538,6 +523,7 @@ def parked(database: str) -> str:
     return database
 
 
+@pytest.mark.repeats
 def test_each_command_takes_the_rights_of_others_on_our_tables_away(parked: str, attacker: str) -> None:
     role = make_url(attacker).username
     for table, column in ((VERSION_TABLE, "version_num"), (PARKED, "tenant_id")):
@@ -551,6 +537,7 @@ def test_each_command_takes_the_rights_of_others_on_our_tables_away(parked: str,
     assert run_sql(parked, "SELECT count(*) FROM device_state WHERE desired_version = 7") == [(3,)]
 
 
+@pytest.mark.repeats
 def test_printed_sql_takes_them_away_too(parked: str, attacker: str) -> None:
     run_sql(parked, GRANTED.format(VERSION_TABLE, make_url(attacker).username, "version_num"))
 
@@ -560,6 +547,7 @@ def test_printed_sql_takes_them_away_too(parked: str, attacker: str) -> None:
     assert rights_of_others(parked, VERSION_TABLE) == [("SELECT",)]
 
 
+@pytest.mark.repeats
 def test_the_env_py_of_a_team_lets_nobody_make_a_trigger_on_what_is_parked(
     database: str, attacker: str, tmp_path: Path
 ) -> None:
@@ -674,6 +662,7 @@ def test_printed_sql_asks_again_after_each_index_which_anybody_could_hold_up(dat
     assert f"table {PARKED} of role {make_url(attacker).username}" in done.stderr
 
 
+@pytest.mark.repeats
 def test_check_says_who_may_create_objects_in_the_search_path(
     database: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -684,6 +673,7 @@ def test_check_says_who_may_create_objects_in_the_search_path(
     assert "(REVOKE CREATE ON SCHEMA public FROM PUBLIC)" in capsys.readouterr().err
 
 
+@pytest.mark.repeats
 def test_objects_of_the_team_and_of_extensions_are_no_strangers(database: str, owners: str) -> None:
     """Here the owner of the database migrates, and a superuser has made a function with the name of a built-in one."""
     run_sql(database, "CREATE FUNCTION format(text, text) RETURNS text LANGUAGE sql RETURN $1")
@@ -695,6 +685,7 @@ def test_objects_of_the_team_and_of_extensions_are_no_strangers(database: str, o
     assert migrate.check(owners) == []
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("statement", ["DOMAIN public.{}", "VIEW public.{} AS SELECT desired_state FROM device_state"])
 def test_a_strangers_name_reaches_the_terminal_without_its_control_characters(
     database: str, attacker: str, capsys: pytest.CaptureFixture[str], statement: str
@@ -748,7 +739,7 @@ def test_the_name_of_a_prepared_transaction_that_holds_a_migration_up_moves_no_c
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(deployers, "_MOST_SECONDS", 2)
     monkeypatch.setattr(operations, "_FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(operations, "_PROGRESS_EVERY", 0.05)
+    monkeypatch.setattr(indexes, "_PROGRESS_EVERY", 0.05)
     with throwaway.postgres(settings={"max_prepared_transactions": "1"}) as server, ThreadPoolExecutor(1) as pool:
         migrate.upgrade(server.url, "075")
         run_sql(server.url, f"{holds}; PREPARE TRANSACTION {HIDES}")
@@ -763,6 +754,7 @@ def test_the_name_of_a_prepared_transaction_that_holds_a_migration_up_moves_no_c
     assert "\n075 -> 076 done" not in said
 
 
+@pytest.mark.repeats
 def test_a_strangers_name_among_the_reasons_of_tenancy_moves_no_cursor(
     database: str, attacker: str, caplog: pytest.LogCaptureFixture
 ) -> None:

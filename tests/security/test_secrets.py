@@ -6,13 +6,14 @@ import asyncio
 import json
 import traceback
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import pytest
 from sqlalchemy import URL, NullPool, make_url, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
-from iot_models import ShadowService, migrate
+from iot_models import ShadowService, cli, migrate
 from iot_models._migrations.command_line import main
 from iot_models.engine import create_async_engine, create_engine, shown
 from tests.databases.alembic_runs import CHECKOUT, run_alembic
@@ -151,6 +152,15 @@ def test_an_unknown_command_is_told_which_there_are(capsys: pytest.CaptureFixtur
     assert SECRET not in said
 
 
+@pytest.mark.parametrize("arguments", [["show", "{}"], ["history", "{}"], ["register", "d", "{}"], ["remove", "{}"]])
+def test_a_url_in_the_place_of_an_id_is_not_repeated(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([argument.format(NOWHERE) for argument in arguments])
+    printed = capsys.readouterr()
+    assert "pass it as --url" in printed.err
+    assert SECRET not in printed.out + printed.err
+
+
 @pytest.mark.parametrize("option", ["password", "sslpassword", "scram_client_key"])
 def test_the_repr_of_an_engine_shows_no_secret_of_its_url(option: str) -> None:
     url = f"postgresql://iot@127.0.0.1:9/iot?{option}={SECRET}"
@@ -242,6 +252,83 @@ def test_an_error_of_the_database_shows_no_document(
     assert SECRET not in said
 
 
+def all_that_is_in(error: BaseException | None) -> str:
+    """What the error and those behind it say, also to code that reads their attributes: but SQLAlchemy's `params`."""
+    said = ""
+    while error is not None:
+        said += f"{error}\n{error!r}\n{[value for name, value in vars(error).items() if name != 'params']}\n"
+        error = error.__cause__
+    return said
+
+
+@pytest.mark.parametrize("driver", KINDS)
+def test_no_attribute_of_an_error_of_the_database_has_the_document(own_engine: Engine, driver: str) -> None:
+    with Session(own_engine) as session, session.begin():
+        add_device(session)
+        session.execute(text("ALTER TABLE device_state ADD CHECK (NOT desired_state ? 'wifi_password')"))
+
+    kind = Kind(driver, own_engine.url)
+    with pytest.raises(IntegrityError, match="violates check constraint") as caught:
+        kind.ask(lambda connection: ShadowService(Session(connection), TENANT).replace_desired(DEVICE, DOCUMENT))
+
+    assert SECRET not in all_that_is_in(caught.value.orig)
+
+
+@pytest.mark.parametrize("driver", KINDS)
+def test_an_error_while_rows_are_streamed_shows_no_document(own_engine: Engine, driver: str) -> None:
+    engine = create_engine(own_engine.url, poolclass=NullPool)
+    with engine.begin() as connection:
+        connection.execute(text(
+            "CREATE FUNCTION refuse(doc text) RETURNS int LANGUAGE plpgsql AS"
+            " $$ BEGIN RAISE check_violation USING MESSAGE = 'refused', DETAIL = 'Failing row ' || doc; END $$"
+        ))  # fmt: skip
+    streamed = text("SELECT CASE WHEN n < 1000 THEN n ELSE refuse(:doc) END FROM generate_series(1, 1000) AS n")
+
+    with pytest.raises(Exception, match="refused") as caught:
+        Kind(driver, own_engine.url).ask(
+            lambda connection: (
+                connection.execution_options(stream_results=True, max_row_buffer=10)
+                .execute(streamed, {"doc": json.dumps(DOCUMENT)})
+                .all()
+            )
+        )
+
+    assert SECRET not in all_that_is_in(caught.value) + "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("driver", KINDS)
+@pytest.mark.parametrize("many", [False, True])
+def test_a_parameter_that_the_driver_cannot_send_is_not_shown(own_engine: Engine, driver: str, *, many: bool) -> None:
+    parameters: Any = {"n": DOCUMENT, "t": SECRET}
+    with pytest.raises(DBAPIError) as caught:
+        Kind(driver, own_engine.url).ask(
+            lambda connection: connection.execute(
+                text("UPDATE device_state SET desired_version = :n WHERE device_id = :t"),
+                [parameters, parameters] if many else parameters,
+            )
+        )
+
+    assert SECRET not in all_that_is_in(caught.value) + "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("driver", KINDS)
+def test_an_error_without_a_message_shows_no_document(own_engine: Engine, driver: str) -> None:
+    with Session(own_engine) as session, session.begin():
+        add_device(session)
+        session.execute(text(
+            "CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE check_violation USING MESSAGE = '',"
+            " DETAIL = 'Failing row ' || CAST(NEW.desired_state AS text); END $$;"
+            "CREATE TRIGGER t BEFORE UPDATE ON device_state FOR EACH ROW EXECUTE FUNCTION f()"
+        ))  # fmt: skip
+    own_engine.dispose()
+
+    kind = Kind(driver, own_engine.url)
+    with pytest.raises(IntegrityError) as caught:
+        kind.ask(lambda connection: ShadowService(Session(connection), TENANT).replace_desired(DEVICE, DOCUMENT))
+
+    assert SECRET not in all_that_is_in(caught.value) + "".join(traceback.format_exception(caught.value))
+
+
 QUOTING = {
     "the parameters of the statement": (
         "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET log_parameter_max_length_on_error = -1',"
@@ -260,6 +347,7 @@ QUOTING = {
 }
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("driver", KINDS)
 @pytest.mark.parametrize("quotes", QUOTING)
 def test_what_an_error_says_of_where_it_was_raised_shows_no_document(
@@ -357,6 +445,7 @@ def url(shadow_server):
 """
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("options", [(), ("--showlocals",), ("--tb=long", "-vv"), ("--setup-show",)])
 def test_the_report_of_a_test_that_fails_does_not_show_the_password(
     pytester: pytest.Pytester, options: tuple[str, ...]
@@ -419,7 +508,7 @@ def test_a_test_that_changes_the_variable_does_not_show_the_password(
             with mock.patch.dict(os.environ, clear=True):
                 assert URL + " postgresql://a:correct-horse@c/d" == "x"
     """)
-    result = pytester.runpytest_inprocess("-p", "no:cacheprovider")
+    result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-p", "no:randomly")
 
     result.assert_outcomes(failed=3)
     said = result.stdout.str()
@@ -450,6 +539,7 @@ def test_the_reason_of_a_test_that_is_left_out_does_not_show_the_password(
     assert SECRET not in said
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize(
     "url",
     [
@@ -483,6 +573,61 @@ def test_what_a_test_prints_or_writes_otherwise_does_not_show_the_password(
     result = pytester.runpytest_inprocess("-p", "no:cacheprovider")
     result.assert_outcomes(failed=3)
     assert SECRET not in result.stdout.str()
+
+
+def test_a_subtest_does_not_show_the_password(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IOT_MODELS_TEST_DATABASE_URL", NOWHERE)
+    pytester.makepyfile("""
+        import logging, os, sys, unittest
+
+        URL = os.environ["IOT_MODELS_TEST_DATABASE_URL"]
+
+        def test_prints(subtests):
+            with subtests.test(msg="prints"):
+                print("url", URL)
+                sys.stderr.write(URL)
+                logging.warning("log %s", URL)
+                assert 0
+
+        def test_is_called_so(subtests):
+            with subtests.test(msg=f"to {URL}", url=URL):
+                assert 0
+
+        class Test(unittest.TestCase):
+            def test_has_a_parameter(self):
+                with self.subTest(url=URL):
+                    print(URL)
+                    self.assertEqual(1, 2)
+    """)
+    result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-rA")
+
+    said = result.stdout.str() + result.stderr.str()
+    assert result.ret == 1
+    assert "iot:***@127.0.0.1:9" in said
+    assert SECRET not in said
+
+
+@pytest.mark.parametrize("password", ["hun\\ter\"2'x", "hun\\ter2", 'hun"ter2', "hun'ter2"])
+def test_a_repr_of_a_password_that_needs_escapes_does_not_show_it(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, password: str
+) -> None:
+    monkeypatch.setenv("IOT_MODELS_TEST_DATABASE_URL", f"postgresql://iot:{quote(password, safe='')}@127.0.0.1:9/iot")
+    pytester.makepyfile("""
+        import os
+        from sqlalchemy import make_url
+
+        URL = make_url(os.environ["IOT_MODELS_TEST_DATABASE_URL"])
+
+        def test_compares():
+            assert {"password": URL.password} == {}
+
+        def test_prints():
+            print({"password": URL.password}, [repr({"password": URL.password})])
+            assert 0
+    """)
+    said = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-vv").stdout.str()
+    assert said.count("***") >= 3
+    assert "ter" not in said.replace("pytester", "").replace("terminal", "").split("FAILURES")[1].split("short test")[0]
 
 
 @pytest.mark.repeats

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 from alembic.util import CommandError
-from sqlalchemy import NullPool, make_url, select, text
+from sqlalchemy import NullPool, insert, make_url, select, text
 from sqlalchemy.orm import Session
 
-from iot_models import DeviceState, Report, ShadowService, migrate, tenancy
+from iot_models import DeviceState, Report, ShadowHistory, ShadowService, migrate, tenancy
 from iot_models._migrations import deployers, indexes
 from iot_models._migrations.strangers import VERSION_TABLE
 from iot_models.engine import create_engine
@@ -31,7 +31,10 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.repeats
 
-TYPES = ["text", "varchar", "name", "jsonb", "int4", "int8", "timestamptz", "interval", "oid", "regclass", "text[]"]
+TYPES = [
+    "text", "varchar", "name", "bool", "jsonb", "int4", "int8", "numeric", "timestamptz", "interval", "oid", "regclass", "text[]",
+    "xid", "xid8", "pg_snapshot",
+]  # fmt: skip
 OPERATORS = ["=", "<>", "<", ">", "<=", ">=", "||", "->", "->>", "@>", "+", "-", "*", "/"]
 FUNCTIONS = [
     "now",
@@ -54,6 +57,13 @@ FUNCTIONS = [
     "quote_ident",
     "format",
     "concat",
+    "pg_current_snapshot",
+    "pg_current_xact_id",
+    "pg_current_xact_id_if_assigned",
+    "pg_snapshot_xmin",
+    "pg_snapshot_xmax",
+    "pg_control_system",
+    "current_database",
 ]
 
 
@@ -88,6 +98,23 @@ def _registered_and_removed(service: ShadowService) -> None:
     service.register("new", "s")
     service.remove("new", expected_version=0)
     service.register_many({"new": "s", "a": "s"})
+
+
+def _changes(session: Session) -> None:
+    """From the start, which asks for what another cluster wrote too, and behind a version."""
+    shadows = ShadowService(session, TENANT)
+    session.execute(
+        insert(ShadowHistory),
+        [
+            {"tenant_id": TENANT, "device_id": "h", "desired_version": n, "transaction_id": 2 * 10**15 * n}
+            for n in (0, 1)
+        ],
+    )
+    first = shadows.changes(limit=1)
+    assert first.changes
+    assert shadows.changes(after=first.cursor).changes
+    assert shadows.prune_history(older_than=timedelta(0), keep=0)
+    shadows.prune_history(older_than=timedelta(0), keep=0)
 
 
 def _life(session: Session) -> None:
@@ -161,6 +188,7 @@ CALLS: dict[str, Callable[[Session], object]] = {
             s.prune_history(older_than=timedelta(days=1)),
         )
     ),
+    "changes": _changes,
     "refusals": _service(
         lambda s: (
             s.refuse_desired("a", s.patch_desired("a", {"x": 1}).desired_version, "no"),
@@ -189,7 +217,7 @@ def test_no_call_of_the_service_calls_a_strangers_code(attacked: str, driver: st
 # What migrations ask and do, at each step of a history. Alembic's own statements are among them.
 CATALOG_TYPES = [
     "text", "varchar", "bpchar", "name", '"char"', "bool", "int2", "int4", "int8", "numeric", "oid", "regclass", "regproc",
-    "regtype", "regnamespace", "xid", "timestamptz", "interval", "json", "jsonb", "text[]", "varchar[]", "name[]", "oid[]",
+    "regtype", "regnamespace", "xid", "xid8", "pg_snapshot", "timestamptz", "interval", "json", "jsonb", "text[]", "varchar[]", "name[]", "oid[]",
     "int2[]", "regclass[]", "int2vector", "oidvector",
 ]  # fmt: skip
 CATALOG_OPERATORS = ["=", "<>", "<", ">", "<=", ">=", "||", "~", "~~", "+", "-", "/", "<<", "&&", "@>"]

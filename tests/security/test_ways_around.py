@@ -119,6 +119,26 @@ WAYS = {
         SHADOWED + REMOVES,
         "it may put its own tables before those that the function logs() names, which runs as postgres",
     ),
+    "a schema of its own in the path of a function with the owner's rights": Way(
+        LOGS.replace("{}", "SECURITY DEFINER SET search_path = mine, public, pg_temp")
+        + "CREATE TRIGGER t AFTER DELETE ON device_state FOR EACH ROW EXECUTE FUNCTION logs()",
+        SHADOWED.replace("TEMP TABLE log", "TABLE mine.log").replace("ON log", "ON mine.log") + REMOVES,
+        "it may create objects in schema mine, which is in the search path of the function logs(), which runs as postgres",
+    ),
+    "a schema that it may make in the path of a function with the owner's rights": Way(
+        LOGS.replace("{}", """SECURITY DEFINER SET search_path = "$user", public, pg_temp""")
+        + "CREATE TRIGGER t AFTER DELETE ON device_state FOR EACH ROW EXECUTE FUNCTION logs();"
+        "GRANT CREATE ON DATABASE {database} TO {app}",
+        "CREATE SCHEMA postgres; GRANT ALL ON SCHEMA postgres TO PUBLIC;"
+        + SHADOWED.replace("TEMP TABLE log", "TABLE postgres.log").replace("ON log", "ON postgres.log") + REMOVES,
+        "it may create objects in schema postgres, which is in the search path of the function logs()",
+    ),
+    "temporary tables twice in the path of a function with the owner's rights": Way(
+        LOGS.replace("{}", "SECURITY DEFINER SET search_path = pg_temp, public, pg_temp")
+        + "CREATE TRIGGER t AFTER DELETE ON device_state FOR EACH ROW EXECUTE FUNCTION logs()",
+        SHADOWED + REMOVES,
+        "it may put its own tables before those that the function logs() names, which runs as postgres",
+    ),
     "an expression of statistics": Way(
         "CREATE STATISTICS s ON (mine.same(device_id)), site_id FROM device_state",
         HARMFUL,

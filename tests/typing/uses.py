@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from iot_models import (
     AsyncShadowService,
     BatchRejected,
+    ChangePage,
     Comparison,
     DesiredVersion,
     DeviceState,
@@ -60,6 +61,8 @@ def service(session: Session, document: Thermostat) -> None:
     assert_type(recorded.history("d", limit=10, before=7), list[DesiredVersion])
     assert_type(recorded.desired_at("d", 7).desired, dict[str, Any] | None)
     assert_type(recorded.restore_desired("d", 7, reason="why", request_id="r"), Shadow)
+    assert_type(recorded.changes(after=None, limit=10), ChangePage)
+    assert_type(recorded.changes().changes, list[DesiredVersion])
     assert_type(recorded.prune_history(older_than=timedelta(days=90), keep=5), int)
     assert_type(recorded.refuse_desired("d", 7, "no").refusal, str | None)
     assert_type(recorded.register_many({"d": "s"}), dict[str, Shadow])
@@ -82,6 +85,7 @@ async def async_service(session: AsyncSession, document: Thermostat, reports: li
     assert_type(await shadows.count_pending(), int)
     assert_type(await shadows.status_counts(now=None), dict[SyncStatus, int])
     assert_type(await shadows.history("d"), list[DesiredVersion])
+    assert_type(await shadows.changes(), ChangePage)
     assert_type(await shadows.register("d", "s"), Shadow)
     assert_type(await shadows.count_refused(), int)
     assert_type(shadows.iter_pending(batch_size=10), AsyncGenerator[Shadow, None])

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from sqlalchemy.exc import IntegrityError, OperationalError
 
-from iot_models._core.database_errors import explained, hide_row
+from iot_models._core.database_errors import explained, hide_row, is_of_the_data
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,24 @@ def test_an_error_that_a_driver_raises_itself_says_what_to_do(error: Exception, 
 
     assert raised.value is error
     assert [way_out in note for note in error.__notes__] == [True]
+
+
+def test_a_text_that_the_encoding_cannot_express_is_of_the_data_and_a_closed_port_is_not() -> None:
+    assert is_of_the_data(UnicodeEncodeError("latin-1", "\u20ac", 0, 1, "ordinal not in range"))
+    assert not is_of_the_data(ConnectionRefusedError())
+
+
+def test_an_error_without_a_message_stays_without_one() -> None:
+    original = Exception()
+    original.diag = SimpleNamespace(  # type: ignore[attr-defined]
+        message_primary="", message_detail="secret", message_hint=None, sqlstate="23505"
+    )
+    error = IntegrityError("UPDATE", {}, original)
+    before = str(error)
+
+    hide_row(SimpleNamespace(sqlalchemy_exception=error, original_exception=original))  # type: ignore[arg-type]
+
+    assert (str(original), str(error)) == ("", before)
 
 
 @pytest.mark.parametrize("state", ["08006", "08001", "57P01", "XX000"])

@@ -155,7 +155,9 @@ def read_fleet(connection: Connection) -> Fleet:
     kept: dict[Key, dict[int, Kept]] = defaultdict(dict)
     states: dict[Key, State] = {}
     columns = "tenant_id, device_id, desired_version, desired_state, request_id, reason"
-    rows = connection.execute(text(f"SELECT {columns} FROM device_shadow_history ORDER BY desired_version"))
+    rows = connection.execute(
+        text(f"SELECT {columns} FROM device_shadow_history WHERE desired_version >= 0 ORDER BY desired_version")
+    )
     for tenant, device, version, document, request, reason in rows:
         kept[tenant, device][version] = Kept(document, request, reason)
         if document is None:

@@ -87,7 +87,7 @@ def stored_versions(connection: Connection) -> dict[tuple[str, str, int], Any]:
     """The history, asked for in no way that the service does."""
     rows = connection.execute(
         text("""SELECT tenant_id, device_id, desired_version, desired_state::text AS desired, reason, request_id,
-                       written_at FROM device_shadow_history""")
+                       written_at FROM device_shadow_history WHERE desired_version >= 0""")
     )
     return {
         (row.tenant_id, row.device_id, row.desired_version): described(
