@@ -14,6 +14,7 @@ from iot_models._core.database_errors import (
     READ_ONLY_SQL_TRANSACTION,
     sqlstate,
 )
+from iot_models._migrations.places import Place, place
 from iot_models.models import DEFINED
 from iot_models.models import HISTORY as DEFINED_HISTORY
 
@@ -143,8 +144,14 @@ def _way_to(connection: Connection, table: Table, item: str, definition: str) ->
     )
     if taken_by:
         return f"; its name is taken by {taken_by}: rename or drop that first"
-    unique = "UNIQUE " * definition.startswith("UNIQUE ")
-    return f"; CREATE {unique}INDEX CONCURRENTLY {name} ON {table.name} USING {definition.removeprefix('UNIQUE ')}"
+    create = f"CREATE {'UNIQUE ' * definition.startswith('UNIQUE ')}INDEX"
+    using = f"USING {definition.removeprefix('UNIQUE ')}"
+    if place(connection, table.name) is Place.PARTITIONED:
+        return (
+            f"; {create} {name} ON ONLY {table.name} {using}, then {create} CONCURRENTLY on each partition, and "
+            f"ALTER INDEX {name} ATTACH PARTITION for each"
+        )
+    return f"; {create} CONCURRENTLY {name} ON {table.name} {using}"
 
 
 def _items(connection: Connection, table: int) -> dict[str, str]:

@@ -255,6 +255,19 @@ def test_an_index_that_a_partition_lacks_is_a_difference_with_its_remedy(shadow_
     assert f"ALTER INDEX {PENDING} ATTACH PARTITION" in problem
 
 
+def test_an_index_that_the_table_lacks_is_named_with_the_way_to_it(shadow_fleet: str) -> None:
+    run_sql(shadow_fleet, f"DROP INDEX {PENDING}")
+    (problem,) = migrate.check(shadow_fleet)
+    whole = re.search(rf"CREATE INDEX {PENDING} ON ONLY device_state USING [^;]*?(?=, then)", problem)
+    assert whole is not None
+    run_sql(shadow_fleet, whole[0])
+    for table in ("device_state_p0", "device_state_p1", "device_state_p2"):
+        run_sql(shadow_fleet, whole[0].replace(f"{PENDING} ON ONLY device_state", f"own_{table} ON {table}"))
+        run_sql(shadow_fleet, f"ALTER INDEX {PENDING} ATTACH PARTITION own_{table}")
+    assert "then CREATE INDEX CONCURRENTLY on each partition" in problem
+    assert migrate.check(shadow_fleet) == []
+
+
 def test_printed_sql_refuses_the_upgrade_before_any_change_and_does_the_downgrade(shadow_fleet: str) -> None:
     done = raw_sql.psql(shadow_fleet, run("sql", "head:075").out)
     assert done.returncode == 0, done.stderr
