@@ -109,29 +109,22 @@ def _differences(connection: Connection, table: Table, temporary: Table) -> list
         raise CommandError(f"{str(error.orig).strip()}; {refusal}") from error
     of_table = "" if table is DEFINED else f" of {table.name}"
     return [
-        f"{item}{of_table} is {actual[item]}: the models have {definition}{_mended(item, actual[item])}"
-        if item in actual
-        else f"{item}{of_table} is missing: the models have {definition}{_way_to(connection, table, item, definition)}"
+        f"{item}{of_table} is {actual.get(item, 'missing')}: the models have {definition}"
+        f"{_way_to(connection, table, item, definition, actual.get(item))}"
         for item, definition in expected.items()
         if actual.get(item) != definition
     ]
 
 
-def _mended(item: str, actual: str) -> str:
-    """What makes an INVALID index valid: also one that Citus marked so, because it was to be built again."""
-    if not actual.startswith("INVALID"):
-        return ""
-    index = item.removeprefix("index ")
-    return (
-        f"; REINDEX INDEX CONCURRENTLY {index} mends it, or, where the table is partitioned, an index of each "
-        f"partition that lacks it, and ALTER INDEX {index} ATTACH PARTITION"
-    )
-
-
-def _way_to(connection: Connection, table: Table, item: str, definition: str) -> str:
-    """How a missing index is made, at head, where no upgrade makes it any more."""
+def _way_to(connection: Connection, table: Table, item: str, definition: str, actual: str | None) -> str:
+    """How an index that is missing or INVALID is made, at head, where no upgrade makes it any more."""
     kind, _, name = item.partition(" ")
-    if kind != "index":
+    partitioned = place(connection, table.name) is Place.PARTITIONED
+    if actual and actual.startswith("INVALID"):  # also one that Citus marked so, because it was to be built again
+        if partitioned:
+            return f"; make an index of each partition that lacks it, and ALTER INDEX {name} ATTACH PARTITION for each"
+        return f"; REINDEX INDEX CONCURRENTLY {name} mends it"
+    if kind != "index" or actual:
         return ""
     taken_by = connection.scalar(
         text("""
@@ -146,7 +139,7 @@ def _way_to(connection: Connection, table: Table, item: str, definition: str) ->
         return f"; its name is taken by {taken_by}: rename or drop that first"
     create = f"CREATE {'UNIQUE ' * definition.startswith('UNIQUE ')}INDEX"
     using = f"USING {definition.removeprefix('UNIQUE ')}"
-    if place(connection, table.name) is Place.PARTITIONED:
+    if partitioned:
         return (
             f"; {create} {name} ON ONLY {table.name} {using}, then {create} CONCURRENTLY on each partition, and "
             f"ALTER INDEX {name} ATTACH PARTITION for each"

@@ -328,7 +328,8 @@ def test_a_raw_schema_that_was_adopted_equals_the_models(empty: str) -> None:
         ),
         (
             "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'idx_device_state_status'::regclass",
-            "index idx_device_state_status is INVALID btree (tenant_id, status): the models have btree (tenant_id, status)",
+            "index idx_device_state_status is INVALID btree (tenant_id, status): the models have btree (tenant_id, status);"
+            " REINDEX INDEX CONCURRENTLY idx_device_state_status mends it",
         ),
         ("DROP TABLE device_state", "table device_state is missing"),
     ],

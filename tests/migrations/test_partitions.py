@@ -323,11 +323,14 @@ def test_a_partitioned_history_is_parked_and_taken_back_with_its_partitions(shad
         COMMENT ON TABLE device_shadow_history IS 'The desired documents of device_state, a row for each version. Never changed.';
         ALTER INDEX idx_device_shadow_history_request RENAME TO history_p0_request;
         ALTER INDEX idx_device_shadow_history_written RENAME TO history_p0_written;
+        ALTER INDEX idx_device_shadow_history_changes RENAME TO history_p0_changes;
         ALTER INDEX device_shadow_history_pkey RENAME TO history_p0_pkey;
         ALTER TABLE device_shadow_history ADD PRIMARY KEY (tenant_id, device_id, desired_version);
         CREATE UNIQUE INDEX idx_device_shadow_history_request ON device_shadow_history (tenant_id, device_id, request_id)
           WHERE request_id IS NOT NULL;
         CREATE INDEX idx_device_shadow_history_written ON device_shadow_history (tenant_id, written_at);
+        CREATE INDEX idx_device_shadow_history_changes
+          ON device_shadow_history (tenant_id, transaction_id, device_id, desired_version);
         ALTER TABLE device_shadow_history ATTACH PARTITION history_p0 FOR VALUES WITH (MODULUS 1, REMAINDER 0);
         """,
     )
