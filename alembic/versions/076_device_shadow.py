@@ -114,6 +114,9 @@ def upgrade() -> None:
         op.iot_models_ensure_index("device_state", *PENDING)
 
     if context.is_offline_mode():
+        # For the DROP of the parked table with its foreign key, and before any row is locked: a transaction that waits
+        # for a row of ours would never let us have it.
+        op.iot_models_lock_table("device_state", "ACCESS EXCLUSIVE", where_exists=PARKED)
         op.iot_models_nobody_makes_triggers(PARKED)
         _put_back_offline()
     elif parked:
@@ -444,6 +447,7 @@ def _put_back(connection) -> None:  # noqa: ANN001 - a Connection
 def _report_what_stays(connection) -> None:  # noqa: ANN001 - a Connection
     left = connection.scalar(text(f"SELECT count(*) FROM {PARKED}"))
     if not left:
+        op.iot_models_lock_table("device_state", "ACCESS EXCLUSIVE")  # before the parked table, as who removes a device
         op.execute(f"DROP TABLE {PARKED}")
         return
     log.warning(

@@ -95,9 +95,13 @@ def upgrade() -> None:
         op.iot_models_ensure_index("device_state", *REFUSED)
 
     if context.is_offline_mode():
+        # For the DROP of the parked table with its foreign key, and before any row is locked: a transaction that waits
+        # for a row of ours would never let us have it.
+        op.iot_models_lock_table("device_state", "ACCESS EXCLUSIVE", where_exists=PARKED)
         op.iot_models_nobody_makes_triggers(PARKED)
         _put_back_offline()
     elif parked:
+        op.iot_models_lock_table("device_state", "ACCESS EXCLUSIVE")  # before the parked table, as who removes a device
         op.execute(f"DROP TABLE {PARKED}")
 
 

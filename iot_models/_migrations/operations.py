@@ -44,26 +44,32 @@ _MOST_OF_A_STATEMENT: Final = 200
 class LockTable(MigrateOperation):
     """Lock a table for the rest of the transaction, or give up without a change."""
 
-    def __init__(self, table: str, mode: str) -> None:
+    def __init__(self, table: str, mode: str, where_exists: str | None = None) -> None:
         self.table = table
         self.mode = mode
+        self.where_exists = where_exists
 
     @classmethod
-    def iot_models_lock_table(cls, operations: Operations, table: str, mode: str) -> None:
+    def iot_models_lock_table(
+        cls, operations: Operations, table: str, mode: str, *, where_exists: str | None = None
+    ) -> None:
         """Lock `table` in `mode`: up to five tries of `lock_timeout` each, with a pause that grows.
 
         While a try waits for the lock, writers queue behind it. Hence several short waits instead of a long one.
+        `where_exists` names another table, without which nothing is locked.
 
         Raises:
             CommandError: If no try got the lock. The message names the transactions that hold it and says what to do.
                 Or as `refuse_strangers`, which is asked again when the lock is there.
         """
-        operations.invoke(cls(table, mode))
+        operations.invoke(cls(table, mode, where_exists))
 
 
 @Operations.implementation_for(LockTable)
 def _lock_table(operations: Operations, lock: LockTable) -> None:
     statement = f"LOCK TABLE {lock.table} IN {lock.mode} MODE"
+    if lock.where_exists:
+        statement = f"DO $$ BEGIN IF to_regclass('{lock.where_exists}') IS NOT NULL THEN {statement}; END IF; END $$"
     if operations.get_context().as_sql:
         operations.execute(LOCK_TIMEOUT_EVERYWHERE)
         operations.execute(statement)

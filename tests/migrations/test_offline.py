@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
+from sqlalchemy import text
 
 from tests.databases.alembic_runs import downgrade, upgrade
+from tests.databases.backends import await_lock_waits, connected
 from tests.databases.schema_dump import dump
 from tests.migrations import raw_sql
 from tests.migrations.commands import alembic
-from tests.migrations.raw_sql import FLEET, PARKED, RAW_075, SHADOWS, rows_of, run_sql, state, tables_of
+from tests.migrations.raw_sql import FLEET, PARKED, RAW_075, SHADOWS, VERSIONS, rows_of, run_sql, state, tables_of
 
 if TYPE_CHECKING:
     import subprocess
@@ -171,3 +174,27 @@ def test_the_printed_sql_parks_no_shadow_if_row_level_security_hides_others(
     assert run.returncode != 0
     assert "query would be affected by row-level security policy" in run.stderr
     assert rows_of(url) == before
+
+
+@pytest.mark.parametrize(("below", "parked"), [("075:076", PARKED), ("078:079", "device_state_refusals_079")])
+def test_who_writes_several_devices_while_the_printed_sql_puts_shadows_back_comes_first(
+    shadow_fleet_at_head: str, below: str, parked: str
+) -> None:
+    """They lock rows in another order than we do, and the parked table is dropped with its foreign key."""
+    url = shadow_fleet_at_head
+    run_sql(url, VERSIONS)
+    downgrade(url, below.partition(":")[0])
+    until_built, begin, put_back = alembic("upgrade", below, "--sql").out.rpartition("BEGIN;")
+    done = raw_sql.psql(url, until_built)
+    assert done.returncode == 0, done.stderr
+    assert parked in tables_of(url)
+    with ThreadPoolExecutor(1) as pool, connected(url) as writer:
+        written = text("UPDATE device_state SET site_id = 's9' WHERE device_id = :device")
+        writer.execute(written, {"device": "d3"})
+        putting_back = pool.submit(raw_sql.psql, url, begin + put_back)
+        await_lock_waits(writer.engine, 1)
+        writer.execute(written, {"device": "d1"})
+        writer.commit()
+        done = putting_back.result(timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert parked not in tables_of(url)
