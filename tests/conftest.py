@@ -174,6 +174,17 @@ def migrated_url(server: PostgresServer) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
+def plain_migrated_url(server: PostgresServer, migrated_url: str) -> Iterator[str]:
+    """The same with `device_state` in one piece: what `create_all` and an upgrade of nothing make."""
+    if not partitioned.ASKED_FOR:
+        yield migrated_url
+        return
+    with database(server) as url:
+        upgrade(url)
+        yield url
+
+
+@pytest.fixture(scope="session")
 def engine(server: PostgresServer, migrated_url: str) -> Iterator[Engine]:
     """An engine on a migrated database that the tests share and leave empty."""
     with database(server, migrated_url) as url:

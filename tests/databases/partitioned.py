@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from typing import TYPE_CHECKING
+
+from sqlalchemy import text
 
 from tests.databases.alembic_runs import CHECKOUT
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
 
 # IOT_MODELS_TEST_PARTITIONED=1 runs what needs a migrated database on one whose table is partitioned.
 ASKED_FOR = os.environ.get("IOT_MODELS_TEST_PARTITIONED") == "1"
@@ -23,3 +29,15 @@ RAW_075_PARTITIONED = (
 """
 )
 LEAVES = ("device_state_p0", "device_state_p1", "device_state_p2a", "device_state_p2b")
+
+
+def indexes_of_the_table(connection: Connection, plan: str) -> str:
+    """A plan in which each index of a partition has the name of the table's index that it belongs to."""
+    names: dict[str, str] = dict(
+        connection.execute(
+            text("""
+                SELECT relname, CAST(pg_partition_root(oid) AS text) FROM pg_class WHERE relispartition AND relkind = 'i'
+            """)
+        ).all()  # type: ignore[arg-type]
+    )
+    return re.sub(r"\w+", lambda name: names.get(name[0], name[0]), plan)

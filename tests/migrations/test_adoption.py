@@ -44,9 +44,9 @@ def url(empty: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def head_dump(migrated_url: str) -> str:
+def head_dump(plain_migrated_url: str) -> str:
     """The schema in which every upgrade ends."""
-    return dump(migrated_url)
+    return dump(plain_migrated_url)
 
 
 @pytest.mark.repeats

@@ -606,10 +606,10 @@ def test_each_thread_migrates_its_own_database(make_empty: Callable[[], str]) ->
     assert [migrate.check(url) for url in urls] == [[], [], []]
 
 
-def test_the_sql_from_code_does_what_the_upgrade_and_the_downgrade_do(empty: str, migrated_url: str) -> None:
+def test_the_sql_from_code_does_what_the_upgrade_and_the_downgrade_do(empty: str, plain_migrated_url: str) -> None:
     assert psql(empty, migrate.sql("base:head")).returncode == 0
     assert migrate.check(empty) == []
-    assert dump(empty) == dump(migrated_url)
+    assert dump(empty) == dump(plain_migrated_url)
 
     run_sql(empty, FLEET, SHADOWS)
     down = migrate.sql("head:base", shadow="discard", device_state="drop", lock_timeout="1s")

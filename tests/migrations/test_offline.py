@@ -137,9 +137,9 @@ def test_the_printed_sql_discards_and_drops_only_with_the_options(two: tuple[str
     assert "device_state" not in tables_of(url)
 
 
-def test_the_printed_sql_migrates_an_empty_database_to_head(empty: str, migrated_url: str) -> None:
+def test_the_printed_sql_migrates_an_empty_database_to_head(empty: str, plain_migrated_url: str) -> None:
     assert psql(empty, "upgrade", "head").returncode == 0
-    assert dump(empty) == dump(migrated_url)
+    assert dump(empty) == dump(plain_migrated_url)
 
 
 def test_the_printed_sql_sets_the_lock_timeout() -> None:
