@@ -29,15 +29,12 @@ RAW_075_PARTITIONED = (
 """
 )
 LEAVES = ("device_state_p0", "device_state_p1", "device_state_p2a", "device_state_p2b")
+# What has the rows of the table in the migrated database.
+STORED = LEAVES if ASKED_FOR else ("device_state",)
 
 
-def indexes_of_the_table(connection: Connection, plan: str) -> str:
-    """A plan in which each index of a partition has the name of the table's index that it belongs to."""
-    names: dict[str, str] = dict(
-        connection.execute(
-            text("""
-                SELECT relname, CAST(pg_partition_root(oid) AS text) FROM pg_class WHERE relispartition AND relkind = 'i'
-            """)
-        ).all()  # type: ignore[arg-type]
-    )
+def names_of_the_whole(connection: Connection, plan: str) -> str:
+    """A plan in which each partition, and each index of one, has the name of the table, or of its index."""
+    found = text("SELECT relname, CAST(pg_partition_root(oid) AS text) AS whole FROM pg_class WHERE relispartition")
+    names = {row.relname: row.whole for row in connection.execute(found)}
     return re.sub(r"\w+", lambda name: names.get(name[0], name[0]), plan)

@@ -18,7 +18,7 @@ from iot_models._core.conditions import converged
 from iot_models._core.equality import json_equal
 from iot_models.twin import compute_delta
 from tests.databases.devices import DEVICE, TENANT, add_device
-from tests.databases.partitioned import indexes_of_the_table
+from tests.databases.partitioned import names_of_the_whole
 from tests.databases.schema_dump import dump
 from tests.generated.documents import document_pairs
 from tests.generated.examples import with_a_database
@@ -161,4 +161,4 @@ def test_pending_devices_are_found_by_the_partial_index(session: Session) -> Non
 
     plan = "\n".join(session.scalars(text(f"EXPLAIN {compiled}")))
 
-    assert "idx_device_state_shadow_pending" in indexes_of_the_table(session.connection(), plan)
+    assert "idx_device_state_shadow_pending" in names_of_the_whole(session.connection(), plan)
