@@ -6,11 +6,14 @@ import os
 import re
 from typing import TYPE_CHECKING
 
+import pytest
 from sqlalchemy import text
 
 from tests.databases.alembic_runs import CHECKOUT
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from sqlalchemy import Connection
 
 # IOT_MODELS_TEST_PARTITIONED=1 runs what needs a migrated database on one whose table is partitioned.
@@ -31,6 +34,16 @@ RAW_075_PARTITIONED = (
 LEAVES = ("device_state_p0", "device_state_p1", "device_state_p2a", "device_state_p2b")
 # What has the rows of the table in the migrated database.
 STORED = LEAVES if ASKED_FOR else ("device_state",)
+
+
+def needs_one_piece(why: str) -> pytest.MarkDecorator:
+    """A test of what PostgreSQL does not do with a partitioned table."""
+    return pytest.mark.skipif(ASKED_FOR, reason=f"device_state is partitioned: {why}")
+
+
+def of_the_whole(said: Iterable[str]) -> list[str]:
+    """What is said of the table, without what is said again of each partition."""
+    return [line for line in said if not re.search(r"\bdevice_state_p\d", line)]
 
 
 def names_of_the_whole(connection: Connection, plan: str) -> str:
