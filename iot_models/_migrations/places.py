@@ -115,6 +115,8 @@ def misplaced(connection: Connection, table: str, others: Sequence[str]) -> list
         kind = by if first.hashed else f"{by}, and not by hash with one copy of each row"
         mended = f"SELECT undistribute_table('{table}'), then SELECT create_distributed_table('{table}', '{COLUMN}')"
         return [f"{table} is distributed {kind}: {mended}"]
+    if first is not None and partitions(connection, table):
+        return [f"{table} is distributed, and its shards are in partitions: SELECT undistribute_table('{table}')"]
     found = []
     for other in others:
         there = distribution(connection, other)

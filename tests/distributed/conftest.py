@@ -17,7 +17,7 @@ from sqlalchemy import URL, NullPool, create_engine, make_url, text
 
 from iot_models import migrate
 from iot_models.engine import normalize_url
-from tests.migrations.raw_sql import FLEET, RAW_075, run_sql
+from tests.migrations.raw_sql import FLEET, PLAIN_075, run_sql
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -85,7 +85,7 @@ def schema(coordinator: URL) -> Iterator[str]:
 @pytest.fixture
 def fleet(schema: str) -> str:
     """A deployment before shadows, made by raw SQL and distributed, with ten devices."""
-    run_sql(schema, RAW_075)
+    run_sql(schema, PLAIN_075)
     execute(schema, "SELECT create_distributed_table('device_state', 'tenant_id', shard_count => 4)", FLEET)
     return schema
 

@@ -14,10 +14,11 @@ from sqlalchemy import NullPool, create_engine, event, text
 from iot_models import migrate
 from iot_models._migrations import operations
 from tests.databases.backends import connected
+from tests.databases.partitioned import RAW_075_PARTITIONED
 from tests.databases.pretended_citus import pretend_citus, set_citus
 from tests.migrations import raw_sql
 from tests.migrations.commands import migrate as run
-from tests.migrations.raw_sql import FLEET, PARKED, RAW_075, SHADOWS, VERSIONS, rows_of, run_sql, state, tables_of
+from tests.migrations.raw_sql import FLEET, PARKED, PLAIN_075, SHADOWS, VERSIONS, rows_of, run_sql, state, tables_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +31,7 @@ def fleet(new_database: Callable[[], str]) -> str:
     """A deployment before shadows, distributed."""
     url = new_database()
     pretend_citus(url)
-    run_sql(url, RAW_075 + FLEET, DISTRIBUTE)
+    run_sql(url, PLAIN_075 + FLEET, DISTRIBUTE)
     return url
 
 
@@ -203,6 +204,13 @@ def test_a_table_that_is_distributed_in_another_way_is_refused(fleet: str, as_it
     refused(fleet, said)
 
 
+def test_a_distributed_table_that_is_partitioned_besides_is_refused(new_database: Callable[[], str]) -> None:
+    url = new_database()
+    pretend_citus(url)
+    run_sql(url, RAW_075_PARTITIONED, DISTRIBUTE)
+    refused(url, "its shards are in partitions: SELECT undistribute_table('device_state')")
+
+
 def test_a_local_table_that_citus_only_knows_of_is_a_plain_one(fleet: str) -> None:
     set_citus(fleet, "UPDATE pg_catalog.pg_dist_partition SET partmethod = 'n', partkey = NULL, colocationid = 0")
     migrate.upgrade(fleet)
@@ -256,7 +264,7 @@ def test_a_table_of_a_worker_s_own_is_migrated(new_database: Callable[[], str]) 
     url = new_database()
     pretend_citus(url)
     set_citus(url, "UPDATE pg_catalog.pg_dist_local_group SET groupid = 2")
-    run_sql(url, RAW_075)
+    run_sql(url, PLAIN_075)
     migrate.upgrade(url)
     assert migrate.check(url) == []
 
