@@ -101,12 +101,17 @@ def revision_of(url: str) -> str:
 
 
 def tables_of(url: str) -> set[str]:
+    """The tables of a team, without the partitions of one."""
     with create_engine(url, poolclass=NullPool).connect() as connection:
         return _tables(connection)
 
 
 def _tables(connection: Connection) -> set[str]:
-    return {*connection.scalars(text("SELECT tablename FROM pg_tables WHERE schemaname = 'public'"))}
+    found = text("""
+        SELECT relname FROM pg_class
+         WHERE relnamespace = CAST(to_regnamespace('public') AS oid) AND relkind IN ('r', 'p') AND NOT relispartition
+    """)
+    return {*connection.scalars(found)}
 
 
 def state(url: str) -> tuple[str, dict[str, list[str]]]:

@@ -22,6 +22,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from iot_models import migrate
 from iot_models._migrations import comparison, history, operations, runner
 from iot_models._migrations.command_line import main
+from tests.databases import partitioned
 from tests.databases.alembic_runs import CHECKOUT
 from tests.databases.schema_dump import dump
 from tests.migrations import commands
@@ -334,6 +335,7 @@ def test_a_raw_schema_that_was_adopted_equals_the_models(empty: str) -> None:
         ("DROP TABLE device_state", "table device_state is missing"),
     ],
 )  # fmt: skip
+@partitioned.needs_one_piece("the schema is that of a plain one")
 def test_check_names_each_difference_from_the_models(
     change: str, difference: str, at_head: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -344,6 +346,7 @@ def test_check_names_each_difference_from_the_models(
     assert f"{difference}\n" in capsys.readouterr().out
 
 
+@partitioned.needs_one_piece("PostgreSQL does not do this to it")
 def test_what_a_team_added_to_the_table_is_no_difference(at_head: str) -> None:
     run_sql(
         at_head,

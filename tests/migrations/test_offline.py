@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy import text
 
+from tests.databases import partitioned
 from tests.databases.alembic_runs import downgrade, upgrade
 from tests.databases.backends import await_lock_waits, connected
 from tests.databases.schema_dump import dump
@@ -39,6 +40,7 @@ def two(make_empty: Callable[[], str]) -> tuple[str, str]:
     return urls
 
 
+@partitioned.needs_one_piece("printed SQL refuses it")
 def test_the_printed_sql_ends_in_the_same_result_both_ways_shadows_included(two: tuple[str, str]) -> None:
     online, offline = two
     upgrade(online)
@@ -61,6 +63,7 @@ def test_the_printed_sql_ends_in_the_same_result_both_ways_shadows_included(two:
     assert PARKED not in tables_of(offline)
 
 
+@partitioned.needs_one_piece("printed SQL refuses it")
 def test_without_shadows_the_printed_sql_leaves_no_parked_table(two: tuple[str, str]) -> None:
     before = state(two[1])
     psql(two[1], "upgrade", "075:head")
@@ -69,6 +72,7 @@ def test_without_shadows_the_printed_sql_leaves_no_parked_table(two: tuple[str, 
     assert state(two[1]) == before
 
 
+@partitioned.needs_one_piece("printed SQL refuses it")
 def test_a_parked_shadow_whose_device_replication_removed_stays_and_is_counted(two: tuple[str, str]) -> None:
     url = two[1]
     upgrade(url)
@@ -87,6 +91,7 @@ def test_a_parked_shadow_whose_device_replication_removed_stays_and_is_counted(t
     ("revision", "name"),
     [("075:076", "idx_device_state_shadow_pending"), ("076:077", "idx_device_state_shadow_pending_device")],
 )
+@partitioned.needs_one_piece("printed SQL refuses it")
 def test_an_invalid_index_that_a_cancelled_build_left_is_replaced(
     two: tuple[str, str], revision: str, name: str
 ) -> None:
@@ -105,6 +110,7 @@ def test_an_invalid_index_that_a_cancelled_build_left_is_replaced(
     assert dump(url) == expected
 
 
+@partitioned.needs_one_piece("printed SQL refuses it")
 def test_revision_077_alone_is_applied_and_reverted_without_moving_shadows(two: tuple[str, str]) -> None:
     url = two[1]
     upgrade(url, "076")
@@ -177,6 +183,7 @@ def test_the_printed_sql_parks_no_shadow_if_row_level_security_hides_others(
 
 
 @pytest.mark.parametrize(("below", "parked"), [("075:076", PARKED), ("078:079", "device_state_refusals_079")])
+@partitioned.needs_one_piece("printed SQL refuses it")
 def test_who_writes_several_devices_while_the_printed_sql_puts_shadows_back_comes_first(
     shadow_fleet_at_head: str, below: str, parked: str
 ) -> None:

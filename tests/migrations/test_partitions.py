@@ -13,6 +13,7 @@ from sqlalchemy import NullPool, create_engine, event, text
 
 from iot_models import migrate
 from iot_models._migrations import operations
+from tests.databases import partitioned
 from tests.databases.alembic_runs import CHECKOUT, downgrade, upgrade
 from tests.databases.backends import connected
 from tests.databases.partitioned import LEAVES, RAW_075_PARTITIONED
@@ -284,6 +285,7 @@ def test_printed_sql_refuses_the_upgrade_before_any_change_and_does_the_downgrad
 # The way of the runbook.
 
 
+@partitioned.needs_one_piece("the way to it begins with a plain one")
 def test_the_runbook_partitions_a_plain_table_while_devices_report(shadow_fleet_at_head: str) -> None:
     url = shadow_fleet_at_head
     page = (

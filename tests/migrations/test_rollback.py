@@ -71,9 +71,7 @@ def test_if_no_shadow_was_ever_written_a_downgrade_leaves_exactly_the_schema_of_
 
 
 @pytest.mark.repeats
-def test_shadows_come_back_bit_by_bit_and_the_parked_table_is_gone(
-    url: str, raw_075: str, plain_migrated_url: str
-) -> None:
+def test_shadows_come_back_bit_by_bit_and_the_parked_table_is_gone(url: str, raw_075: str, migrated_url: str) -> None:
     before, rows = shadows(url), rows_of(url)
 
     downgrade(url, "075")
@@ -85,7 +83,7 @@ def test_shadows_come_back_bit_by_bit_and_the_parked_table_is_gone(
 
     assert shadows(url) == before
     assert rows_of(url) == rows
-    assert dump(url) == dump(plain_migrated_url)
+    assert dump(url) == dump(migrated_url)
 
 
 @pytest.mark.repeats
