@@ -823,6 +823,13 @@ BREAKS = [
         (LIFE,),
     ),
     Break(
+        "a device that is written while it is registered skips a version",
+        "iot_models/_core/desired_statements.py",
+        "    return (_C.desired_version == inserted) & is_earlier\n",
+        "    return (_C.desired_version >= inserted) & is_earlier\n",
+        (LIFE,),
+    ),
+    Break(
         "a device that is registered while it is removed starts at 0",
         "iot_models/_core/desired_statements.py",
         "version, version).where(~is_there)",

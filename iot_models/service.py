@@ -21,7 +21,7 @@ from iot_models._core import (
     validation,
 )
 from iot_models._core.database_errors import explained
-from iot_models._core.documents import DocumentLimits, check_document, decode_document, encode_document
+from iot_models._core.documents import DocumentLimits, check_document, decode_document, encode_document, json_object
 from iot_models._core.equality import json_equal
 from iot_models._core.report_rules import Versions
 from iot_models._core.retries import device_not_written, devices_not_written, until_written
@@ -878,11 +878,17 @@ class ShadowService:
         binds: dict[str, object] = {"tenant": self.tenant_id, "devices": list(sites), "sites": list(sites.values())}
 
         def attempt() -> list[_Row] | None:
-            new = set(self._execute(method, desired_statements.register(), binds).scalars())
+            new = self._execute(method, desired_statements.register(), binds)
+            inserted: dict[str, int] = {row.device_id: row.desired_version for row in new}
             rows = {row.device_id: row for row in self._execute(method, desired_statements.registered(), binds)}
             # The INSERT may have waited for another device, and this one lived and was removed meanwhile.
-            if behind := [name for name in new & rows.keys() if rows[name].desired_version < (rows[name].resume or 0)]:
-                gone_on = self._execute(method, desired_statements.go_on(), binds | {"devices": behind})
+            if behind := {
+                name: str(version)
+                for name, version in inserted.items()
+                if name in rows and rows[name].desired_version == version < (rows[name].resume or 0)
+            }:
+                asked = binds | {"devices": [*behind], "inserted": json_object(behind)}
+                gone_on = self._execute(method, desired_statements.go_on(), asked)
                 rows |= {row.device_id: row for row in gone_on}
             return [*rows.values()] if len(rows) == len(sites) else None  # one was removed in between
 

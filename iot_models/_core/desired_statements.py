@@ -47,6 +47,7 @@ from iot_models._core.statements import (
     SHADOW,
     lock,
     not_before,
+    of_each,
     of_locked,
     of_tenant,
     rows_of,
@@ -276,8 +277,10 @@ def _resume_of(device_id: ColumnElement[str]) -> ColumnElement[int]:
 
 
 @cache
-def register() -> ReturningInsert[str]:
-    """Insert the devices that are not there. Binds `tenant` and the arrays `devices` and `sites`; returns the new ones.
+def register() -> ReturningInsert[str, int]:
+    """Insert the devices that are not there. Binds `tenant` and the arrays `devices` and `sites`.
+
+    Returns the `device_id` and `desired_version` of each new one.
 
     A device that has a history goes on above it, acknowledged. No INSERT waits for the end of a transaction that is
     just removing the device: it would not know the version of the removal. Until then, it is there.
@@ -288,7 +291,7 @@ def register() -> ReturningInsert[str]:
     rows = select(_TENANT, new.c.devices, new.c.sites, version, version).where(~is_there).order_by(new.c.devices)
     names = ["tenant_id", "device_id", "site_id", "desired_version", "reported_version"]
     added = insert(TABLE).from_select(names, rows).on_conflict_do_nothing(index_elements=["tenant_id", "device_id"])
-    return added.returning(_C.device_id)
+    return added.returning(_C.device_id, _C.desired_version)
 
 
 @cache
@@ -299,7 +302,7 @@ def registered() -> ShadowSelect:
 
 @cache
 def behind() -> Select[str, int]:
-    """Which of these new rows are behind the history of their devices. Binds `tenant`, `devices`.
+    """Which of these new rows are behind the history of their devices. Binds `tenant`, `devices`, `inserted`.
 
     Returns each `device_id`, and how many rows are `seen` of it: two where this transaction works on a snapshot
     (REPEATABLE READ, SERIALIZABLE) and another one has removed the device since. The version of the removal cannot be
@@ -313,9 +316,10 @@ def behind() -> Select[str, int]:
 
 @cache
 def go_on() -> ShadowUpdate:
-    """Let new rows that are behind the history of their devices go on above it. Binds `tenant`, `devices`.
+    """Let new rows that are behind the history of their devices go on above it.
 
-    A row that comes with a desired document asks for it under a version of its own.
+    Binds `tenant`, `devices`, and `inserted`: the versions that the rows were inserted at, a JSON object by device (a
+    text). A row that comes with a desired document asks for it under a version of its own.
     """
     resuming = _resuming()
     asks = case((_C.desired_state == _EMPTY, 0), else_=1)
@@ -341,6 +345,12 @@ def _resuming() -> CTE:
 
 
 def _is_behind(resume: ColumnElement[int]) -> ColumnElement[bool]:
-    """The version of a new row stands for something else in the history, or something of an earlier life fits it."""
+    """The version of a new row stands for something else in the history, or something of an earlier life fits it.
+
+    A row that has another version than it was inserted at is new no more, and its history is of this life: in
+    AUTOCOMMIT mode others may have written it already.
+    """
+    inserted = cast(of_each("inserted", _C.device_id), BigInteger)
     is_blank = (_C.reported_version >= resume) & (_C.desired_state == _EMPTY)
-    return (_C.desired_version < resume) | ((_C.desired_version == resume) & ~is_blank)
+    is_earlier = (_C.desired_version < resume) | ((_C.desired_version == resume) & ~is_blank)
+    return (_C.desired_version == inserted) & is_earlier

@@ -128,12 +128,17 @@ class _JSONText(TypeDecorator[str]):
 
 
 def of_locked(name: str) -> ColumnElement[Any]:
-    """What the bound JSON object of that name, a text, has for the device of a row that is locked: JSON, or NULL.
+    """`of_each`, for the device of a row that is locked."""
+    return of_each(name, LOCKED.c.device_id)
+
+
+def of_each(name: str, device_id: ColumnElement[str]) -> ColumnElement[Any]:
+    """What the bound JSON object of that name, a text, has for a device: JSON, or NULL.
 
     For batches that write more than one table: a function that returns rows, such as `unnest`, beside a CTE that writes
     is what Citus cannot do.
     """
-    return bindparam(name, type_=_JSONText()).op("->", return_type=JSONB())(LOCKED.c.device_id)
+    return bindparam(name, type_=_JSONText()).op("->", return_type=JSONB())(device_id)
 
 
 DEVICES: Final = _array("devices", Text())

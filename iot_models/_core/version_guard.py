@@ -160,7 +160,10 @@ def _go_on(session: Session, _context: object) -> None:
     connection = session.connection(bind_arguments={"mapper": DeviceState.__mapper__}) if added else None
     for tenant_id, devices in _by_tenant(added).items():
         execute = cast("Connection", connection).execute
-        behind = execute(desired_statements.behind(), {"tenant": tenant_id, "devices": list(devices)}).all()
+        # Without eager_defaults an object does not show what the database filled in: 0.
+        inserted = {device_id: str(inspect(device).info[READ_AT] or 0) for device_id, device in devices.items()}
+        binds = {"tenant": tenant_id, "devices": list(devices), "inserted": json_object(inserted)}
+        behind = execute(desired_statements.behind(), binds).all()
         for row in behind:
             if row.seen > 1:
                 raise StaleDataError(
@@ -168,8 +171,7 @@ def _go_on(session: Session, _context: object) -> None:
                     "again here: roll back, and run all of it again"
                 )
         if behind:
-            binds = {"tenant": tenant_id, "devices": [row.device_id for row in behind]}
-            for shown in execute(desired_statements.go_on(), binds):
+            for shown in execute(desired_statements.go_on(), binds | {"devices": [row.device_id for row in behind]}):
                 loaded_objects.show(session, shown)
 
 

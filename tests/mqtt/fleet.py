@@ -147,10 +147,13 @@ class Fleet:
     def resting(self) -> Iterator[None]:
         """Without heartbeats for the block, after a last one of all devices."""
         heartbeat, self._heartbeat = self._heartbeat, _NEVER
-        for device in self.devices.values():
-            self.call(device.report_anew)
+        self.report_anew()
         yield
         self._heartbeat = heartbeat
+        self.report_anew()
+
+    def report_anew(self) -> None:
+        """Let all devices report, as they do after the pause of a heartbeat."""
         for device in self.devices.values():
             self.call(device.report_anew)
 

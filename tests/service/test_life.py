@@ -434,6 +434,28 @@ def test_a_device_that_is_removed_between_the_statements_of_its_registration_is_
         assert ShadowService(session, TENANT).register(DEVICE, "berlin").desired_version == 3
 
 
+@again
+@pytest.mark.parametrize("version", [0, 3])
+def test_what_is_asked_for_between_the_statements_of_a_registration_stays_as_it_was_asked_for(
+    own_engine: Engine, way: str, version: int
+) -> None:
+    if version:
+        lived_until(own_engine, version - 1)
+        with Session(own_engine) as other, other.begin():
+            ShadowService(other, TENANT).remove(DEVICE)
+
+    def ask(_connection: Connection) -> None:
+        with Session(own_engine) as other, other.begin():
+            ShadowService(other, TENANT).replace_desired(DEVICE, {"n": 9})
+
+    with Session(own_engine.execution_options(isolation_level="AUTOCOMMIT")) as session:
+        with at_statement(own_engine, 1, ask) as begun:  # the row is inserted, and all can see it
+            AGAIN[way](ShadowService(session, TENANT), session)
+        assert begun[0].startswith("INSERT")
+        shadow = ShadowService(session, TENANT).get(DEVICE)
+    assert (shadow.desired, shadow.desired_version, shadow.reported_version) == ({"n": 9}, version + 1, version)
+
+
 def test_changes_that_are_not_flushed_are_not_lost_silently_with_their_device(session: Session) -> None:
     service = ShadowService(session, TENANT)
     service.register(DEVICE, "berlin")

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from iot_models import ReportStatus
 from tests.guarantees.load.history import PARKED, Change, Fleet, Kept, Key, State, gone_at
 from tests.guarantees.load.reads_and_refusals import unfounded_answers
 from tests.guarantees.load.record import MARKS, STANDS, WRITTEN, Answer, Entry, Operation, Unit
+from tests.guarantees.load.workload import REGISTERS
 from tests.reference.json_values import merge_patch
 from tests.reference.shadows import nested_delta
 from tests.reference.versions import is_conflict, refusal_after, removed_at, reported_version_after, status_of_report
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
 Part: TypeAlias = Literal["desired", "reported", "refusal", "life"]
 Sign: TypeAlias = tuple[Key, str]  # a device and a token: one write
-
-_REGISTERS: Final = {"register", "register_many"}
 
 
 class Write(NamedTuple):
@@ -334,7 +333,7 @@ def _last_of_each_device(unit: Unit) -> Iterator[Write]:
     """
     last: dict[tuple[int, Key], Write] = {}
     for write in _writes(unit):
-        if write.operation.kind in _REGISTERS:
+        if write.operation.kind in REGISTERS:
             continue
         if (write.answer is None and not unit.answers) or (write.answer is not None and write.answer.status == WRITTEN):
             last[id(write.operation), write.key] = write

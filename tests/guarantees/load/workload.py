@@ -40,6 +40,7 @@ _SEVERAL: Final = (
     ("patch_reported_many", 6),
     ("register_many", 3),
 )
+REGISTERS: Final = {"register", "register_many"}
 _REQUESTS: Final = {"replace_desired", "patch_desired", "restore_desired"}  # those that take a request_id
 _BATCHES_OF_REPORTS: Final = {"replace_reported_many", "patch_reported_many"}
 KINDS_AND_WEIGHTS: Final = dict(_ONE_DEVICE + _SEVERAL)
@@ -54,9 +55,10 @@ class Workload:
         self.seen: dict[Key, tuple[int, int]] = {}
         self.wanted: dict[Key, Document] = {}
 
-    def operations(self, unit: str, count: int) -> tuple[Operation, ...]:
-        """Some operations for a unit of this name."""
-        kinds = self._random.choices(list(KINDS_AND_WEIGHTS), list(KINDS_AND_WEIGHTS.values()), k=count)
+    def operations(self, unit: str, count: int, *, registering: int) -> tuple[Operation, ...]:
+        """Some operations for a unit of this name. `registering`: how many times as often as else it registers."""
+        weights = [weight * (registering if kind in REGISTERS else 1) for kind, weight in KINDS_AND_WEIGHTS.items()]
+        kinds = self._random.choices([*KINDS_AND_WEIGHTS], weights, k=count)
         return tuple(self._operation(kind, f"{unit}.{place}") for place, kind in enumerate(kinds))
 
     def _operation(self, kind: str, name: str) -> Operation:
