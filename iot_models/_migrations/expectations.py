@@ -130,8 +130,7 @@ _NOT_PARTITIONED: Final = """
 @Operations.implementation_for(ExpectTable)
 def _expect_table(operations: Operations, operation: ExpectTable) -> None:
     if operations.get_context().as_sql:
-        if operation.expected["indexes"]:
-            operations.execute(_NOT_PARTITIONED.format(table=operation.table))
+        operations.execute(_NOT_PARTITIONED.format(table=operation.table))
         return
     found = list(differences(operations.get_bind(), operation.table, **operation.expected))
     if found:
