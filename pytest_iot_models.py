@@ -18,7 +18,7 @@ from urllib.parse import quote, unquote
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Collection, Generator, Iterator
 
     from sqlalchemy import Engine
     from sqlalchemy.orm import Session
@@ -31,6 +31,10 @@ _HIDDEN = pytest.StashKey[set[str]]()
 
 
 _PASSWORD = re.compile(r"://[^:/]*:([^@]+)@|[?&](?:ssl)?password=([^&]+)")
+# Where pytest may have cut a text: at an abbreviation, and at both ends of a line of a diff, which may have colours.
+_CUT = re.compile(r"(\.\.\.)|@")
+_LINE = re.compile(r"^(?:E\s+)?(?:\x1b\[[\d;]*m)*[-+] (.*?)(?:\x1b\[[\d;]*m)*$", re.MULTILINE)
+_SHORTEST_PIECE = 4
 
 
 def _passwords() -> set[str]:
@@ -73,6 +77,34 @@ class _Logged:
         _hide(report, self._config)
 
 
+def _without_pieces(said: str, passwords: Collection[str]) -> str:
+    """The text without what a cut has left of a password: at the cut, or before the `@` of a URL."""
+
+    def until(end: int) -> tuple[int, int]:
+        size = 0
+        while size < end and any(said[end - size - 1 : end] in password for password in passwords):
+            size += 1
+        return end - size, end
+
+    def since(start: int) -> tuple[int, int]:
+        end = start
+        while end < len(said) and any(said[start : end + 1] in password for password in passwords):
+            end += 1
+        return start, end
+
+    found: list[tuple[int, int]] = []
+    for cut in _CUT.finditer(said):
+        found += [until(cut.start()), since(cut.end())] if cut[1] else [until(cut.start())]
+    for line in _LINE.finditer(said):
+        found += [since(line.start(1)), until(line.end(1))]
+    shown, at = "", 0
+    for start, end in sorted(found):
+        if end - start >= _SHORTEST_PIECE:
+            shown += f"{said[at:start]}***" if start >= at else ""
+            at = max(at, end)
+    return shown + said[at:]
+
+
 def _hide(report: pytest.TestReport, config: pytest.Config) -> None:
     known = config.stash[_HIDDEN]
     known.update(_passwords())  # a test may have set another one
@@ -83,7 +115,7 @@ def _hide(report: pytest.TestReport, config: pytest.Config) -> None:
     def hidden(said: str) -> str:
         for password in passwords:
             said = said.replace(password, "***")
-        return said
+        return _without_pieces(said, passwords)
 
     report.sections = [(name, hidden(content)) for name, content in report.sections]
     if isinstance(report.longrepr, tuple):  # of a skip: the file, the line and the reason
@@ -91,6 +123,10 @@ def _hide(report: pytest.TestReport, config: pytest.Config) -> None:
         report.longrepr = (path, line, hidden(reason))
     elif report.longrepr is not None and (shown := hidden(said := str(report.longrepr))) != said:
         report.longrepr = shown
+    report.user_properties = [
+        (hidden(name), value if (shown := hidden(said := str(value))) == said else shown)
+        for name, value in report.user_properties
+    ]
     if hasattr(report, "wasxfail"):
         report.wasxfail = hidden(report.wasxfail)
     # The message and the parameters of a subtest, which stand in its heading.

@@ -42,7 +42,7 @@ import time
 from collections.abc import Coroutine
 from contextlib import aclosing, suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import unquote, urlsplit
 
 from aiomqtt import Client, Message, MqttError
@@ -279,16 +279,33 @@ def client_of(broker: str) -> Client:
     )
 
 
+def is_broker(given: str) -> bool:
+    """Whether it is a URL that `client_of` takes. With a bare / or # in its password, it would be of another host."""
+    try:
+        url = urlsplit(given)
+        return url.scheme in {"mqtt", "mqtts"} and url.port != 0 and not url.path.strip("/") + url.query + url.fragment
+    except ValueError:
+        return False
+
+
+class Parser(argparse.ArgumentParser):
+    """It does not repeat what it is given: that may be a URL with its password."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say which option is wrong, without its value, which stands behind the colon."""
+        super().error(f"{message.partition(': ')[0]}: --help says what there is")
+
+
 async def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Bridges an MQTT broker and the shadows of one tenant, or of all.")
+    parser = Parser(description="Bridges an MQTT broker and the shadows of one tenant, or of all.", allow_abbrev=False)
     parser.add_argument("broker", help="mqtt://user:password@host:1883, or mqtts://")
     parser.add_argument("--tenant", default=os.environ.get("IOT_MODELS_TENANT"), help="IOT_MODELS_TENANT; all if none")
     parser.add_argument("--share", metavar="NAME", help="divide the reports among the bridges that have this name")
     parser.add_argument("--poll", type=float, default=10, help="seconds until a write that does not notify is found")
     parser.add_argument("--repeat-after", type=float, default=300, help="seconds until what is pending is sent again")
     given = parser.parse_args(arguments)
-    if urlsplit(given.broker).scheme not in {"mqtt", "mqtts"}:
-        parser.error("broker is a URL: mqtt://host:1883 or mqtts://host:8883")
+    if not is_broker(given.broker):
+        parser.error("broker is a URL, mqtt://user:password@host:1883 or mqtts://, with %2F for a / in the password")
     engine = create_async_engine(application_name="mqtt_bridge", pool_size=5)
     async with ReportBuffer(engine) as buffer:  # which writes what it has, also when the bridge is stopped
         bridge = Bridge(engine, buffer, given)

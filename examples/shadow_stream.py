@@ -13,6 +13,7 @@ event is the whole shadow: a browser that is slow, or comes back, gets the newes
 import asyncio
 import json
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
@@ -26,7 +27,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from iot_models import AsyncShadowService
 from iot_models.engine import create_async_engine
 
-PERIOD, HEARTBEAT, MOST = 1.0, 15.0, 1000  # seconds; seconds, less than a proxy's patience; browsers at once
+PERIOD, HEARTBEAT = 1.0, 15.0  # seconds; seconds, less than a proxy's patience
+MOST, EACH = 1000, 100  # browsers at once; and of one tenant, which so leaves room for others
 engine = create_async_engine(
     application_name="shadow_stream", statement_timeout=timedelta(seconds=5), pool_size=2, pool_timeout=5
 )
@@ -41,6 +43,7 @@ class Followed:
 
 
 followed: dict[tuple[str, str], Followed] = {}
+browsers = Counter[str]()  # by tenant, from the first moment of a request on
 
 
 async def read(tenant_id: str, device_ids: Iterable[str]) -> dict[str, str]:
@@ -86,7 +89,17 @@ async def polling(_: FastAPI) -> AsyncIterator[None]:
     await engine.dispose()
 
 
-app = FastAPI(title="Device shadows, live", lifespan=polling)
+ONCE = ("X-Tenant-Id",)
+
+
+def each_header_once(request: Request) -> None:
+    # A proxy that adds its X-Tenant-Id to the one that the client sent, instead of replacing it, leaves open who asks.
+    for name in ONCE:
+        if len(request.headers.getlist(name)) > 1:
+            raise HTTPException(400, f"{name} must be there once")
+
+
+app = FastAPI(title="Device shadows, live", lifespan=polling, dependencies=[Depends(each_header_once)])
 
 
 # REAL AUTHENTICATION GOES HERE: EventSource sends cookies and no headers of one's own, so take the tenant from the
@@ -97,10 +110,20 @@ def tenant(x_tenant_id: Annotated[str, Header(alias="X-Tenant-Id")] = "") -> str
     return x_tenant_id
 
 
-@app.get("/devices/{device_id}/events")
+async def place(tenant_id: Annotated[str, Depends(tenant)]) -> AsyncIterator[None]:
+    browsers[tenant_id] += 1
+    try:
+        if browsers[tenant_id] > EACH or browsers.total() > MOST:
+            raise HTTPException(503, "too many browsers follow devices: try again later", {"Retry-After": "60"})
+        yield  # until the stream ends, however it does
+    finally:
+        browsers[tenant_id] -= 1
+        if not browsers[tenant_id]:
+            del browsers[tenant_id]
+
+
+@app.get("/devices/{device_id}/events", dependencies=[Depends(place)])
 async def events(request: Request, device_id: str, tenant_id: Annotated[str, Depends(tenant)]) -> StreamingResponse:
-    if sum(device.followers for device in followed.values()) >= MOST:
-        raise HTTPException(503, "too many browsers follow devices: try again later", {"Retry-After": "60"})
     key = (tenant_id, device_id)
     try:
         first = followed[key].event if key in followed else (await read(tenant_id, [device_id])).get(device_id)

@@ -92,7 +92,8 @@ def enable(connection: Connection, role: str) -> None:
         ValueError: If the role would not be limited to one tenant, with all the reasons (docs/tenancy.md has a list):
             it is a superuser or a member of one, owns the table, reaches the files of the server, may use TRUNCATE, and
             so on. Nothing is changed.
-        RuntimeError: If the connection is in AUTOCOMMIT mode.
+        RuntimeError: If the connection is in AUTOCOMMIT mode; or if the transaction is REPEATABLE READ or SERIALIZABLE,
+            where it would not see what others commit while it waits for the lock.
         TypeError: If `role` is not a string.
 
     Example:
@@ -101,15 +102,12 @@ def enable(connection: Connection, role: str) -> None:
     """
     _require_transaction(connection)
     _require_role(connection, role)
-    if ways := _ways_around(connection, role):
-        raise ValueError(
-            f"isolation would not hold for role {role!a}: {'; '.join(ways)}. Take that away, or let the application "
-            f"log in as a role of its own (CREATE ROLE, then GRANT SELECT, INSERT, UPDATE, DELETE ON {_TABLE})"
-        )
+    _refuse_ways_around(connection, role)
     tables = table_names(connection)
     if all(now.in_force and role in now.roles for now in _policies_now(connection)):
         return
     _lock(connection)
+    _refuse_ways_around(connection, role)  # what others committed while this waited for the lock
     for table, now in zip(tables, _policies_now(connection), strict=True):
         _write_policy(connection, table, {*now.roles, role})
         _run(connection, f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
@@ -153,7 +151,7 @@ def disable(connection: Connection, role: str) -> None:
 
     Raises:
         LookupError: If there is no such role.
-        RuntimeError: If the connection is in AUTOCOMMIT mode.
+        RuntimeError: If the connection is in AUTOCOMMIT mode, or the transaction REPEATABLE READ or SERIALIZABLE.
         TypeError: If `role` is not a string.
     """
     _require_transaction(connection)
@@ -251,6 +249,14 @@ def _ways_around(connection: Connection, role: str) -> Sequence[str]:
     return ways_around(connection, role, policy=POLICY, setting=SETTING)
 
 
+def _refuse_ways_around(connection: Connection, role: str) -> None:
+    if ways := _ways_around(connection, role):
+        raise ValueError(
+            f"isolation would not hold for role {role!a}: {'; '.join(ways)}. Take that away, or let the application "
+            f"log in as a role of its own (CREATE ROLE, then GRANT SELECT, INSERT, UPDATE, DELETE ON {_TABLE})"
+        )
+
+
 def _binds(table: str) -> dict[str, str]:
     return {"table": table, "policy": POLICY, "rule": _RULE}
 
@@ -279,6 +285,11 @@ def _require_role(connection: Connection, role: str) -> None:
 
 
 def _lock(connection: Connection) -> None:
+    if (level := connection.scalar(text("SELECT current_setting('transaction_isolation')"))) != "read committed":
+        raise RuntimeError(
+            f"this transaction is {str(level).upper()} and would not see what others commit while it waits for the "
+            "table's lock: use READ COMMITTED"
+        )
     connection.execute(
         text("SELECT set_config('lock_timeout', '4s', true) WHERE current_setting('lock_timeout') = '0'")
     )

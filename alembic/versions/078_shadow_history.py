@@ -13,7 +13,9 @@ may delete from it; nobody may change what it holds. Row level security is copie
 policies. So code that is deployed afterwards needs no GRANT, and no role sees more of a tenant than before.
 
 The downgrade renames a table that has rows to `device_shadow_history_078`, for its owner alone, with row level security
-also where it had none; the upgrade takes it back. Neither reads a row, nor keeps a writer of `device_state` waiting.
+also where it had none; the upgrade takes it back, with the rights, the row level security and the policies that
+`device_state` has then: those that the table had may show what was shut meanwhile. Neither reads a row, nor keeps a
+writer of `device_state` waiting.
 Desired writes in between, by code that knows no history, leave versions without a row.
 
 Revision ID: 078
@@ -67,8 +69,8 @@ INDEXES = {
 }
 UNIQUE = {"idx_device_shadow_history_request"}
 ADDS = {HISTORY: {"columns": COLUMNS, "indexes": INDEXES}}
-# As long as it is parked. Of a history that had no row level security, so that the upgrade takes it off again.
-SHUT = "The history that the downgrade from 078 parked. It had no row level security. The next upgrade takes it back."
+# As long as it is parked.
+SHUT = "The history that the downgrade from 078 parked. The next upgrade takes it back."
 MAKES = {table: {"required": COLUMNS, "primary_key": KEY} for table in (HISTORY, PARKED)}
 
 
@@ -92,13 +94,7 @@ def upgrade() -> None:
             op.iot_models_expect_table(table, required=COLUMNS, primary_key=KEY)
     _lock_what_exists()
 
-    op.execute(f"""
-        DO $$ BEGIN
-          IF pg_catalog.obj_description(CAST(to_regclass('{PARKED}') AS oid), 'pg_class') = '{SHUT}' THEN
-            ALTER TABLE {PARKED} DISABLE ROW LEVEL SECURITY;
-          END IF;
-        END $$
-    """)
+    _open_what_is_parked()
     # If both exist, somebody has made the table while another was parked.
     op.execute(f"""
         DO $$ BEGIN
@@ -161,10 +157,8 @@ def downgrade() -> None:
         DO $$ BEGIN
           IF EXISTS (SELECT 1 FROM {HISTORY}) THEN
             ALTER TABLE {HISTORY} RENAME TO {PARKED};
-            IF NOT (SELECT relrowsecurity FROM pg_class WHERE oid = to_regclass('{PARKED}')::oid) THEN
-              ALTER TABLE {PARKED} ENABLE ROW LEVEL SECURITY;
-              COMMENT ON TABLE {PARKED} IS '{SHUT}';
-            END IF;
+            ALTER TABLE {PARKED} ENABLE ROW LEVEL SECURITY;
+            COMMENT ON TABLE {PARKED} IS '{SHUT}';
           ELSE
             DROP TABLE {HISTORY};
           END IF;
@@ -187,6 +181,35 @@ def _lock_what_exists() -> None:
             END $$
         """)
         op.iot_models_look_again()
+
+
+def _open_what_is_parked() -> None:
+    """Take row level security off the parked history, with its policies; name those that will not be made again."""
+    if not context.is_offline_mode():
+        _name_what_is_not_made_again(op.get_bind())
+    op.execute(f"""
+        DO $$
+        DECLARE policy record;
+        BEGIN
+          IF to_regclass('{PARKED}') IS NULL THEN
+            RETURN;
+          END IF;
+          ALTER TABLE {PARKED} DISABLE ROW LEVEL SECURITY;
+          ALTER TABLE {PARKED} NO FORCE ROW LEVEL SECURITY;
+          FOR policy IN
+            SELECT quote_ident(CAST(p.polname AS text)) AS name,
+                   EXISTS (SELECT FROM pg_policy d WHERE d.polrelid = to_regclass('device_state')::oid
+                              AND d.polname = p.polname) AS is_made_again
+              FROM pg_policy p WHERE p.polrelid = to_regclass('{PARKED}')::oid ORDER BY p.polname
+          LOOP
+            EXECUTE 'DROP POLICY ' || policy.name || ' ON {PARKED}';
+            IF NOT policy.is_made_again THEN
+              RAISE WARNING USING MESSAGE = 'the policy ' || policy.name || ' of the parked history is gone, since '
+                'device_state has none of that name: create it on {HISTORY} if it is still wanted';
+            END IF;
+          END LOOP;
+        END $$
+    """)
 
 
 def _require_index(name: str) -> None:
@@ -337,6 +360,25 @@ def _secure_as_device_state() -> None:
           END LOOP;
         END $$
     """)
+
+
+def _name_what_is_not_made_again(connection) -> None:  # noqa: ANN001 - a Connection
+    gone = connection.scalars(
+        text(f"""
+            SELECT quote_ident(CAST(p.polname AS text)) FROM pg_policy p
+             WHERE p.polrelid = to_regclass('{PARKED}')::oid
+               AND NOT EXISTS (SELECT FROM pg_policy d WHERE d.polrelid = to_regclass('device_state')::oid
+                                  AND d.polname = p.polname)
+             ORDER BY 1
+        """)
+    ).all()
+    if gone:
+        log.warning(
+            "policies that the parked history had are gone, since device_state has none of that name: %s. Create them "
+            "on %s if they are still wanted",
+            ", ".join(gone),
+            HISTORY,
+        )
 
 
 def _name_what_is_not_copied(connection) -> None:  # noqa: ANN001 - a Connection

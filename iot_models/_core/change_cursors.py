@@ -105,7 +105,10 @@ def _place(values: object) -> Place | None:
         case None:
             return None
         case [bool(is_local), int(transaction_id), str(device_id), int(version), int() | None as written_at] if (
-            0 <= transaction_id <= _LARGEST and 0 <= version <= _LARGEST and storable_text(device_id)
+            bool not in {type(transaction_id), type(version), type(written_at)}
+            and 0 <= transaction_id <= _LARGEST
+            and 0 <= version <= _LARGEST
+            and storable_text(device_id)
         ):
             return Place(is_local, transaction_id, device_id, version, written_at)
     return _NO_PLACE

@@ -52,7 +52,110 @@ _WITH: Final = """
     kin (oid) AS (
       SELECT oid FROM family
       UNION
-      SELECT inhparent FROM kin JOIN pg_inherits ON inhrelid = kin.oid)
+      SELECT inhparent FROM kin JOIN pg_inherits ON inhrelid = kin.oid),
+    -- The table, and each table whose rows change when its rows do: by a foreign key, whose trigger PostgreSQL runs as
+    -- the owner of that table; or by a rule, also through a view. With each, as whom PostgreSQL changes its rows (0: as
+    -- whoever changes ours), whether it may put new rows or defaults there, and what leads to it.
+    changed (oid, runner, gets_rows, user_class, user_id) AS (
+      SELECT oid, CAST(0 AS oid), true, CAST(CAST('pg_class' AS regclass) AS oid), oid FROM family
+      UNION
+      SELECT next.oid, next.runner, next.gets_rows, next.user_class, next.user_id
+        FROM changed CROSS JOIN LATERAL (
+          -- An UPDATE that moves a row to another partition is an INSERT there.
+          SELECT conrelid, relowner,
+                 CAST(relkind AS text) = 'p' OR 'd' IN (CAST(confdeltype AS text), CAST(confupdtype AS text)),
+                 CAST(CAST('pg_constraint' AS regclass) AS oid), k.oid
+            FROM pg_constraint k JOIN pg_class c ON c.oid = conrelid
+           WHERE confrelid = changed.oid AND CAST(contype AS text) = 'f'
+             AND (CAST(confdeltype AS text) IN ('c', 'n', 'd') OR CAST(confupdtype AS text) IN ('c', 'n', 'd'))
+          UNION ALL
+          SELECT refobjid, changed.runner, true, classid, objid FROM pg_rewrite r JOIN pg_depend ON objid = r.oid
+           WHERE ev_class = changed.oid AND classid = CAST(CAST('pg_rewrite' AS regclass) AS oid)
+             AND refclassid = CAST(CAST('pg_class' AS regclass) AS oid)
+          UNION ALL
+          SELECT inhrelid, changed.runner, changed.gets_rows, changed.user_class, changed.user_id
+            FROM pg_inherits WHERE inhparent = changed.oid
+          UNION ALL
+          -- Whoever owns the parent of a partition can make an index on both.
+          SELECT inhparent, changed.runner, changed.gets_rows, changed.user_class, changed.user_id
+            FROM pg_inherits
+           WHERE inhrelid = changed.oid AND NOT EXISTS (SELECT FROM family WHERE family.oid = changed.oid)
+          ) AS next (oid, runner, gets_rows, user_class, user_id)
+       WHERE NOT EXISTS (SELECT FROM family WHERE family.oid = next.oid)),
+    -- These tables, their columns, triggers, constraints, indexes, defaults, statistics, policies and rules, and all
+    -- that they use. With each, as whom PostgreSQL uses it, and whether it does so when our rows change or are read.
+    used (classid, objid, user_class, user_id, runner, fires) AS (
+      SELECT CAST(CAST('pg_class' AS regclass) AS oid), oid, user_class, user_id, runner, true FROM changed
+      UNION
+      -- Event triggers run with the rights of whoever migrates, or logs in.
+      SELECT CAST(CAST('pg_event_trigger' AS regclass) AS oid), oid,
+             CAST(CAST('pg_event_trigger' AS regclass) AS oid), oid, CAST(0 AS oid), NOT CAST(evtenabled AS text) = 'D'
+        FROM pg_event_trigger
+      UNION
+      SELECT classid, objid, classid, objid, runner,
+             CASE classid
+               WHEN CAST(CAST('pg_trigger' AS regclass) AS oid) THEN
+                 -- For DELETE or UPDATE, or for INSERT.
+                 NOT CAST(tgenabled AS text) = 'D'
+                 AND (CAST(tgtype AS integer) & 24 <> 0 OR gets_rows AND CAST(tgtype AS integer) & 4 <> 0)
+               WHEN CAST(CAST('pg_attrdef' AS regclass) AS oid) THEN gets_rows OR NOT CAST(attgenerated AS text) = ''
+               -- What foreign keys do to the rows of its owner is not subject to it.
+               WHEN CAST(CAST('pg_policy' AS regclass) AS oid) THEN NOT runner = c.relowner
+               WHEN CAST(CAST('pg_statistic_ext' AS regclass) AS oid) THEN false
+               ELSE true END
+        FROM changed JOIN pg_class c ON c.oid = changed.oid
+        JOIN pg_depend ON refclassid = CAST(CAST('pg_class' AS regclass) AS oid) AND refobjid = changed.oid
+        LEFT JOIN pg_trigger t ON classid = CAST(CAST('pg_trigger' AS regclass) AS oid) AND t.oid = objid
+        LEFT JOIN pg_attrdef d ON classid = CAST(CAST('pg_attrdef' AS regclass) AS oid) AND d.oid = objid
+        LEFT JOIN pg_attribute a ON a.attrelid = adrelid AND a.attnum = adnum
+       WHERE classid = ANY (CAST(CAST('{pg_trigger,pg_constraint,pg_class,pg_attrdef,pg_policy,pg_statistic_ext}'
+                                      AS regclass[]) AS oid[]))
+          OR classid = CAST(CAST('pg_rewrite' AS regclass) AS oid) AND CAST(deptype AS text) = 'a'
+      UNION
+      SELECT next.classid, next.objid, used.user_class, used.user_id,
+             coalesce((SELECT proowner FROM pg_proc
+                        WHERE used.classid = CAST(CAST('pg_proc' AS regclass) AS oid) AND oid = used.objid
+                          AND prosecdef), used.runner),
+             used.fires
+        FROM used CROSS JOIN LATERAL (
+          SELECT refclassid, refobjid FROM pg_depend
+           WHERE classid = used.classid AND objid = used.objid
+             AND refclassid = ANY (CAST(CAST('{pg_proc,pg_operator,pg_type,pg_opclass,pg_opfamily}' AS regclass[])
+                                        AS oid[]))
+          UNION ALL
+          -- The constraints of a domain, and the functions of an operator class.
+          SELECT classid, objid FROM pg_depend
+           WHERE refclassid = used.classid AND refobjid = used.objid AND CAST(deptype AS text) IN ('a', 'i')
+             AND refclassid = ANY (CAST(CAST('{pg_type,pg_opclass,pg_opfamily}' AS regclass[]) AS oid[]))
+             AND classid = ANY (CAST(CAST('{pg_constraint,pg_amop,pg_amproc}' AS regclass[]) AS oid[]))
+          UNION ALL
+          -- The tables of a policy or a rule, and the functions of a view.
+          SELECT refclassid, refobjid FROM pg_depend
+           WHERE classid = used.classid AND objid = used.objid AND CAST(deptype AS text) = 'n'
+             AND classid = ANY (CAST(CAST('{pg_rewrite,pg_policy,pg_proc,pg_attrdef}' AS regclass[]) AS oid[]))
+             AND refclassid = CAST(CAST('pg_class' AS regclass) AS oid)
+             AND NOT EXISTS (SELECT FROM family WHERE family.oid = refobjid)
+          UNION ALL
+          SELECT classid, objid FROM pg_depend
+           WHERE refclassid = used.classid AND refobjid = used.objid AND CAST(deptype AS text) = 'i'
+             AND refclassid = CAST(CAST('pg_class' AS regclass) AS oid)
+             AND classid = CAST(CAST('pg_rewrite' AS regclass) AS oid)
+          UNION ALL
+          -- The policies of a table that is only read.
+          SELECT CAST(CAST('pg_policy' AS regclass) AS oid), p.oid FROM pg_policy p
+           WHERE used.classid = CAST(CAST('pg_class' AS regclass) AS oid) AND polrelid = used.objid
+             AND NOT EXISTS (SELECT FROM changed WHERE changed.oid = polrelid)
+          UNION ALL
+          -- The planner may take an operator's commutator or negator for it.
+          SELECT used.classid, other.oid
+            FROM pg_operator o CROSS JOIN LATERAL (VALUES (oprcom), (oprnegate)) AS other (oid)
+           WHERE used.classid = CAST(CAST('pg_operator' AS regclass) AS oid) AND o.oid = used.objid
+             AND NOT other.oid = CAST(0 AS oid)
+          UNION ALL
+          -- The columns of a composite type.
+          SELECT CAST(CAST('pg_class' AS regclass) AS oid), typrelid FROM pg_type
+           WHERE used.classid = CAST(CAST('pg_type' AS regclass) AS oid) AND oid = used.objid
+          ) AS next (classid, objid))
 """
 
 _ATTRIBUTES: Final = """
@@ -71,6 +174,10 @@ _ATTRIBUTES: Final = """
     SELECT 'it is a member of ' || subject || ', which reads what others run: the tenants that they bind, and '
            'documents where a driver writes values into its statements' FROM role
      WHERE CAST(rolname AS text) IN ('pg_monitor', 'pg_read_all_stats')
+    UNION ALL
+    SELECT 'it is a member of ' || subject || ', which reads the settings of the server, a password in '
+           'primary_conninfo too' FROM role
+     WHERE CAST(rolname AS text) = 'pg_read_all_settings'
     UNION ALL
     SELECT 'it is a member of ' || subject || ', which writes every table without policies, the revision too' FROM role
      WHERE CAST(rolname AS text) = 'pg_write_all_data'
@@ -268,79 +375,6 @@ _RELATED_TABLES: Final = """
 
 _CODE: Final = """
     (WITH RECURSIVE
-     -- The table, and each table whose rows change when its rows do: by a foreign key, whose trigger PostgreSQL runs as
-     -- the owner of that table; or by a rule, also through a view. With each, what leads to it.
-     changed (oid, user_class, user_id) AS (
-       SELECT oid, CAST(CAST('pg_class' AS regclass) AS oid), oid FROM family
-       UNION
-       SELECT next.oid, next.user_class, next.user_id
-         FROM changed CROSS JOIN LATERAL (
-           SELECT conrelid, CAST(CAST('pg_constraint' AS regclass) AS oid), k.oid FROM pg_constraint k
-            WHERE confrelid = changed.oid AND CAST(contype AS text) = 'f'
-              AND (CAST(confdeltype AS text) IN ('c', 'n', 'd') OR CAST(confupdtype AS text) IN ('c', 'n', 'd'))
-           UNION ALL
-           SELECT refobjid, classid, objid FROM pg_rewrite r JOIN pg_depend ON objid = r.oid
-            WHERE ev_class = changed.oid AND classid = CAST(CAST('pg_rewrite' AS regclass) AS oid)
-              AND refclassid = CAST(CAST('pg_class' AS regclass) AS oid)
-           UNION ALL
-           SELECT inhrelid, changed.user_class, changed.user_id FROM pg_inherits WHERE inhparent = changed.oid
-           UNION ALL
-           -- Whoever owns the parent of a partition can make an index on both.
-           SELECT inhparent, changed.user_class, changed.user_id FROM pg_inherits
-            WHERE inhrelid = changed.oid AND NOT EXISTS (SELECT FROM family WHERE family.oid = changed.oid)
-           ) AS next (oid, user_class, user_id)
-        WHERE NOT EXISTS (SELECT FROM family WHERE family.oid = next.oid)),
-     -- These tables, their columns, triggers, constraints, indexes, defaults, statistics, policies and rules, and all
-     -- that they use.
-     used (classid, objid, user_class, user_id) AS (
-       SELECT CAST(CAST('pg_class' AS regclass) AS oid), oid, user_class, user_id FROM changed
-       UNION
-       -- Event triggers run with the rights of whoever migrates, or logs in.
-       SELECT CAST(CAST('pg_event_trigger' AS regclass) AS oid), oid,
-              CAST(CAST('pg_event_trigger' AS regclass) AS oid), oid FROM pg_event_trigger
-       UNION
-       SELECT classid, objid, classid, objid
-         FROM changed JOIN pg_depend ON refclassid = CAST(CAST('pg_class' AS regclass) AS oid)
-          AND refobjid = changed.oid
-        WHERE classid = ANY (CAST(CAST('{pg_trigger,pg_constraint,pg_class,pg_attrdef,pg_policy,pg_statistic_ext}'
-                                       AS regclass[]) AS oid[]))
-           OR classid = CAST(CAST('pg_rewrite' AS regclass) AS oid) AND CAST(deptype AS text) = 'a'
-       UNION
-       SELECT next.classid, next.objid, used.user_class, used.user_id
-         FROM used CROSS JOIN LATERAL (
-           SELECT refclassid, refobjid FROM pg_depend
-            WHERE classid = used.classid AND objid = used.objid
-              AND refclassid = ANY (CAST(CAST('{pg_proc,pg_operator,pg_type,pg_opclass,pg_opfamily}' AS regclass[])
-                                         AS oid[]))
-           UNION ALL
-           -- The constraints of a domain, and the functions of an operator class.
-           SELECT classid, objid FROM pg_depend
-            WHERE refclassid = used.classid AND refobjid = used.objid AND CAST(deptype AS text) IN ('a', 'i')
-              AND refclassid = ANY (CAST(CAST('{pg_type,pg_opclass,pg_opfamily}' AS regclass[]) AS oid[]))
-              AND classid = ANY (CAST(CAST('{pg_constraint,pg_amop,pg_amproc}' AS regclass[]) AS oid[]))
-           UNION ALL
-           -- The tables of a policy or a rule, and the functions of a view.
-           SELECT refclassid, refobjid FROM pg_depend
-            WHERE classid = used.classid AND objid = used.objid AND CAST(deptype AS text) = 'n'
-              AND classid = ANY (CAST(CAST('{pg_rewrite,pg_policy,pg_proc,pg_attrdef}' AS regclass[]) AS oid[]))
-              AND refclassid = CAST(CAST('pg_class' AS regclass) AS oid)
-              AND NOT EXISTS (SELECT FROM family WHERE family.oid = refobjid)
-           UNION ALL
-           SELECT classid, objid FROM pg_depend
-            WHERE refclassid = used.classid AND refobjid = used.objid AND CAST(deptype AS text) = 'i'
-              AND refclassid = CAST(CAST('pg_class' AS regclass) AS oid)
-              AND classid = CAST(CAST('pg_rewrite' AS regclass) AS oid)
-           UNION ALL
-           -- The planner may take an operator's commutator or negator for it.
-           SELECT used.classid, other.oid
-             FROM pg_operator o CROSS JOIN LATERAL (VALUES (oprcom), (oprnegate)) AS other (oid)
-            WHERE used.classid = CAST(CAST('pg_operator' AS regclass) AS oid) AND o.oid = used.objid
-              AND NOT other.oid = CAST(0 AS oid)
-           UNION ALL
-           -- The columns of a composite type.
-           SELECT CAST(CAST('pg_class' AS regclass) AS oid), typrelid FROM pg_type
-            WHERE used.classid = CAST(CAST('pg_type' AS regclass) AS oid) AND oid = used.objid
-           ) AS next (classid, objid)),
      -- What all this depends on besides: DROP ... CASCADE of its schema, extension, language, collation, operator.
      needed (classid, objid, user_class, user_id) AS (
        SELECT classid, objid, user_class, user_id FROM used
@@ -392,33 +426,30 @@ _CODE: Final = """
 """
 
 _CALLERS_PATH: Final = """
-    (WITH RECURSIVE
-     -- PostgreSQL changes the rows of these as their owner, with the search path of whoever changes a device.
-     cascaded (oid) AS (
-       SELECT conrelid FROM family JOIN pg_constraint ON confrelid = family.oid AND CAST(contype AS text) = 'f'
-        WHERE CAST(confdeltype AS text) IN ('c', 'n', 'd') OR CAST(confupdtype AS text) IN ('c', 'n', 'd')
-       UNION
-       SELECT conrelid FROM cascaded JOIN pg_constraint ON confrelid = cascaded.oid AND CAST(contype AS text) = 'f'
-        WHERE CAST(confdeltype AS text) IN ('c', 'n', 'd') OR CAST(confupdtype AS text) IN ('c', 'n', 'd')),
-     -- The functions that it can let run as another role.
+    (WITH
+     -- The functions that the role can let run as another role, in its own search path. C finds nothing by a path, nor
+     -- does the catalog's SQL, nor a body that was parsed when it was made: what that one calls is used, too.
      run AS (
-       SELECT role.oid AS role, subject, rolname, p.oid AS function, proconfig, runner, nspname
-         FROM target CROSS JOIN (SELECT oid, true AS as_owner FROM cascaded
-                                 UNION SELECT oid, false FROM family) AS fired
-         JOIN pg_class c ON c.oid = fired.oid JOIN pg_namespace n ON n.oid = c.relnamespace
-         JOIN pg_trigger t ON tgrelid = c.oid JOIN pg_proc p ON p.oid = tgfoid JOIN pg_language l ON l.oid = prolang
-        CROSS JOIN LATERAL (SELECT CASE WHEN prosecdef THEN proowner ELSE c.relowner END) AS runs (runner)
-         JOIN role ON NOT role.oid = runner
-          AND (has_table_privilege(role.oid, target.oid, 'INSERT, DELETE')
-               OR has_any_column_privilege(role.oid, target.oid, 'INSERT, UPDATE'))
-        WHERE NOT rolsuper AND NOT role.oid = target.relowner
-          AND NOT tgisinternal AND NOT CAST(tgenabled AS text) = 'D' AND NOT CAST(lanname AS text) IN ('internal', 'c')
-          AND CASE WHEN as_owner
-              -- For DELETE or UPDATE. Before PostgreSQL 18, one that fires AFTER runs as whoever changed the device.
-              THEN CAST(tgtype AS integer) & 24 <> 0
-                   AND (prosecdef OR CAST(tgtype AS integer) & 2 <> 0
-                        OR CAST(current_setting('server_version_num') AS integer) >= 180000)
-              ELSE prosecdef END),
+       SELECT DISTINCT role.oid AS role, subject, rolname, p.oid AS function, proconfig, runs.runner, nspname
+         FROM target CROSS JOIN used JOIN pg_proc p ON p.oid = objid
+         JOIN pg_namespace n ON n.oid = pronamespace JOIN pg_language l ON l.oid = prolang
+         LEFT JOIN pg_trigger t ON user_class = CAST(CAST('pg_trigger' AS regclass) AS oid) AND t.oid = user_id
+          AND tgfoid = p.oid
+        CROSS JOIN LATERAL (SELECT CASE WHEN prosecdef THEN proowner ELSE used.runner END) AS runs (runner)
+         JOIN role ON NOT role.oid = runs.runner
+          AND CASE WHEN user_class = CAST(CAST('pg_event_trigger' AS regclass) AS oid)
+              THEN role.oid = (SELECT oid FROM me)
+              ELSE has_table_privilege(role.oid, target.oid, 'INSERT, DELETE')
+                OR has_any_column_privilege(role.oid, target.oid, 'INSERT, UPDATE')
+                OR user_class = CAST(CAST('pg_policy' AS regclass) AS oid)
+                   AND has_any_column_privilege(role.oid, target.oid, 'SELECT') END
+        WHERE classid = CAST(CAST('pg_proc' AS regclass) AS oid) AND fires AND NOT runs.runner = CAST(0 AS oid)
+          AND NOT rolsuper AND NOT role.oid = target.relowner
+          AND NOT CAST(lanname AS text) IN ('internal', 'c') AND prosqlbody IS NULL
+          AND NOT pronamespace = CAST(CAST('pg_catalog' AS regnamespace) AS oid)
+          -- Before PostgreSQL 18, a trigger that fires AFTER runs as whoever changed the device; its WHEN does not.
+          AND (prosecdef OR t.oid IS NULL OR CAST(tgtype AS integer) & 66 <> 0
+               OR CAST(current_setting('server_version_num') AS integer) >= 180000)),
      -- The schemas of their own paths, in order, as they are called.
      own AS (
        SELECT run.*, place = pg_catalog.max(place) OVER (PARTITION BY role, function, runner) AS is_last,
@@ -436,17 +467,19 @@ _CALLERS_PATH: Final = """
                               '(ALTER FUNCTION %s SET search_path = %s, pg_temp)',
                               subject, CAST(CAST(function AS regprocedure) AS text),
                               CAST(CAST(runner AS regrole) AS text), CAST(CAST(function AS regprocedure) AS text),
-                              quote_ident(CAST(nspname AS text))) AS way
+                              coalesce((SELECT CASE WHEN setting = 'search_path=""' THEN 'pg_catalog'
+                                               ELSE pg_catalog.substr(setting, 13) END
+                                          FROM pg_catalog.unnest(proconfig) AS setting
+                                         WHERE starts_with(setting, 'search_path=') AND NOT setting LIKE '%pg_temp%'),
+                                       quote_ident(CAST(nspname AS text)))) AS way
        FROM run
         -- TEMP tables, or those of a schema that it puts first.
       WHERE (EXISTS (SELECT FROM pg_namespace WHERE has_schema_privilege(role, oid, 'CREATE'))
              OR has_database_privilege(
                   role, (SELECT oid FROM pg_database WHERE datname = current_database()), 'TEMP'))
-        -- TEMP tables come first, unless the function's own path names them later, or leads to no table of a team's.
+        -- TEMP tables come first, before the catalog's, unless the function's own path names them at its end.
         AND (NOT EXISTS (
-               SELECT FROM pg_catalog.unnest(proconfig) AS setting
-                WHERE setting IN ('search_path=""', 'search_path=pg_catalog')
-                   OR setting LIKE 'search_path=%, pg_temp')
+               SELECT FROM pg_catalog.unnest(proconfig) AS setting WHERE setting LIKE 'search_path=%, pg_temp')
              OR EXISTS (SELECT FROM own WHERE own.role = run.role AND own.function = run.function
                            AND schema = 'pg_temp' AND NOT is_last))
      UNION ALL

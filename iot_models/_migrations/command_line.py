@@ -12,7 +12,7 @@ from alembic import command
 from alembic.util import CommandError
 from sqlalchemy.exc import DBAPIError
 
-from iot_models._core.shown_names import escaped
+from iot_models._core.shown_names import escaped, looks_like_a_secret
 from iot_models._migrations import runner
 from iot_models._migrations.findings import COMMAND, examine
 from iot_models._migrations.options import OPTIONS
@@ -116,7 +116,7 @@ def _revisions(given: str) -> str:
 
 
 def _role(given: str) -> str:
-    if "://" in given or "password" in given:
+    if looks_like_a_secret(given):
         raise argparse.ArgumentTypeError("not a role: write its name")
     return given
 

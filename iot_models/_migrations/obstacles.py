@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from alembic.util import CommandError
 from sqlalchemy import event, text
 
-from iot_models._core.shown_names import escaped
+from iot_models._core.shown_names import escaped, escaped_in_sql
 from iot_models._migrations import expectations
 from iot_models._migrations.comparison import HISTORY, KEY, TABLE
 from iot_models._migrations.dependents import (
@@ -483,7 +483,8 @@ def makers_of_triggers_in_sql(parked: str) -> str:
     return f"""DO $$
 DECLARE
   rights pg_catalog.text := (
-    SELECT pg_catalog.string_agg(asked.found, pg_catalog.chr(10)) FROM ({_MAY_MAKE_TRIGGERS}) AS asked
+    SELECT pg_catalog.string_agg({escaped_in_sql("asked.found")}, pg_catalog.chr(10))
+      FROM ({_MAY_MAKE_TRIGGERS}) AS asked
      WHERE to_regclass('{parked}') IS NOT NULL);
 BEGIN
   IF rights IS NOT NULL THEN

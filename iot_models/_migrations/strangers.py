@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import text
 
+from iot_models._core.shown_names import escaped_in_sql
 from iot_models._migrations.comparison import COLUMNS, HISTORY, TABLE
 from iot_models._migrations.dependents import PARKED, PARKED_HISTORY, PARKED_REFUSALS, TRIGGER
 
@@ -192,7 +193,7 @@ def refusal_in_sql() -> str:
     return f"""DO $$
 DECLARE
   strangers pg_catalog.text := (
-    SELECT pg_catalog.string_agg(asked.found, pg_catalog.chr(10)) FROM ({question}) AS asked);
+    SELECT pg_catalog.string_agg({escaped_in_sql("asked.found")}, pg_catalog.chr(10)) FROM ({question}) AS asked);
 BEGIN
   IF strangers IS NOT NULL THEN
     RAISE EXCEPTION USING MESSAGE = '{REFUSAL}', DETAIL = strangers;

@@ -13,6 +13,8 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
+from iot_models._core.shown_names import looks_like_a_secret
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -69,6 +71,11 @@ def _run(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     if given.command == "migrate":
         parser.error(f"the options of migrate stand behind it: {_PROG} migrate COMMAND --url URL")
+    # An error about the device would repeat it, and the history would keep it.
+    for name, value in vars(given).items():
+        if name != "url" and isinstance(value, str) and looks_like_a_secret(value):
+            of = name.replace("_", " ")
+            parser.error(f"the {of} looks like the URL of a database, or a password: pass a URL as --url")
     if not given.tenant:
         parser.error(f"the tenant is missing: pass --tenant, or set {_TENANT_VARIABLE}")
     if given.writes and not given.yes and not (sys.stdin and sys.stdin.isatty()):
@@ -96,13 +103,6 @@ def _whole(least: int) -> Any:
         return int(given)
 
     return read
-
-
-def _no_url(given: str) -> str:
-    """Take an id, but not the URL of a database in its place, which an error about the device would repeat."""
-    if re.match(r"postgres(ql)?(\+\w+)?://", given):
-        raise argparse.ArgumentTypeError("an id is expected, and this is the URL of a database: pass it as --url")
-    return given
 
 
 def _document(given: str) -> dict[str, Any]:
@@ -179,8 +179,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _POSITIONALS: Final[dict[str, dict[str, Any]]] = {
-    "device": {"metavar": "DEVICE", "type": _no_url, "help": "the id of the device; -- before one that begins with -"},
-    "site": {"metavar": "SITE", "type": _no_url, "help": "the id of the site where it stands"},
+    "device": {"metavar": "DEVICE", "help": "the id of the device; -- before one that begins with -"},
+    "site": {"metavar": "SITE", "help": "the id of the site where it stands"},
     "version": {"metavar": "VERSION", "type": _whole(0), "help": "a version that `history` lists"},
     "v1": {"metavar": "V1", "type": _whole(0), "help": "the version to compare with"},
     "v2": {"metavar": "V2", "type": _whole(0), "help": "the version to look at"},

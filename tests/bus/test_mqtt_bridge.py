@@ -390,3 +390,35 @@ def test_a_broker_that_is_no_mqtt_url_is_refused_at_once(broker: str, capsys: py
     with pytest.raises(SystemExit):
         asyncio.run(example.main([broker]))
     assert "broker is a URL" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["mqtt://bridge:s3c/ret@127.0.0.1:1"],
+        ["mqtt://bridge:1883/s3cret@127.0.0.1:1"],
+        ["mqtt://bridge:s3c#ret@127.0.0.1:1"],
+        ["mqtt://bridge:1883?s3cret@127.0.0.1:1"],
+        ["mqtt://bridge:s3cret@127.0.0.1:70000"],
+        ["mqtt://[bridge:s3cret@h"],
+        ["mqtt://bridge:s3cret\u2100@h"],
+        ["http://bridge:s3cret@h"],
+        ["mqtt://h", "mqtt://bridge:s3cret@h"],
+        ["--brokr", "mqtt://bridge:s3cret@h"],
+        ["mqtt://h", "--poll", "mqtt://bridge:s3cret@h"],
+        ["--po=mqtt://bridge:s3cret@h", "mqtt://h"],
+    ],
+)
+def test_a_broker_that_is_none_is_refused_and_its_password_not_shown(
+    given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        asyncio.run(example.main(given))
+    printed = capsys.readouterr()
+    assert "error: " in printed.err
+    assert "s3c" not in printed.out + printed.err
+
+
+def test_a_password_of_a_broker_may_have_any_character() -> None:
+    for url in ("mqtt://b:s3c%2Fr%23et@h:1", "mqtt://b:s3c:r@et@h", "mqtts://h/", "mqtt://[::1]:1883"):
+        assert example.is_broker(url)

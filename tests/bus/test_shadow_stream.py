@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import http.client
 import importlib
+import inspect
 import json
 import sys
 import threading
 import time
-from contextlib import closing, contextmanager
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -150,6 +153,29 @@ def test_tenants_see_their_own_devices_and_others_are_not_there(stream: Stream, 
             assert answer.status == status
 
 
+@pytest.mark.parametrize("tenants", [(TENANT, "other"), ("other", TENANT), (TENANT, TENANT)])
+def test_a_browser_whose_proxy_adds_a_tenant_to_the_one_that_was_sent_follows_nothing(
+    stream: Stream, fleet: Engine, tenants: tuple[str, str]
+) -> None:
+    with Session(fleet) as session, session.begin():
+        add_device(session, "a", tenant_id="other", desired_state={"whose": "other"})
+    with closing(http.client.HTTPConnection("127.0.0.1", stream.port, timeout=20)) as connection:
+        connection.putrequest("GET", "/devices/a/events")
+        for tenant in tenants:
+            connection.putheader("X-Tenant-Id", tenant)
+        connection.endheaders()
+        with closing(connection.getresponse()) as answer:
+            assert (answer.status, answer.read()) == (400, b'{"detail":"X-Tenant-Id must be there once"}')
+    assert not stream.followers()
+
+
+def test_both_examples_over_http_have_the_same_rule_for_headers(stream: Stream) -> None:
+    """Each example is one file, to be copied."""
+    twin = importlib.import_module("fastapi_twin")
+    for name in ("each_header_once", "tenant"):
+        assert inspect.getsource(getattr(stream.module, name)) == inspect.getsource(getattr(twin, name))
+
+
 def test_a_connection_that_is_lost_stops_no_browser(stream: Stream, fleet: Engine) -> None:
     with stream.follow("a") as browser:
         next_shadow(browser)
@@ -168,5 +194,24 @@ def test_there_is_an_end_to_how_many_browsers_are_served(stream: Stream, monkeyp
     monkeypatch.setattr(stream.module, "MOST", 1)
     with stream.follow("a") as one:
         next_shadow(one)
-        with stream.follow("b") as other:
+        with stream.follow("b", "other") as other:
             assert (other.status, other.headers["Retry-After"]) == (503, "60")
+
+
+def test_a_tenant_that_follows_as_much_as_it_can_leaves_room_for_others(
+    stream: Stream, fleet: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many requests come before the first of them is answered."""
+    monkeypatch.setattr(stream.module, "EACH", 3)
+    monkeypatch.setattr(stream.module, "MOST", 4)
+    with Session(fleet) as session, session.begin():
+        add_device(session, "a", tenant_id="other")
+    with ExitStack() as open_ones, ThreadPoolExecutor(20) as pool:
+        asked = pool.map(lambda _: open_ones.enter_context(stream.follow("a")), range(20))
+        assert Counter(answer.status for answer in asked) == {200: 3, 503: 17}
+        with stream.follow("a", "other") as other:
+            assert other.status == 200
+            next_shadow(other)
+    until(lambda: not stream.followers() and not stream.module.browsers)
+    with stream.follow("none") as unknown, stream.follow("a") as again:
+        assert (unknown.status, again.status) == (404, 200)

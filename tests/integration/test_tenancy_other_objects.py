@@ -403,7 +403,7 @@ def test_a_rule_counts_for_who_may_do_what_it_waits_for(owner: Connection, app: 
     ]
 
 
-# Triggers that PostgreSQL runs as the owner of their table, in the search path of whoever changes a device.
+# Functions that PostgreSQL runs as another role, in the search path of whoever changes a device.
 
 CASCADED = "CREATE TABLE notes (t text, d text, FOREIGN KEY (t, d) REFERENCES device_state ON DELETE "
 LOGS = (
@@ -412,11 +412,11 @@ LOGS = (
 FIRES = "CREATE TRIGGER fires {} ON notes FOR EACH ROW EXECUTE FUNCTION logs()"
 
 
-def shadowing(owner: Connection, function: str = "logs()") -> str:
+def shadowing(owner: Connection, function: str = "logs()", path: str = "public") -> str:
     role = owner.scalar(text("SELECT quote_ident(CAST(current_user AS text))"))
     return (
         f"it may put its own tables before those that the function {function} names, which runs as {role} "
-        f"(ALTER FUNCTION {function} SET search_path = public, pg_temp)"
+        f"(ALTER FUNCTION {function} SET search_path = {path}, pg_temp)"
     )
 
 
@@ -446,6 +446,16 @@ def test_a_trigger_that_runs_as_another_role_in_the_callers_search_path_is_named
     assert found(owner, app, ["ALTER FUNCTION logs() SET search_path = public, pg_temp"]) == []
 
 
+@pytest.mark.parametrize("path", ["''", "pg_catalog"])
+def test_the_catalogs_tables_come_behind_temporary_ones_where_the_path_does_not_name_these(
+    owner: Connection, app: str, path: str
+) -> None:
+    made = [CASCADED + "CASCADE)", LOGS.format(f" SET search_path = {path}"), FIRES.format("BEFORE DELETE")]
+    assert found(owner, app, made) == [shadowing(owner, path="pg_catalog")]
+
+    assert found(owner, app, ["ALTER FUNCTION logs() SET search_path = pg_catalog, pg_temp"]) == []
+
+
 def test_before_postgresql_18_a_trigger_after_a_cascade_runs_as_whoever_changed_the_device(
     owner: Connection, app: str
 ) -> None:
@@ -459,8 +469,6 @@ def test_before_postgresql_18_a_trigger_after_a_cascade_runs_as_whoever_changed_
     [
         [CASCADED + "NO ACTION)", LOGS.format(""), FIRES.format("BEFORE DELETE")],
         [CASCADED + "CASCADE)", LOGS.format(""), FIRES.format("BEFORE INSERT")],
-        [CASCADED + "CASCADE)", LOGS.format(" SET search_path = ''"), FIRES.format("BEFORE DELETE")],
-        [CASCADED + "CASCADE)", LOGS.format(" SET search_path = pg_catalog"), FIRES.format("BEFORE DELETE")],
         [
             CASCADED + "CASCADE)",
             LOGS.format(""),
@@ -470,6 +478,21 @@ def test_before_postgresql_18_a_trigger_after_a_cascade_runs_as_whoever_changed_
         [
             CASCADED + "CASCADE)",
             "CREATE TRIGGER t BEFORE UPDATE ON notes FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()",
+        ],
+        [
+            CASCADED + "CASCADE ON UPDATE CASCADE)",
+            "ALTER TABLE notes ADD CHECK (t || 1 <> d), ADD CHECK (quote_literal(1) <> d)",
+        ],
+        [
+            CASCADED + "CASCADE ON UPDATE CASCADE)",
+            "CREATE FUNCTION known(text) RETURNS boolean LANGUAGE sql RETURN $1 IN (SELECT site_id FROM device_state)",
+            "ALTER TABLE notes ADD CHECK (known(d))",
+        ],
+        [
+            CASCADED + "CASCADE ON UPDATE CASCADE)",
+            "CREATE FUNCTION known(text) RETURNS boolean LANGUAGE plpgsql AS 'BEGIN RETURN true; END'",
+            "ALTER TABLE notes ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY",
+            "CREATE POLICY p ON notes USING (known(t))",
         ],
         [LOGS.format(""), FIRES.format("BEFORE DELETE").replace("notes", "device_state")],
         [
@@ -489,14 +512,15 @@ def test_before_postgresql_18_a_trigger_after_a_cascade_runs_as_whoever_changed_
     ids=[
         "no cascade",
         "for INSERT",
-        "an empty path",
-        "the catalog's path",
         "a trigger that is disabled",
         "a function of the catalog",
+        "functions of the catalog in SQL",
+        "a function whose names were found when it was made",
+        "a policy that does not apply to foreign keys",
         "as the caller",
         "a role that only reads",
         "a role that can make no table",
     ],
 )
-def test_another_trigger_is_no_way_around(owner: Connection, app: str, statements: list[str]) -> None:
+def test_other_code_is_no_way_around(owner: Connection, app: str, statements: list[str]) -> None:
     assert found(owner, app, statements) == []

@@ -67,8 +67,11 @@ WAYS = {
         "GRANT EXECUTE ON FUNCTION lo_import(text) TO PUBLIC",
     ],
     "it is a member of pg_monitor, which reads what others run: the tenants that they bind, and documents where a driver "
-    "writes values into its statements; it is a member of pg_read_all_stats, which reads what others run: the tenants "
+    "writes values into its statements; it is a member of pg_read_all_settings, which reads the settings of the server, a "
+    "password in primary_conninfo too; it is a member of pg_read_all_stats, which reads what others run: the tenants "
     "that they bind, and documents where a driver writes values into its statements": ["GRANT pg_monitor TO {app}"],
+    "it is a member of pg_read_all_settings, which reads the settings of the server, a password in primary_conninfo "
+    "too": ["GRANT pg_read_all_settings TO {app}"],
     "it may use what no policy limits (REVOKE DELETE, INSERT, UPDATE ON alembic_version_iot_models FROM {app})": [
         "CREATE TABLE IF NOT EXISTS alembic_version_iot_models (version_num varchar(32))",
         "GRANT SELECT, INSERT, DELETE ON alembic_version_iot_models TO {app}",

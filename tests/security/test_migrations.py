@@ -22,6 +22,7 @@ from tests.migrations.raw_sql import (
     FLEET,
     RAW_075,
     SHADOWS,
+    VERSIONS,
     as_role,
     interrupt_a_downgrade,
     psql,
@@ -718,6 +719,36 @@ def test_what_postgresql_says_reaches_the_terminal_without_control_characters(
     assert main(["upgrade", "--url", database]) == 1
     said = capsys.readouterr().err
     assert r"PostgreSQL says: no \x1b[2J" in said
+    assert "\x1b" not in said
+
+
+def test_a_strangers_name_reaches_the_terminal_of_psql_without_its_control_characters(
+    database: str, attacker: str
+) -> None:
+    name = '"x\x1b[2J\u202e\x9b\nUPGRADE done größe"'
+    migrate.upgrade(database, "078")
+    run_sql(attacker, f"CREATE DOMAIN public.{name} AS text",
+            f"CREATE FUNCTION public.format(public.{name}) RETURNS text LANGUAGE sql AS $$ SELECT 'x' $$")  # fmt: skip
+
+    said = psql(database, migrate.sql("078:head")).stderr
+
+    assert r"x\u001b[2J\u202e\u009b\u000aUPGRADE done größe" in said
+    assert not re.search("\x1b|\u202e|\x9b|^UPGRADE", said, re.MULTILINE)
+
+
+def test_a_strangers_role_reaches_the_terminal_of_psql_without_its_control_characters(
+    database: str, server_role: str
+) -> None:
+    migrate.upgrade(database)
+    run_sql(database, FLEET, SHADOWS, VERSIONS)
+    migrate.downgrade(database, "078")
+    name = f'"{server_role}\x1b[2J"'
+    run_sql(database, f"CREATE ROLE {name}; GRANT TRIGGER ON device_state TO {name}")
+
+    said = psql(database, migrate.sql("078:head")).stderr
+
+    run_sql(database, f"DROP OWNED BY {name} CASCADE; DROP ROLE {name}")
+    assert rf'REVOKE TRIGGER ON device_state FROM "{server_role}\u001b[2J"' in said
     assert "\x1b" not in said
 
 

@@ -14,8 +14,10 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
 from iot_models import ShadowService, cli, migrate
+from iot_models._core.shown_names import looks_like_a_secret
 from iot_models._migrations.command_line import main
 from iot_models.engine import create_async_engine, create_engine, shown
+from pytest_iot_models import _without_pieces
 from tests.databases.alembic_runs import CHECKOUT, run_alembic
 from tests.databases.devices import DEVICE, TENANT, add_device
 from tests.databases.engines import KINDS, Kind
@@ -152,13 +154,64 @@ def test_an_unknown_command_is_told_which_there_are(capsys: pytest.CaptureFixtur
     assert SECRET not in said
 
 
-@pytest.mark.parametrize("arguments", [["show", "{}"], ["history", "{}"], ["register", "d", "{}"], ["remove", "{}"]])
-def test_a_url_in_the_place_of_an_id_is_not_repeated(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "given",
+    [
+        NOWHERE,
+        f" {NOWHERE}",
+        f"jdbc:{NOWHERE}",
+        NOWHERE.replace("postgresql", "POSTGRESQL"),
+        f"postgres//iot:{SECRET}@db/iot",
+        f"mqtt://iot:{SECRET}@db",
+        f"host=127.0.0.1 password = {SECRET}",
+        f"PGPASSWORD={SECRET}",
+    ],
+)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["show", "{}"],
+        ["history", "{}"],
+        ["register", "d", "{}", "--yes"],
+        ["remove", "{}", "--yes"],
+        ["show", "d", "--tenant", "{}"],
+        ["--tenant", "{}", "show", "d"],
+        ["pending", "--after", "{}"],
+        ["patch", "d", "{{}}", "--yes", "--reason", "{}"],
+        ["patch", "d", "{{}}", "--yes", "--request-id", "{}"],
+        ["patch", "d", "{{}}", "--yes", "--actor", "{}"],
+        ["patch", "d", "{}", "--yes"],
+        ["history", "d", "--before", "{}"],
+        ["{}"],
+        ["show", "d", "{}"],
+    ],
+)
+def test_a_url_or_a_password_in_the_place_of_another_argument_is_not_repeated(
+    arguments: list[str], given: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IOT_MODELS_TENANT", "acme")
+    monkeypatch.setenv("IOT_MODELS_DATABASE_URL", NOWHERE)
     with pytest.raises(SystemExit, match="2"):
-        cli.main([argument.format(NOWHERE) for argument in arguments])
+        cli.main([argument.format(given) for argument in arguments])
     printed = capsys.readouterr()
-    assert "pass it as --url" in printed.err
+    assert "error: " in printed.err
     assert SECRET not in printed.out + printed.err
+
+
+def test_a_url_in_the_variable_of_the_tenant_is_not_repeated(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IOT_MODELS_TENANT", NOWHERE)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["show", "d"])
+    printed = capsys.readouterr()
+    assert "the tenant looks like the URL of a database, or a password: pass a URL as --url" in printed.err
+    assert SECRET not in printed.out + printed.err
+
+
+@pytest.mark.parametrize("given", ["see https://tickets.example/17", "urn:dev:1", "pass", "a@b", "host=a", "passwords"])
+def test_other_words_are_no_secrets(given: str) -> None:
+    assert not looks_like_a_secret(given)
 
 
 @pytest.mark.parametrize("option", ["password", "sslpassword", "scram_client_key"])
@@ -573,6 +626,92 @@ def test_what_a_test_prints_or_writes_otherwise_does_not_show_the_password(
     result = pytester.runpytest_inprocess("-p", "no:cacheprovider")
     result.assert_outcomes(failed=3)
     assert SECRET not in result.stdout.str()
+
+
+LONG = "Kq7vXw2mZr9tLp4sYb8nDf3gQw5eRt6y"
+PIECES = [LONG[start : start + 4] for start in range(len(LONG) - 3)]
+
+
+@pytest.mark.repeats
+@pytest.mark.parametrize("color", ["no", "yes"])
+def test_what_is_left_of_a_password_where_pytest_cuts_a_text_is_not_shown(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, color: str
+) -> None:
+    monkeypatch.setenv("IOT_MODELS_TEST_DATABASE_URL", f"postgresql+psycopg://iot_tester:{LONG}@127.0.0.1:9/iot")
+    pytester.makepyfile("""
+        import os
+        import pytest
+        from sqlalchemy import make_url
+
+        URL = os.environ["IOT_MODELS_TEST_DATABASE_URL"]
+        OPTIONS = make_url(URL).translate_connect_args()
+
+        @pytest.mark.parametrize("other", ["db.example", "127.0.0.2", "127.0.0.1:9/other", "Kq7vXw2m:9"])
+        def test_the_same_beginning(other):
+            assert URL == URL.replace("127.0.0.1", other)
+
+        def test_the_same_end():
+            assert URL == "x" * 34 + URL[34:]
+
+        @pytest.mark.parametrize("before", range(0, 110, 4))
+        def test_a_long_text(before):
+            assert URL in ["a" * before + URL + "b" * 150, OPTIONS]
+
+        @pytest.mark.parametrize("before", range(0, 36, 4))
+        def test_a_dict(before):
+            assert {"a" * before: 1, **OPTIONS} == 1
+
+        @pytest.mark.parametrize("before", range(0, 640, 16))
+        def test_many_characters(before):
+            assert "a" * before + URL == "b"
+
+        def test_passwords():
+            assert "a" * 60 + OPTIONS["password"] == "a" * 60 + OPTIONS["password"][:20]
+    """)
+    said = pytester.runpytest_inprocess("-p", "no:cacheprovider", f"--color={color}", "--no-header").stdout.str()
+
+    assert "Skipping" in said
+    assert [piece for piece in PIECES if piece in said.replace("Kq7vXw2m:9", "")] == []
+
+
+def test_pieces_of_a_password_are_hidden_where_something_is_cut_and_nowhere_else() -> None:
+    passwords = ["postgres-Qx7"]
+    for said, expected in (
+        ("postgres, post, and res-Qx7", "postgres, post, and res-Qx7"),
+        ("...res-Qx7@db", "...***@db"),
+        ("'iot:postgres-...'", "'iot:***...'"),
+        ("'iot:postgres-...res-Qx7'", "'iot:***...***'"),
+        ("E    - gres-Q@x", "E    - ***@x"),
+        ("+ iot:postg", "+ iot:***"),
+        ("+ gres-", "+ ***"),
+        ("...gres-@...", "...***@..."),
+        ("..." + "pos@" + "Qx7...", "...pos@Qx7..."),
+    ):
+        assert _without_pieces(said, passwords) == expected
+
+
+def test_a_property_that_a_test_records_does_not_show_the_password(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IOT_MODELS_TEST_DATABASE_URL", NOWHERE)
+    pytester.makepyfile("""
+        import os
+
+        def test_records(record_property):
+            record_property("url", os.environ["IOT_MODELS_TEST_DATABASE_URL"])
+            record_property(os.environ["IOT_MODELS_TEST_DATABASE_URL"], 1)
+            record_property("options", {"password": "hunter2"})
+            record_property("number", 17)
+    """)
+    result = pytester.runpytest_inprocess(
+        "-p", "no:cacheprovider", "--junit-xml=report.xml", "-o", "junit_family=xunit1"
+    )
+
+    result.assert_outcomes(passed=1)
+    recorded = (pytester.path / "report.xml").read_text()
+    assert 'name="number" value="17"' in recorded
+    assert recorded.count("iot:***@127.0.0.1:9") == 2
+    assert SECRET not in recorded
 
 
 def test_a_subtest_does_not_show_the_password(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ Each attack is run, too, as the limited role: an arrangement that lets it reach 
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 import psycopg
@@ -16,13 +17,15 @@ from iot_models import tenancy
 from iot_models._core import ways_around
 from iot_models._migrations import dependents, strangers
 from iot_models.testing import PostgresServer, database
+from tests.databases.backends import await_lock_waits
 from tests.databases.devices import TENANT, add_device
-from tests.databases.tenants import OTHER, isolate, login, rows, run
+from tests.databases.tenants import OFF, OTHER, isolate, login, rows, run, security
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sqlalchemy import Engine
+    from sqlalchemy.engine.interfaces import IsolationLevel
 
 pytestmark = pytest.mark.repeats
 
@@ -58,6 +61,25 @@ HARMFUL = """
     CREATE OR REPLACE FUNCTION mine.same(text) RETURNS text LANGUAGE plpgsql AS $$
       BEGIN INSERT INTO mine.loot SELECT desired_state FROM public.device_state; RETURN $1; END $$;
 """
+# A function of the owner's that reads `known`, and a view that takes the table's place for it.
+KNOWN = """
+    CREATE TABLE known (n int); INSERT INTO known VALUES (1); GRANT SELECT ON known TO PUBLIC;
+    CREATE FUNCTION is_known(text) RETURNS boolean LANGUAGE plpgsql IMMUTABLE {} AS $$
+      BEGIN RETURN (SELECT count(*) > 0 FROM known); END $$;
+"""
+AS_ITS_OWNER = KNOWN.replace("{}", "SECURITY DEFINER")
+AS_ITS_CALLER = KNOWN.replace("{}", "")
+SUPPLANTED = (
+    HARMFUL
+    + """
+    CREATE TEMP VIEW known AS SELECT 1 AS n WHERE mine.same('x') = 'x'; GRANT ALL ON known TO PUBLIC;
+"""
+)
+IS_KNOWN = (
+    "it may put its own tables before those that the function is_known(text) names, which runs as postgres "
+    "(ALTER FUNCTION is_known(text) SET search_path = public, pg_temp)"
+)
+THAT_LOGS = "it may put its own tables before those that the function logs() names, which runs as postgres"
 
 
 class Way(NamedTuple):
@@ -138,6 +160,111 @@ WAYS = {
         + "CREATE TRIGGER t AFTER DELETE ON device_state FOR EACH ROW EXECUTE FUNCTION logs()",
         SHADOWED + REMOVES,
         "it may put its own tables before those that the function logs() names, which runs as postgres",
+    ),
+    "a CHECK of a table whose rows move with the devices": Way(
+        NOTES + AS_ITS_CALLER + "ALTER TABLE notes ADD CHECK (is_known(device_id))", SUPPLANTED + MOVES, IS_KNOWN
+    ),
+    "a CHECK of a domain of such a table": Way(
+        AS_ITS_CALLER
+        + "CREATE DOMAIN known_id AS text CHECK (is_known(VALUE));"
+        + NOTES.replace("device_id text", "device_id known_id"),
+        SUPPLANTED + MOVES,
+        IS_KNOWN,
+    ),
+    "a generated column of such a table": Way(
+        NOTES + AS_ITS_CALLER
+        + "ALTER TABLE notes ADD is_known boolean GENERATED ALWAYS AS (is_known(device_id)) STORED",
+        SUPPLANTED + MOVES,
+        IS_KNOWN,
+    ),
+    "a default that a foreign key sets": Way(
+        AS_ITS_CALLER + "CREATE TABLE notes (tenant_id text, device_id text, "
+        " FOREIGN KEY (tenant_id, device_id) REFERENCES device_state ON DELETE SET DEFAULT (device_id));"
+        "ALTER TABLE notes ALTER device_id SET DEFAULT CASE WHEN is_known('x') THEN NULL END;"
+        "INSERT INTO notes SELECT tenant_id, device_id FROM device_state",
+        SUPPLANTED + REMOVES,
+        IS_KNOWN,
+    ),
+    "the condition of a trigger on such a table": Way(
+        NOTES + AS_ITS_CALLER + LOGS.replace("{}", "SET search_path = public, pg_temp")
+        + "CREATE TRIGGER t AFTER DELETE ON notes FOR EACH ROW WHEN (is_known(OLD.device_id)) EXECUTE FUNCTION logs()",
+        SUPPLANTED + REMOVES,
+        IS_KNOWN,
+    ),
+    "a function that a rule of such a table calls": Way(
+        NOTES + AS_ITS_CALLER + "CREATE TABLE log (b boolean);"
+        "CREATE RULE r AS ON DELETE TO notes DO ALSO INSERT INTO log VALUES (is_known(OLD.device_id))",
+        SUPPLANTED + REMOVES,
+        IS_KNOWN,
+    ),
+    "a trigger of the owner's on what a rule of such a table writes": Way(
+        NOTES + LOGS.replace("{}", "").replace("OLD", "NEW") + "CREATE TABLE ids (device_id text);"
+        "CREATE RULE r AS ON DELETE TO notes DO ALSO INSERT INTO ids VALUES (OLD.device_id);"
+        "CREATE TRIGGER t BEFORE INSERT ON ids FOR EACH ROW EXECUTE FUNCTION logs()",
+        SHADOWED + REMOVES,
+        THAT_LOGS,
+    ),
+    "a trigger in place of what a rule of such a table writes to a view": Way(
+        NOTES + LOGS.replace("{}", "").replace("OLD", "NEW") + "CREATE VIEW ids AS SELECT 'x' AS device_id;"
+        "CREATE RULE r AS ON DELETE TO notes DO ALSO INSERT INTO ids VALUES (OLD.device_id);"
+        "CREATE TRIGGER t INSTEAD OF INSERT ON ids FOR EACH ROW EXECUTE FUNCTION logs()",
+        SHADOWED + REMOVES,
+        THAT_LOGS,
+    ),
+    "a trigger of the owner's for rows that move to another partition": Way(
+        NOTES.replace("UPDATE CASCADE)", "UPDATE CASCADE) PARTITION BY LIST (device_id);"
+                      "CREATE TABLE notes_of_d PARTITION OF notes FOR VALUES IN ('d');"
+                      "CREATE TABLE others PARTITION OF notes DEFAULT")
+        + LOGS.replace("{}", "").replace("OLD", "NEW")
+        + "CREATE TRIGGER t BEFORE INSERT ON notes FOR EACH ROW EXECUTE FUNCTION logs()",
+        SHADOWED + MOVES,
+        THAT_LOGS,
+    ),
+    "a default with the owner's rights": Way(
+        AS_ITS_OWNER + "ALTER TABLE device_state ADD b boolean; ALTER TABLE device_state ALTER b SET DEFAULT is_known('')",
+        SUPPLANTED + BOUND + "INSERT INTO device_state (tenant_id, site_id, device_id) VALUES ('acme', 's', 'more')",
+        IS_KNOWN,
+    ),
+    "a restrictive policy with the owner's rights": Way(
+        AS_ITS_OWNER + "CREATE POLICY p ON device_state AS RESTRICTIVE USING (is_known(tenant_id))",
+        SUPPLANTED + BOUND + "SELECT FROM device_state",
+        IS_KNOWN,
+    ),
+    "the policy of a table that a policy reads": Way(
+        AS_ITS_OWNER + "CREATE TABLE tenants AS SELECT DISTINCT tenant_id FROM device_state;"
+        "GRANT SELECT ON tenants TO {app}; ALTER TABLE tenants ENABLE ROW LEVEL SECURITY;"
+        "CREATE POLICY p ON tenants USING (is_known(tenant_id));"
+        "CREATE POLICY p ON device_state AS RESTRICTIVE USING (tenant_id IN (SELECT tenant_id FROM tenants))",
+        SUPPLANTED + BOUND + "SELECT FROM device_state",
+        IS_KNOWN,
+    ),
+    "a function that one with the owner's rights calls": Way(
+        AS_ITS_CALLER
+        + "CREATE FUNCTION knows() RETURNS boolean LANGUAGE sql SECURITY DEFINER BEGIN ATOMIC SELECT is_known(''); END;"
+        "ALTER TABLE device_state ADD CHECK (knows())",
+        SUPPLANTED + BOUND + "UPDATE device_state SET status = 'x'",
+        IS_KNOWN,
+    ),
+    "an event trigger with the owner's rights": Way(
+        LOGS.replace("{}", "SECURITY DEFINER").replace("RETURNS trigger", "RETURNS event_trigger")
+        .replace("OLD.device_id", "tg_tag").replace("RETURN OLD;", "")
+        + "CREATE EVENT TRIGGER e ON ddl_command_end EXECUTE FUNCTION logs()",
+        SHADOWED + "CREATE TEMP TABLE another ()",
+        THAT_LOGS,
+    ),
+    "a table of the catalog for a function with the owner's rights and an empty path": Way(
+        LOGS.replace("{}", "SECURITY DEFINER SET search_path = ''")
+        .replace("INTO log VALUES (OLD.device_id)", "INTO public.log SELECT rolname FROM pg_roles")
+        + "CREATE TRIGGER t AFTER DELETE ON device_state FOR EACH ROW EXECUTE FUNCTION logs()",
+        SUPPLANTED.replace("1 AS n", "'x' AS rolname").replace("known", "pg_roles") + REMOVES,
+        THAT_LOGS + " (ALTER FUNCTION logs() SET search_path = pg_catalog, pg_temp)",
+    ),
+    "a table of the catalog for a function with the owner's rights and the catalog's path": Way(
+        LOGS.replace("{}", "SECURITY DEFINER SET search_path = pg_catalog")
+        .replace("INTO log VALUES (OLD.device_id)", "INTO public.log SELECT rolname FROM pg_roles")
+        + "CREATE TRIGGER t AFTER DELETE ON device_state FOR EACH ROW EXECUTE FUNCTION logs()",
+        SUPPLANTED.replace("1 AS n", "'x' AS rolname").replace("known", "pg_roles") + REMOVES,
+        THAT_LOGS + " (ALTER FUNCTION logs() SET search_path = pg_catalog, pg_temp)",
     ),
     "an expression of statistics": Way(
         "CREATE STATISTICS s ON (mine.same(device_id)), site_id FROM device_state",
@@ -261,6 +388,51 @@ def test_what_reaches_another_tenants_rows_is_found_before_it_is_used(
 
     assert [line for line in found if line.startswith(said)]
     assert KEPT + OTHER in loot or victims(isolated) != before
+
+
+def test_what_is_committed_while_enable_waits_for_its_lock_is_found(isolated: Engine, server_role: str) -> None:
+    """The right to make a trigger may be gone by then."""
+    group = f"{server_role}_group"
+    trigger = "CREATE TRIGGER t BEFORE UPDATE ON device_state FOR EACH ROW EXECUTE FUNCTION mine.on_a_row()"
+    with isolated.begin() as connection:
+        tenancy.disable(connection, server_role)
+        run(
+            connection, f"CREATE ROLE {group}; GRANT TRIGGER ON device_state TO {group}; GRANT {group} TO {server_role}"
+        )
+    try:
+        with create_engine(login(isolated, server_role), poolclass=NullPool).connect() as attacker:
+            attacker.execute(text(trigger))
+            with isolated.begin() as connection:
+                run(connection, f"REVOKE {group} FROM {server_role}")
+            with ThreadPoolExecutor(1) as pool:
+                enabling = pool.submit(enabled, isolated, server_role)
+                await_lock_waits(isolated, 1)
+                attacker.commit()
+                with pytest.raises(ValueError, match=r"it owns the function mine\.on_a_row\(\)"):
+                    enabling.result()
+        with isolated.begin() as connection:
+            assert security(connection) == OFF
+    finally:
+        with isolated.begin() as connection:
+            run(connection, f"DROP OWNED BY {group} CASCADE; DROP ROLE {group}")
+
+
+def enabled(owner: Engine, role: str) -> None:
+    with owner.begin() as connection:
+        tenancy.enable(connection, role)
+
+
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+def test_a_transaction_that_sees_only_what_was_there_before_it_enables_and_disables_nothing(
+    isolated: Engine, server_role: str, level: IsolationLevel
+) -> None:
+    with isolated.connect().execution_options(isolation_level=level) as connection:
+        with pytest.raises(RuntimeError, match=f"this transaction is {level} and would not see"):
+            tenancy.disable(connection, server_role)
+        connection.rollback()
+        tenancy.enable(connection, server_role)  # it is, and no lock is needed
+    with isolated.begin() as connection:
+        assert tenancy.check(connection, server_role) == []
 
 
 def victims(owner: Engine) -> list[str]:

@@ -25,6 +25,8 @@ from iot_models import ChangePage, CursorExpired, DeviceNotFound, InvalidCursor,
 from iot_models._core import change_cursors
 from tests.databases.devices import TENANT, add_device
 from tests.databases.statements import counted_statements
+from tests.generated.documents import values
+from tests.generated.examples import with_a_database
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -249,7 +251,13 @@ def with_place(*place: object) -> str:
 
 GOOD: list[Any] = [True, 1, "d", 1, None]
 # For each part of a place what it cannot be.
-BAD: list[list[Any]] = [[1, None], [-1, 2**63, 1.0, "1"], [7, "\0", "\ud800"], [-1, 2**63, None], ["x", 1.5]]
+BAD: list[list[Any]] = [
+    [1, None],
+    [-1, 2**63, 1.0, "1", True],
+    [7, "\0", "\ud800"],
+    [-1, 2**63, None, True, False],
+    ["x", 1.5, True],
+]
 NO_CURSORS = [
     *("", "7", "ä", "\0", "\ud800", "AAAA", "x" * 100_000),
     base64.urlsafe_b64encode(b"[" * 10_000).decode(),
@@ -270,6 +278,24 @@ def test_what_is_no_cursor_is_refused_before_anything_is_sent(session: Session, 
     ):
         ShadowService(session, TENANT).changes(after=cursor)
     assert statements == []
+
+
+@with_a_database()
+@given(st.data())
+def test_a_cursor_in_which_anything_is_replaced_is_refused_has_expired_or_is_one(
+    session: Session, data: st.DataObject
+) -> None:
+    place: list[Any] = [*GOOD]
+    parts: list[Any] = [1, TENANT, "o", place, True, []]
+    for _ in range(data.draw(st.integers(1, 3))):
+        whole = data.draw(st.sampled_from([parts, place]))
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.booleans() | st.integers() | values)
+    try:
+        page_of = ShadowService(session, TENANT).changes(after=text_of(*parts))
+    except (InvalidCursor, CursorExpired):
+        pass
+    else:
+        assert page_of.changes == []
 
 
 def test_a_cursor_that_is_none_of_ours_and_looks_like_one_has_expired(session: Session) -> None:
