@@ -182,10 +182,11 @@ def test_the_printed_sql_parks_no_shadow_if_row_level_security_hides_others(
     assert rows_of(url) == before
 
 
+@pytest.mark.parametrize("held", ["d1", "d4"])  # whichever we would come to first
 @pytest.mark.parametrize(("below", "parked"), [("075:076", PARKED), ("078:079", "device_state_refusals_079")])
 @partitioned.needs_one_piece("printed SQL refuses it")
 def test_who_writes_several_devices_while_the_printed_sql_puts_shadows_back_comes_first(
-    shadow_fleet_at_head: str, below: str, parked: str
+    shadow_fleet_at_head: str, below: str, parked: str, held: str
 ) -> None:
     """They lock rows in another order than we do, and the parked table is dropped with its foreign key."""
     url = shadow_fleet_at_head
@@ -197,10 +198,11 @@ def test_who_writes_several_devices_while_the_printed_sql_puts_shadows_back_come
     assert parked in tables_of(url)
     with ThreadPoolExecutor(1) as pool, connected(url) as writer:
         written = text("UPDATE device_state SET site_id = 's9' WHERE device_id = :device")
-        writer.execute(written, {"device": "d3"})
+        writer.execute(written, {"device": held})
         putting_back = pool.submit(raw_sql.psql, url, begin + put_back)
         await_lock_waits(writer.engine, 1)
-        writer.execute(written, {"device": "d1"})
+        for device in ("d1", "d2", "d3", "d4"):
+            writer.execute(written, {"device": device})
         writer.commit()
         done = putting_back.result(timeout=60)
     assert done.returncode == 0, done.stderr
