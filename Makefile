@@ -2,6 +2,8 @@
 # make quick   after each change: the tests of the service and of the pure functions, its core covered whole
 # make test    all tests in parallel, with branch coverage of all code
 # make test-matrix   the migration and service tests on PostgreSQL 15 to 18, and with the oldest libraries admitted
+# make test-distributed   the migrations and the service on a Citus cluster, which IOT_MODELS_TEST_DISTRIBUTED_URL names;
+#              prints where calls of the service differ from those on a plain table
 # make bench   how fast it is, beside the limit and beside what one would write instead; writes benchmarks/results.md
 # make bench-stall   how long a migration keeps a writer waiting; writes benchmarks/stall.md
 # make soak    load with faults for half an hour (MINUTES=30), then proof that nothing was lost; then a fleet behind the MQTT bridge
@@ -27,7 +29,7 @@ PARALLEL = --numprocesses=$(WORKERS) --dist=worksteal
 # Where an environment forbids it, each worker and each command that a test runs would compile all modules anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo quick test test-matrix check lint-sql bench bench-stall soak fuzz breaks revision format clean
+.PHONY: demo quick test test-matrix test-distributed check lint-sql bench bench-stall soak fuzz breaks revision format clean
 
 demo: .venv/installed
 	@$(BIN)/python examples/demo.py
@@ -47,6 +49,13 @@ test: .venv/installed
 
 test-matrix: .venv/installed
 	@$(BIN)/python .ci/matrix.py
+
+# No package has Citus, so the cluster is yours. The tests make schemas of their own in the database, and drop them.
+test-distributed: .venv/installed
+	@test -n "$$IOT_MODELS_TEST_DISTRIBUTED_URL" || { \
+	  echo "test-distributed needs a Citus cluster: set IOT_MODELS_TEST_DISTRIBUTED_URL to the URL of a database on its"; \
+	  echo "coordinator, with the extension, two workers and a superuser"; exit 1; }
+	$(BIN)/python -m pytest --capture=no tests/distributed
 
 bench: .venv/bench
 	@$(BIN)/python benchmarks/bench.py

@@ -481,8 +481,8 @@ BREAKS = [
     Break(
         "the function of a downgrade serves any table",
         "alembic/versions/076_device_shadow.py",
-        "IF TG_RELID <> CAST({table.id} AS oid) THEN",
-        "IF FALSE THEN",
+        "IF TG_RELID <> CAST({table.id} AS oid) AND NOT EXISTS (",
+        "IF FALSE AND NOT EXISTS (",
         ("tests/security/test_migrations.py",),
     ),
     Break(
@@ -544,8 +544,8 @@ BREAKS = [
     Break(
         "a question about rights compares what only a stranger's operator compares",
         "iot_models/_migrations/obstacles.py",
-        "ANY (CAST(CAST(CAST(:tables AS text[]) AS regclass[]) AS oid[]))",
-        "ANY (CAST(CAST(:tables AS text[]) AS regclass[]))",
+        "FROM pg_class c WHERE c.oid = ANY (CAST(CAST(CAST(:tables AS text[]) AS regclass[]) AS oid[]))",
+        "FROM pg_class c WHERE c.oid = ANY (CAST(CAST(:tables AS text[]) AS regclass[]))",
         ("tests/security/test_statements.py",),
     ),
     Break(
@@ -557,9 +557,16 @@ BREAKS = [
     ),
     Break(
         "printed SQL waits for a lock without an end once an index is built",
-        "iot_models/_migrations/operations.py",
+        "iot_models/_migrations/indexes.py",
         """f"SET lock_timeout = '{given.get('lock_timeout', LOCK_TIMEOUT)}'\"""",
         '"RESET lock_timeout"',
+        ("tests/migrations/test_offline.py",),
+    ),
+    Break(
+        "printed SQL puts shadows back row by row, before it has the lock for the table that it drops",
+        "alembic/versions/076_device_shadow.py",
+        'op.iot_models_lock_table("device_state", "ACCESS EXCLUSIVE", where_exists=PARKED)',
+        "pass",
         ("tests/migrations/test_offline.py",),
     ),
     Break(

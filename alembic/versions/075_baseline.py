@@ -103,7 +103,7 @@ def _refuse_rows(table: str) -> None:
     if context.is_offline_mode():
         op.execute(f"""
             DO $$ BEGIN
-              IF EXISTS (SELECT FROM {table}) THEN
+              IF EXISTS (SELECT 1 FROM {table}) THEN
                 RAISE EXCEPTION '{table} holds rows: print this SQL with -x device_state=drop to drop them';
               END IF;
             END $$

@@ -14,6 +14,11 @@ EXCLUSIVE lock, which the copying trigger needs anyway. While shadows are parked
 unless it names both tables. Logical replication fires no cascade: a shadow whose device it removed stays parked, and
 the next upgrade counts it.
 
+Where Citus has distributed `device_state`, the parked table is distributed in the same way, and the rows of one tenant
+are moved at a time, because only these can be locked. Citus has no triggers: the shadows are copied beforehand, and
+what was written meanwhile is copied in the last transaction, which has to compare all shadows for that. It has no ON
+UPDATE CASCADE of the column that distributes either: while shadows are parked, their devices cannot be renamed.
+
 Revision ID: 076
 Revises: 075
 """
@@ -109,6 +114,9 @@ def upgrade() -> None:
         op.iot_models_ensure_index("device_state", *PENDING)
 
     if context.is_offline_mode():
+        # For the DROP of the parked table with its foreign key, and before any row is locked: a transaction that waits
+        # for a row of ours would never let us have it.
+        op.iot_models_lock_table("device_state", "ACCESS EXCLUSIVE", where_exists=PARKED)
         op.iot_models_nobody_makes_triggers(PARKED)
         _put_back_offline()
     elif parked:
@@ -119,25 +127,37 @@ def downgrade() -> None:
     begin()
     discard = context.get_x_argument(as_dictionary=True).get("shadow") == "discard"
     online = not context.is_offline_mode()
+    distributed = op.iot_models_is_distributed("device_state")
     if online and not discard:
         if op.iot_models_table_exists(PARKED):
             op.iot_models_expect_table(PARKED, required=PARKED_COLUMNS, primary_key=KEY)
-        _mirror_new_writes()
+        op.iot_models_lock_table("device_state", "SHARE ROW EXCLUSIVE")
+        _create_parked(COPIES if distributed else SHADOWS)
+        if not distributed:
+            _mirror_new_writes()
         with op.get_context().autocommit_block():
-            _move(op.get_bind(), PARK, "parked")
+            if distributed:
+                _move(op.get_bind(), COPY, "parked", tenants_of="device_state")
+            else:
+                _move(op.get_bind(), PARK, "parked")
 
     # The rest is one transaction, Alembic's. Before it every shadow is in the columns, after it in the parked table,
     # while it runs in both.
     op.iot_models_lock_table("device_state", "ACCESS EXCLUSIVE")
     if discard:
         op.execute(f"DROP TABLE IF EXISTS {PARKED}")
-    elif not online:
-        _park_offline()
-    op.execute(f"DROP TRIGGER IF EXISTS {TRIGGER} ON device_state")
-    op.execute(f"DROP FUNCTION IF EXISTS {TRIGGER}()")
+    elif distributed or not online:
+        _create_parked(SHADOWS)
+        _park_what_differs()
+    op.execute(f"DROP FUNCTION IF EXISTS {TRIGGER}() CASCADE")  # with its trigger; Citus refuses a DROP TRIGGER
     op.execute(f"DROP INDEX IF EXISTS {PENDING[0]}")
     op.execute("ALTER TABLE device_state " + ", ".join(f"DROP COLUMN IF EXISTS {name}" for name in COLUMNS))
-    if online and not discard and not op.get_bind().scalar(text(f"SELECT EXISTS (SELECT FROM {PARKED})")):
+    if (
+        online
+        and not discard
+        and not distributed
+        and not op.get_bind().scalar(text(f"SELECT EXISTS (SELECT 1 FROM {PARKED})"))
+    ):
         op.execute(f"DROP TABLE {PARKED}")
 
 
@@ -148,7 +168,12 @@ def _never_written(row: str) -> str:
     )
 
 
-def _create_parked() -> None:
+# What the parked table says of itself.
+SHADOWS = "Shadows that the downgrade from 076 parked. The next upgrade puts them back."
+COPIES = "Copies of shadows: a downgrade from 076 is at work, or was interrupted."
+
+
+def _create_parked(comment: str) -> None:
     op.execute(f"""
         CREATE TABLE IF NOT EXISTS {PARKED} (
           tenant_id         TEXT NOT NULL,
@@ -161,9 +186,8 @@ def _create_parked() -> None:
           PRIMARY KEY (tenant_id, device_id)
         )
     """)
-    op.execute(
-        f"COMMENT ON TABLE {PARKED} IS 'Shadows that the downgrade from 076 parked. The next upgrade puts them back.'"
-    )
+    op.iot_models_distribute(PARKED, beside="device_state")
+    op.execute(f"COMMENT ON TABLE {PARKED} IS '{comment}'")
     _give_to_the_owner("TABLE", PARKED)
     # It has the shadows of all tenants, and is its owner's alone: default privileges may let the application read new
     # tables, and without a policy a role with BYPASSRLS would still see rows.
@@ -188,9 +212,14 @@ def _create_parked() -> None:
              WHERE conrelid = to_regclass('{PARKED}')::oid AND confrelid = to_regclass('device_state')::oid)
           THEN
             DELETE FROM {PARKED} p WHERE NOT EXISTS (
-              SELECT FROM device_state d WHERE (d.tenant_id, d.device_id) = (p.tenant_id, p.device_id));
-            ALTER TABLE {PARKED} ADD FOREIGN KEY (tenant_id, device_id) REFERENCES device_state (tenant_id, device_id)
-              ON DELETE CASCADE ON UPDATE CASCADE;
+              SELECT 1 FROM device_state d WHERE (d.tenant_id, d.device_id) = (p.tenant_id, p.device_id));
+            BEGIN
+              ALTER TABLE {PARKED} ADD FOREIGN KEY (tenant_id, device_id)
+                REFERENCES device_state (tenant_id, device_id) ON DELETE CASCADE ON UPDATE CASCADE;
+            EXCEPTION WHEN feature_not_supported OR invalid_foreign_key THEN  -- Citus
+              ALTER TABLE {PARKED} ADD FOREIGN KEY (tenant_id, device_id)
+                REFERENCES device_state (tenant_id, device_id) ON DELETE CASCADE;
+            END;
           END IF;
         END $$
     """)
@@ -236,10 +265,9 @@ def _mirror_new_writes() -> None:
 
     By a trigger, because the copying must not block writers and the last transaction must not have to read the table.
     Its function runs with the rights of its owner, because the application's role has none on the parked table. So it
-    has to be safe by itself: nobody else may execute it, and as a trigger of another table it refuses to run.
+    has to be safe by itself: nobody else may execute it, and as a trigger of another table it refuses to run. The
+    triggers of partitions are made by PostgreSQL.
     """
-    op.iot_models_lock_table("device_state", "SHARE ROW EXCLUSIVE")
-    _create_parked()
     table = (
         op.get_bind()
         .execute(
@@ -256,7 +284,10 @@ def _mirror_new_writes() -> None:
         CREATE OR REPLACE FUNCTION {TRIGGER}() RETURNS trigger
         LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, {schema}, pg_temp AS $$
         BEGIN
-          IF TG_RELID <> CAST({table.id} AS oid) THEN
+          IF TG_RELID <> CAST({table.id} AS oid) AND NOT EXISTS (
+            SELECT FROM pg_partition_ancestors(CAST(TG_RELID AS regclass)) AS of
+             WHERE CAST(of.relid AS oid) = CAST({table.id} AS oid))
+          THEN
             RAISE insufficient_privilege USING MESSAGE = '{TRIGGER}() is for device_state alone';
           END IF;
           IF {_never_written("NEW")} THEN
@@ -291,6 +322,7 @@ def _mirror_new_writes() -> None:
 # locked, which a later round takes. So they never wait while they hold a lock, and cannot be part of a deadlock.
 # A page reads one table by its primary key and joins the other table to these keys only (MATERIALIZED). New columns
 # have no statistics, so the planner would expect a join of both tables to return one row.
+# `<of d>` and `<of p>` limit a table to one tenant where it is distributed: Citus has to see it for each table.
 
 EQUAL = " AND ".join(f"p.{name} IS NOT DISTINCT FROM d.{name}" for name in COLUMNS)
 
@@ -314,26 +346,41 @@ PARK = f"""
     SELECT tenant_id, device_id, (SELECT count(*) FROM found) AS found, (SELECT count(*) FROM moved) AS moved
       FROM page ORDER BY tenant_id DESC, device_id DESC LIMIT 1
 """
+# The same where the table is distributed. It takes what it finds: what is written later, or locked by who removes the
+# device, is parked in the last transaction.
+COPY = f"""
+    WITH page AS MATERIALIZED (
+      SELECT tenant_id, device_id, {NAMES} FROM device_state d
+       WHERE <behind><of d> AND NOT ({_never_written("d")})
+       ORDER BY tenant_id, device_id LIMIT {PAGE}
+         FOR KEY SHARE OF d SKIP LOCKED),
+    moved AS (
+      INSERT INTO {PARKED} (tenant_id, device_id, {NAMES}) SELECT tenant_id, device_id, {NAMES} FROM page
+          ON CONFLICT (tenant_id, device_id) DO UPDATE SET {OVERWRITE}
+          RETURNING 1)
+    SELECT tenant_id, device_id, (SELECT count(*) FROM page) AS found, (SELECT count(*) FROM moved) AS moved
+      FROM page ORDER BY tenant_id DESC, device_id DESC LIMIT 1
+"""
 # A shadow that was written since the downgrade is kept. The division fails, and so undoes the page, if a trigger of the
 # team suppressed the UPDATE of a row whose parked copy this statement deletes.
 PUT_BACK = f"""
     WITH page AS MATERIALIZED (
-      SELECT tenant_id, device_id FROM {PARKED}
-       WHERE <behind>
+      SELECT tenant_id, device_id FROM {PARKED} p
+       WHERE <behind><of p>
        ORDER BY tenant_id, device_id LIMIT {PAGE}),
     found AS MATERIALIZED (
       SELECT tenant_id, device_id FROM page JOIN device_state d USING (tenant_id, device_id)
-       WHERE {_never_written("d")}),
+       WHERE {_never_written("d")}<of d>),
     free AS MATERIALIZED (
       SELECT tenant_id, device_id FROM device_state d JOIN found USING (tenant_id, device_id)
-       WHERE {_never_written("d")}
+       WHERE {_never_written("d")}<of d>
          FOR NO KEY UPDATE OF d SKIP LOCKED),
     taken AS (
-      DELETE FROM {PARKED} p USING free WHERE (p.tenant_id, p.device_id) = (free.tenant_id, free.device_id)
+      DELETE FROM {PARKED} p USING free WHERE (p.tenant_id, p.device_id) = (free.tenant_id, free.device_id)<of p>
           RETURNING p.*),
     moved AS (
       UPDATE device_state d SET {", ".join(f"{name} = taken.{name}" for name in COLUMNS)}
-        FROM taken WHERE (d.tenant_id, d.device_id) = (taken.tenant_id, taken.device_id)
+        FROM taken WHERE (d.tenant_id, d.device_id) = (taken.tenant_id, taken.device_id)<of d>
           RETURNING 1)
     SELECT tenant_id, device_id, (SELECT count(*) FROM found) AS found, (SELECT count(*) FROM moved) AS moved,
            1 / CAST((SELECT count(*) FROM taken) = (SELECT count(*) FROM moved) AS integer) AS whole
@@ -341,8 +388,14 @@ PUT_BACK = f"""
 """
 
 
-def _move(connection, statement: str, done: str) -> None:  # noqa: ANN001 - a Connection
-    """Run the statement of a page until nothing is left to move, and log the progress every two seconds."""
+def _move(connection, statement: str, done: str, tenants_of: str | None = None) -> None:  # noqa: ANN001 - a Connection
+    """Run the statement of a page until nothing is left to move, and log the progress every two seconds.
+
+    `tenants_of` names the table whose tenants are moved one after another; None: all rows in one sequence.
+    """
+    for table in "dp":
+        one = f" AND {table}.tenant_id = CAST(:of AS text)" if tenants_of else ""
+        statement = statement.replace(f"<of {table}>", one)
     first = text(statement.replace("<behind>", "TRUE"))
     further = text(
         statement.replace("<behind>", "(tenant_id, device_id) > (CAST(:tenant AS text), CAST(:device AS text))")
@@ -352,14 +405,19 @@ def _move(connection, statement: str, done: str) -> None:  # noqa: ANN001 - a Co
     pause = FIRST_PAUSE
     for _ in range(ROUNDS):
         held = 0
-        page = connection.execute(first).one_or_none()
-        while page is not None:
-            total += page.moved
-            held += page.found - page.moved
-            if time.monotonic() >= report_at:
-                log.info("%s shadows %s so far", f"{total:,}", done)
-                report_at += PROGRESS_EVERY
-            page = connection.execute(further, {"tenant": page.tenant_id, "device": page.device_id}).one_or_none()
+        # A tenant that comes later has no shadows yet, or they are copied in the last transaction.
+        tenants = connection.scalars(text(f"SELECT DISTINCT tenant_id FROM {tenants_of}")).all() if tenants_of else [""]
+        for tenant in sorted(tenants):
+            only = {"of": tenant} if tenants_of else {}
+            page = connection.execute(first, only).one_or_none()
+            while page is not None:
+                total += page.moved
+                held += page.found - page.moved
+                if time.monotonic() >= report_at:
+                    log.info("%s shadows %s so far", f"{total:,}", done)
+                    report_at += PROGRESS_EVERY
+                behind = {"tenant": page.tenant_id, "device": page.device_id}
+                page = connection.execute(further, only | behind).one_or_none()
         if not held:
             log.info("%s shadows %s", f"{total:,}", done)
             return
@@ -374,8 +432,9 @@ def _move(connection, statement: str, done: str) -> None:  # noqa: ANN001 - a Co
 
 
 def _put_back(connection) -> None:  # noqa: ANN001 - a Connection
+    distributed = op.iot_models_is_distributed("device_state")
     try:
-        _move(connection, PUT_BACK, "put back")
+        _move(connection, PUT_BACK, "put back", tenants_of=PARKED if distributed else None)
     except DBAPIError as error:
         if getattr(error.orig, "sqlstate", None) != DIVISION_BY_ZERO:
             raise
@@ -388,6 +447,7 @@ def _put_back(connection) -> None:  # noqa: ANN001 - a Connection
 def _report_what_stays(connection) -> None:  # noqa: ANN001 - a Connection
     left = connection.scalar(text(f"SELECT count(*) FROM {PARKED}"))
     if not left:
+        op.iot_models_lock_table("device_state", "ACCESS EXCLUSIVE")  # before the parked table, as who removes a device
         op.execute(f"DROP TABLE {PARKED}")
         return
     log.warning(
@@ -408,7 +468,7 @@ def _put_back_offline() -> None:
                 FROM {PARKED} p WHERE {keys} AND {_never_written("d")}
               RETURNING d.tenant_id, d.device_id)
             DELETE FROM {PARKED} p USING moved d WHERE {keys};
-            IF EXISTS (SELECT FROM {PARKED}) THEN
+            IF EXISTS (SELECT 1 FROM {PARKED}) THEN
               RAISE WARNING USING MESSAGE = pg_catalog.concat(
                 (SELECT count(*) FROM {PARKED}), ' parked shadows stay in {PARKED}: their devices have a newer shadow, '
                 'or were removed by logical replication');
@@ -420,16 +480,22 @@ def _put_back_offline() -> None:
     """)
 
 
-def _park_offline() -> None:
-    _create_parked()
+def _park_what_differs() -> None:
+    """Park all shadows in one transaction, but those that were copied already and are the same since."""
     op.execute(f"""
         INSERT INTO {PARKED} (tenant_id, device_id, {NAMES})
-        SELECT tenant_id, device_id, {NAMES} FROM device_state d WHERE NOT ({_never_written("d")})
+        SELECT d.tenant_id, d.device_id, {", ".join(f"d.{name}" for name in COLUMNS)}
+          FROM device_state d LEFT JOIN {PARKED} p ON (p.tenant_id, p.device_id) = (d.tenant_id, d.device_id)
+         WHERE NOT ({_never_written("d")}) AND (p.tenant_id IS NULL OR NOT ({EQUAL}))
         ON CONFLICT (tenant_id, device_id) DO UPDATE SET {OVERWRITE}
     """)
     op.execute(f"""
+        DELETE FROM {PARKED} p USING device_state d
+         WHERE (d.tenant_id, d.device_id) = (p.tenant_id, p.device_id) AND {_never_written("d")}
+    """)
+    op.execute(f"""
         DO $$ BEGIN
-          IF NOT EXISTS (SELECT FROM {PARKED}) THEN
+          IF NOT EXISTS (SELECT 1 FROM {PARKED}) THEN
             DROP TABLE {PARKED};
           END IF;
         END $$

@@ -34,9 +34,15 @@ ADDS = {"device_state": {"indexes": dict([PENDING_BY_DEVICE])}}
 # It leaves a quarter of a page free, 2 KB. That is room for the longest row: PostgreSQL stores the documents of a
 # longer one out of line.
 FILLFACTOR = 75
-FOUND = """
-    SELECT FROM pg_class c, pg_options_to_table(c.reloptions) o
-     WHERE c.oid = to_regclass('device_state')::oid AND o.option_name = 'fillfactor'
+# The table, or each of its partitions that has rows, with the fillfactor that it has.
+STORED = """
+    SELECT CAST(CAST(c.oid AS regclass) AS text) AS name,
+           (SELECT o.option_value FROM pg_options_to_table(c.reloptions) o WHERE o.option_name = 'fillfactor') AS found
+      FROM pg_class c
+     WHERE CAST(c.relkind AS text) = 'r' AND c.oid IN (
+             SELECT to_regclass('device_state')::oid
+             UNION ALL
+             SELECT CAST(relid AS oid) FROM pg_catalog.pg_partition_tree(to_regclass('device_state')) AS partition)
 """
 
 
@@ -59,10 +65,12 @@ def upgrade() -> None:
 
     op.iot_models_lock_table("device_state", "SHARE UPDATE EXCLUSIVE")  # the lock of VACUUM: no writer waits for it
     op.execute(f"""
-        DO $$ BEGIN
-          IF NOT EXISTS ({FOUND}) THEN
-            ALTER TABLE device_state SET (fillfactor = {FILLFACTOR});
-          END IF;
+        DO $$
+        DECLARE stored record;
+        BEGIN
+          FOR stored IN SELECT s.name FROM ({STORED}) AS s WHERE s.found IS NULL LOOP
+            EXECUTE 'ALTER TABLE ' || stored.name || ' SET (fillfactor = {FILLFACTOR})';
+          END LOOP;
         END $$
     """)
 
@@ -78,9 +86,11 @@ def downgrade() -> None:
     op.execute(f"DROP INDEX IF EXISTS {PENDING_BY_DEVICE[0]}")
     # Another value of the fillfactor was set by a team.
     op.execute(f"""
-        DO $$ BEGIN
-          IF EXISTS ({FOUND} AND o.option_value = '{FILLFACTOR}') THEN
-            ALTER TABLE device_state RESET (fillfactor);
-          END IF;
+        DO $$
+        DECLARE stored record;
+        BEGIN
+          FOR stored IN SELECT s.name FROM ({STORED}) AS s WHERE s.found = '{FILLFACTOR}' LOOP
+            EXECUTE 'ALTER TABLE ' || stored.name || ' RESET (fillfactor)';
+          END LOOP;
         END $$
     """)

@@ -117,6 +117,8 @@ def upgrade() -> None:
           PRIMARY KEY (tenant_id, device_id, desired_version)
         )
     """)
+    # Before anything is granted or secured: Citus copies that to the machines.
+    op.iot_models_distribute(HISTORY, beside="device_state")
     op.execute(f"""
         DO $$ BEGIN
           IF to_regclass('{PARKED}') IS NOT NULL THEN
@@ -153,7 +155,7 @@ def downgrade() -> None:
         return
     op.execute(f"""
         DO $$ BEGIN
-          IF EXISTS (SELECT FROM {HISTORY}) THEN
+          IF EXISTS (SELECT 1 FROM {HISTORY}) THEN
             ALTER TABLE {HISTORY} RENAME TO {PARKED};
             ALTER TABLE {PARKED} ENABLE ROW LEVEL SECURITY;
             COMMENT ON TABLE {PARKED} IS '{SHUT}';

@@ -95,9 +95,13 @@ def upgrade() -> None:
         op.iot_models_ensure_index("device_state", *REFUSED)
 
     if context.is_offline_mode():
+        # For the DROP of the parked table with its foreign key, and before any row is locked: a transaction that waits
+        # for a row of ours would never let us have it.
+        op.iot_models_lock_table("device_state", "ACCESS EXCLUSIVE", where_exists=PARKED)
         op.iot_models_nobody_makes_triggers(PARKED)
         _put_back_offline()
     elif parked:
+        op.iot_models_lock_table("device_state", "ACCESS EXCLUSIVE")  # before the parked table, as who removes a device
         op.execute(f"DROP TABLE {PARKED}")
 
 
@@ -123,6 +127,7 @@ def _park() -> None:
           PRIMARY KEY (tenant_id, device_id)
         )
     """)
+    op.iot_models_distribute(PARKED, beside="device_state")
     op.execute(
         f"COMMENT ON TABLE {PARKED} IS 'Refusals that the downgrade from 079 parked. The next upgrade puts them back.'"
     )
@@ -152,7 +157,7 @@ def _park() -> None:
         DO $$ BEGIN
           INSERT INTO {PARKED} ({NAMES}) SELECT {NAMES} FROM device_state
            WHERE refused_version = desired_version AND desired_version > reported_version;
-          IF NOT EXISTS (SELECT FROM {PARKED}) THEN
+          IF NOT EXISTS (SELECT 1 FROM {PARKED}) THEN
             DROP TABLE {PARKED};
           END IF;
         END $$
@@ -165,24 +170,27 @@ SAME = (
     "AND d.shadow_updated_at IS NOT DISTINCT FROM p.shadow_updated_at"
 )
 # A page, with its rows locked but those that a writer has locked; a later round takes these. So it never waits while it
-# holds a lock. What is left belongs to no device any more.
+# holds a lock. What is left belongs to no device any more. `<of d>` and `<of p>` limit a table to one tenant where
+# it is distributed: Citus locks no others at a time.
 PUT_BACK = f"""
     WITH page AS MATERIALIZED (
-      SELECT tenant_id, device_id FROM {PARKED}
-       WHERE <behind>
+      SELECT tenant_id, device_id FROM {PARKED} p
+       WHERE <behind><of p>
        ORDER BY tenant_id, device_id LIMIT {PAGE}),
     found AS MATERIALIZED (
-      SELECT tenant_id, device_id FROM page JOIN device_state d USING (tenant_id, device_id)),
+      SELECT tenant_id, device_id FROM page JOIN device_state d USING (tenant_id, device_id)
+       WHERE TRUE<of d>),
     free AS MATERIALIZED (
       SELECT d.tenant_id, d.device_id FROM found JOIN device_state d USING (tenant_id, device_id)
+       WHERE TRUE<of d>
          FOR NO KEY UPDATE OF d SKIP LOCKED),
     taken AS (
-      DELETE FROM {PARKED} p USING free WHERE (p.tenant_id, p.device_id) = (free.tenant_id, free.device_id)
+      DELETE FROM {PARKED} p USING free WHERE (p.tenant_id, p.device_id) = (free.tenant_id, free.device_id)<of p>
           RETURNING p.*),
     moved AS (
       UPDATE device_state d SET {", ".join(f"{name} = taken.{name}" for name in COLUMNS)}
         FROM taken WHERE (d.tenant_id, d.device_id) = (taken.tenant_id, taken.device_id)
-         AND {SAME.replace("p.", "taken.")}
+         AND {SAME.replace("p.", "taken.")}<of d>
           RETURNING 1)
     SELECT tenant_id, device_id, (SELECT count(*) FROM found) - (SELECT count(*) FROM free) AS held,
            (SELECT count(*) FROM moved) AS moved
@@ -191,23 +199,32 @@ PUT_BACK = f"""
 
 
 def _put_back(connection) -> None:  # noqa: ANN001 - a Connection
-    first = text(PUT_BACK.replace("<behind>", "TRUE"))
+    by_tenant = op.iot_models_is_distributed("device_state")
+    statement = PUT_BACK
+    for table in "dp":
+        one = f" AND {table}.tenant_id = CAST(:of AS text)" if by_tenant else ""
+        statement = statement.replace(f"<of {table}>", one)
+    first = text(statement.replace("<behind>", "TRUE"))
     further = text(
-        PUT_BACK.replace("<behind>", "(tenant_id, device_id) > (CAST(:tenant AS text), CAST(:device AS text))")
+        statement.replace("<behind>", "(tenant_id, device_id) > (CAST(:tenant AS text), CAST(:device AS text))")
     )
     total = 0
     report_at = time.monotonic() + PROGRESS_EVERY
     pause = FIRST_PAUSE
     for _ in range(ROUNDS):
         held = 0
-        page = connection.execute(first).one_or_none()
-        while page is not None:
-            total += page.moved
-            held += page.held
-            if time.monotonic() >= report_at:
-                log.info("%s refusals put back so far", f"{total:,}")
-                report_at += PROGRESS_EVERY
-            page = connection.execute(further, {"tenant": page.tenant_id, "device": page.device_id}).one_or_none()
+        tenants = connection.scalars(text(f"SELECT DISTINCT tenant_id FROM {PARKED}")).all() if by_tenant else [""]
+        for tenant in sorted(tenants):
+            only = {"of": tenant} if by_tenant else {}
+            page = connection.execute(first, only).one_or_none()
+            while page is not None:
+                total += page.moved
+                held += page.held
+                if time.monotonic() >= report_at:
+                    log.info("%s refusals put back so far", f"{total:,}")
+                    report_at += PROGRESS_EVERY
+                behind = {"tenant": page.tenant_id, "device": page.device_id}
+                page = connection.execute(further, only | behind).one_or_none()
         if not held:
             log.info("%s refusals put back", f"{total:,}")
             return

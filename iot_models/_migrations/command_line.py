@@ -35,7 +35,7 @@ if the upgrade says that device_state is not the table that it expects (X is a c
   another primary key           CREATE UNIQUE INDEX CONCURRENTLY i ON device_state (tenant_id, device_id), then
                                 DROP CONSTRAINT of the old one, ADD PRIMARY KEY USING INDEX i
   another index has the name    ALTER INDEX ... RENAME TO ...; the upgrade builds the expected one
-  no plain table                a view or a partitioned table cannot be migrated"""
+  no table                      a view or a foreign table cannot be migrated; a partitioned table can"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ from iot_models._core.database_errors import (
     READ_ONLY_SQL_TRANSACTION,
     sqlstate,
 )
+from iot_models._migrations.places import Place, place
 from iot_models.models import DEFINED
 from iot_models.models import HISTORY as DEFINED_HISTORY
 
@@ -108,18 +109,22 @@ def _differences(connection: Connection, table: Table, temporary: Table) -> list
         raise CommandError(f"{str(error.orig).strip()}; {refusal}") from error
     of_table = "" if table is DEFINED else f" of {table.name}"
     return [
-        f"{item}{of_table} is {actual[item]}: the models have {definition}"
-        if item in actual
-        else f"{item}{of_table} is missing: the models have {definition}{_way_to(connection, table, item, definition)}"
+        f"{item}{of_table} is {actual.get(item, 'missing')}: the models have {definition}"
+        f"{_way_to(connection, table, item, definition, actual.get(item))}"
         for item, definition in expected.items()
         if actual.get(item) != definition
     ]
 
 
-def _way_to(connection: Connection, table: Table, item: str, definition: str) -> str:
-    """How a missing index is made, at head, where no upgrade makes it any more."""
+def _way_to(connection: Connection, table: Table, item: str, definition: str, actual: str | None) -> str:
+    """How an index that is missing or INVALID is made, at head, where no upgrade makes it any more."""
     kind, _, name = item.partition(" ")
-    if kind != "index":
+    partitioned = place(connection, table.name) is Place.PARTITIONED
+    if actual and actual.startswith("INVALID"):  # also one that Citus marked so, because it was to be built again
+        if partitioned:
+            return f"; make an index of each partition that lacks it, and ALTER INDEX {name} ATTACH PARTITION for each"
+        return f"; REINDEX INDEX CONCURRENTLY {name} mends it"
+    if kind != "index" or actual:
         return ""
     taken_by = connection.scalar(
         text("""
@@ -132,8 +137,14 @@ def _way_to(connection: Connection, table: Table, item: str, definition: str) ->
     )
     if taken_by:
         return f"; its name is taken by {taken_by}: rename or drop that first"
-    unique = "UNIQUE " * definition.startswith("UNIQUE ")
-    return f"; CREATE {unique}INDEX CONCURRENTLY {name} ON {table.name} USING {definition.removeprefix('UNIQUE ')}"
+    create = f"CREATE {'UNIQUE ' * definition.startswith('UNIQUE ')}INDEX"
+    using = f"USING {definition.removeprefix('UNIQUE ')}"
+    if partitioned:
+        return (
+            f"; {create} {name} ON ONLY {table.name} {using}, then {create} CONCURRENTLY on each partition, and "
+            f"ALTER INDEX {name} ATTACH PARTITION for each"
+        )
+    return f"; {create} CONCURRENTLY {name} ON {table.name} {using}"
 
 
 def _items(connection: Connection, table: int) -> dict[str, str]:

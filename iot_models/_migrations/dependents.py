@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 # The table and the trigger that the downgrade from 076 creates.
 PARKED: Final = "device_state_shadow_076"
 TRIGGER: Final = "device_state_shadow_076_park"
+# What the parked table says of itself until a downgrade that copies without a trigger has finished.
+COPIES: Final = "Copies of shadows: a downgrade from 076 is at work, or was interrupted."
 # What the downgrades from 078 and 079 park.
 PARKED_HISTORY: Final = "device_shadow_history_078"
 PARKED_REFUSALS: Final = "device_state_refusals_079"
@@ -59,7 +61,8 @@ _DEPENDENTS: Final = text("""
                pg_catalog.format('ALTER TABLE %s DROP COLUMN %I', c.oid::regclass, a.attname)
              WHEN o.classid = 'pg_class'::regclass::oid THEN
                pg_catalog.format('DROP %s %s', CASE CAST(c.relkind AS text)
-                 WHEN 'v' THEN 'VIEW' WHEN 'm' THEN 'MATERIALIZED VIEW' WHEN 'i' THEN 'INDEX' WHEN 'S' THEN 'SEQUENCE'
+                 WHEN 'v' THEN 'VIEW' WHEN 'm' THEN 'MATERIALIZED VIEW' WHEN 'i' THEN 'INDEX' WHEN 'I' THEN 'INDEX'
+                 WHEN 'S' THEN 'SEQUENCE'
                  WHEN 'f' THEN 'FOREIGN TABLE' ELSE 'TABLE' END, c.oid::regclass)
              WHEN o.classid = 'pg_constraint'::regclass::oid THEN
                pg_catalog.format('ALTER TABLE %s DROP CONSTRAINT %I', k.conrelid::regclass, k.conname)
@@ -87,9 +90,15 @@ _DEPENDENTS: Final = text("""
       LEFT JOIN pg_publication_rel l ON o.classid = 'pg_publication_rel'::regclass::oid AND l.oid = o.objid
       LEFT JOIN pg_publication b ON b.oid = l.prpubid
      -- Ours: the indexes that the downgrade drops, the copying trigger, and the parked table with its foreign key.
-     WHERE NOT (c.relkind IS NOT NULL AND CAST(c.relkind AS text) = 'i' AND c.relname = ANY (CAST(:indexes AS text[])))
+     WHERE NOT (c.relkind IS NOT NULL AND CAST(c.relkind AS text) IN ('i', 'I')
+                  AND c.relname = ANY (CAST(:indexes AS text[])))
        AND coalesce(NOT (t.tgrelid = (SELECT oid FROM ours) AND t.tgname = CAST(:trigger AS text)), TRUE)
        AND coalesce(k.conrelid <> to_regclass(CAST(:parked AS text))::oid, TRUE)
+       -- What a partition has from its parent, and the partitions themselves.
+       AND NOT (coalesce(c.relispartition, FALSE) AND o.objsubid = 0)
+       AND coalesce(t.tgparentid = CAST(0 AS oid), TRUE)
+       AND coalesce(k.conparentid = CAST(0 AS oid) AND (k.conislocal OR k.contypid <> CAST(0 AS oid)), TRUE)
+       AND coalesce(a.attinhcount = 0, TRUE)
      ORDER BY 1
 """)
 

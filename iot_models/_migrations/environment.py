@@ -19,6 +19,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from iot_models._core.database_errors import LOCK_NOT_AVAILABLE, sqlstate
 from iot_models._migrations import history
+from iot_models._migrations import indexes as _indexes  # noqa: F401 - it registers what the revisions use
 from iot_models._migrations.comparison import TABLE
 from iot_models._migrations.deployers import stop_being_a_deployer, wait_for_other_deployers
 from iot_models._migrations.obstacles import (

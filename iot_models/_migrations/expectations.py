@@ -115,9 +115,22 @@ def _additions(table: str, since: str) -> tuple[dict[str, Column], dict[str, str
     return columns, indexes
 
 
+# Printed SQL knows no partitions, and PostgreSQL builds the index of all of them under a lock only.
+_NOT_PARTITIONED: Final = """
+    DO $$ BEGIN
+      IF EXISTS (SELECT FROM pg_class c
+                  WHERE c.oid = to_regclass('{table}')::oid AND CAST(c.relkind AS text) = 'p') THEN
+        RAISE EXCEPTION
+          '{table} is partitioned, and printed SQL builds no indexes on partitions: migrate it online';
+      END IF;
+    END $$
+"""
+
+
 @Operations.implementation_for(ExpectTable)
 def _expect_table(operations: Operations, operation: ExpectTable) -> None:
     if operations.get_context().as_sql:
+        operations.execute(_NOT_PARTITIONED.format(table=operation.table))
         return
     found = list(differences(operations.get_bind(), operation.table, **operation.expected))
     if found:
@@ -147,8 +160,8 @@ def differences(
     if kind is None:
         yield "it does not exist"
         return
-    if kind != "r":
-        yield f"it is no plain table (pg_class.relkind is {kind!r}, expected 'r')"
+    if kind not in {"r", "p"}:
+        yield f"it is no table (pg_class.relkind is {kind!r}, expected 'r', or 'p' for a partitioned one)"
         return
     actual = {
         row.name: (row.type, row.not_null, row.default)

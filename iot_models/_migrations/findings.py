@@ -21,7 +21,9 @@ from iot_models._migrations.obstacles import (
     SHADOWS,
     Plan,
     interrupted_downgrade,
+    misplaced_tables,
     obstacles,
+    on_a_worker,
     row_security_hides,
 )
 from iot_models._migrations.version_table import unknown
@@ -72,6 +74,9 @@ def examine(target: Target, options: Options, *, roles: Iterable[str] = ()) -> F
 
     def answer(revision: str | None, connection: Connection) -> Findings:
         database = f"database {connection.scalar(text('SELECT current_database()'))}"
+        if at := on_a_worker(connection):
+            there = f"{database} is on a worker of a Citus cluster, and its revision on the coordinator: check {at}"
+            return Findings([escaped(there)], "", [])
         at_head = revision == head
         interrupted = interrupted_downgrade(connection)
         problems = [
@@ -104,7 +109,7 @@ def _tenancy(connection: Connection, role: str) -> list[str]:
 
 
 def _differences(connection: Connection) -> list[str]:
-    return [*differences(connection), *unfit(connection, TABLE, COLUMNS)]
+    return [*differences(connection), *unfit(connection, TABLE, COLUMNS), *misplaced_tables(connection)]
 
 
 def _stops_upgrade(connection: Connection, revision: str | None, scripts: list[Script]) -> list[str]:
@@ -175,7 +180,7 @@ def _parked_in(connection: Connection, what: str, table: str, why: str) -> list[
     readable = connection.scalar(
         text(
             "SELECT has_table_privilege(oid, 'SELECT') FROM pg_class "
-            "WHERE oid = to_regclass(CAST(:table AS text))::oid AND relkind = 'r'"
+            "WHERE oid = to_regclass(CAST(:table AS text))::oid AND CAST(relkind AS text) IN ('r', 'p')"
         ),
         {"table": table},
     )

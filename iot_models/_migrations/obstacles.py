@@ -17,6 +17,7 @@ from iot_models._core.shown_names import escaped, escaped_in_sql
 from iot_models._migrations import expectations
 from iot_models._migrations.comparison import HISTORY, KEY, TABLE
 from iot_models._migrations.dependents import (
+    COPIES,
     PARKED,
     PARKED_HISTORY,
     PARKED_REFUSALS,
@@ -26,6 +27,7 @@ from iot_models._migrations.dependents import (
 )
 from iot_models._migrations.faulty_rows import faulty_rows
 from iot_models._migrations.history import added
+from iot_models._migrations.places import coordinator, distribution, misplaced, partitions
 from iot_models._migrations.strangers import REFUSAL, TRUSTED, VERSION_TABLE, strangers
 
 if TYPE_CHECKING:
@@ -223,6 +225,7 @@ def obstacles(connection: Connection, plan: Plan) -> list[Obstacle]:
 
 def _obstacles(connection: Connection, plan: Plan) -> Iterator[Obstacle]:
     yield from _settings(connection, plan)
+    yield from _placement(connection)
     exists, parked = (_exists(connection, table) for table in (TABLE, PARKED))
     creates = not exists and plan.upgrade and plan.has_table
     yield from _taken_names(connection, plan, creates=creates, parked=parked)
@@ -252,25 +255,32 @@ def warnings(connection: Connection, plan: Plan) -> list[str]:
 def interrupted_downgrade(connection: Connection) -> str | None:
     """What to do about a downgrade below 076 that has begun and has not finished; None if there is none.
 
-    While it runs, and if it was interrupted, a trigger copies every write of a shadow to the parked table. Until it has
-    finished, every shadow is in its columns, too. Without the columns it is nobody's downgrade: the parked table may
-    hold the only copies.
+    While it runs, and if it was interrupted, a trigger copies every write of a shadow to the parked table; where Citus
+    has distributed `device_state`, the comment of that table says so. Until it has finished, every shadow is in its
+    columns, too. Without the columns it is nobody's downgrade: the parked table may hold the only copies.
     """
     found = connection.scalar(
         text("""
-            SELECT EXISTS (
-              SELECT FROM pg_trigger t
-                JOIN pg_proc p ON p.oid = t.tgfoid AND p.proname = t.tgname
-                JOIN pg_attribute a ON a.attrelid = t.tgrelid AND a.attname = 'desired_state'
-               WHERE t.tgrelid = to_regclass(CAST(:table AS text))::oid AND t.tgname = CAST(:trigger AS text))
+            SELECT pg_catalog.format('trigger %s on %s', t.tgname, t.tgrelid::regclass)
+              FROM pg_trigger t
+              JOIN pg_proc p ON p.oid = t.tgfoid AND p.proname = t.tgname
+              JOIN pg_attribute a ON a.attrelid = t.tgrelid AND a.attname = 'desired_state'
+             WHERE t.tgrelid = to_regclass(CAST(:table AS text))::oid AND t.tgname = CAST(:trigger AS text)
+            UNION ALL
+            SELECT pg_catalog.format('table %s', to_regclass(CAST(:parked AS text)))
+              FROM pg_attribute a
+             WHERE a.attrelid = to_regclass(CAST(:table AS text))::oid AND a.attname = 'desired_state'
+               AND pg_catalog.obj_description(to_regclass(CAST(:parked AS text))::oid, 'pg_class')
+                     = CAST(:copies AS text)
+             LIMIT 1
         """),
-        {"table": TABLE, "trigger": TRIGGER},
+        {"table": TABLE, "trigger": TRIGGER, "parked": PARKED, "copies": COPIES},
     )
     if not found:
         return None
     return (
-        f"a downgrade to 075 is at work or was interrupted (trigger {TRIGGER} on {TABLE}): to finish it, run it again; "
-        "to stay where the database is, run upgrade head, which takes the trigger and the copies away"
+        f"a downgrade to 075 is at work or was interrupted ({found}): to finish it, run it again; to stay where the "
+        "database is, run upgrade head, which takes the trigger and the copies away"
     )
 
 
@@ -302,6 +312,26 @@ def _settings(connection: Connection, plan: Plan) -> Iterator[Obstacle]:
             "use a database with ENCODING 'UTF8': CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0, then copy "
             "the data with pg_dump",
         )
+
+
+def _placement(connection: Connection) -> Iterator[Obstacle]:
+    """Tables that are on other machines than a migration can work with."""
+    if at := on_a_worker(connection):
+        yield Obstacle(f"this server is a worker of a Citus cluster, whose coordinator is {at}", (), "migrate there")
+    elif found := misplaced_tables(connection):
+        yield Obstacle("Citus has our tables where the rows of a tenant are not together", found, "do that")
+
+
+def on_a_worker(connection: Connection) -> str | None:
+    """Where the coordinator is, if this is a worker that has no `device_state` of its own."""
+    at = coordinator(connection)
+    return at if at and (not _exists(connection, TABLE) or distribution(connection, TABLE)) else None
+
+
+def misplaced_tables(connection: Connection) -> list[str]:
+    """`places.misplaced`, of all our tables that exist."""
+    others = (HISTORY, PARKED, PARKED_HISTORY, PARKED_REFUSALS)
+    return misplaced(connection, TABLE, [table for table in others if _exists(connection, table)])
 
 
 def _taken_names(connection: Connection, plan: Plan, *, creates: bool, parked: bool) -> Iterator[Obstacle]:
@@ -376,7 +406,8 @@ def _rights(connection: Connection, plan: Plan, *, parked: bool) -> Iterator[Obs
         *[PARKED] * (parked and (plan.has_shadows or plan.has_table)),
         *_made(plan),
     ]
-    tables = [TABLE, *(table for table in used if _exists(connection, table))]
+    exist = [TABLE, *(table for table in used if _exists(connection, table))]
+    tables = [name for table in exist for name in (table, *partitions(connection, table))]
     missing = connection.scalars(
         text("""
             SELECT pg_catalog.format('it does not own %s, whose owner is %I', c.oid::regclass,
@@ -385,11 +416,13 @@ def _rights(connection: Connection, plan: Plan, *, parked: bool) -> Iterator[Obs
                AND NOT pg_catalog.pg_has_role(c.relowner, 'USAGE')
             UNION ALL
             SELECT pg_catalog.format('it may not CREATE in schema %I', n.nspname)
-              FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-             WHERE c.oid = to_regclass(CAST(:table AS text))::oid AND :creates
+              FROM pg_namespace n
+             WHERE n.oid IN (
+                     SELECT c.relnamespace FROM pg_class c
+                      WHERE c.oid = ANY (CAST(CAST(CAST(:tables AS text[]) AS regclass[]) AS oid[]))) AND :creates
                AND NOT pg_catalog.has_schema_privilege(n.oid, 'CREATE')
         """),
-        {"tables": tables, "table": TABLE, "creates": plan.upgrade or not plan.discard},
+        {"tables": tables, "creates": plan.upgrade or not plan.discard},
     ).all()
     if missing:
         role = connection.scalar(text("SELECT CAST(current_user AS text)"))
@@ -472,7 +505,8 @@ def row_security_hides(connection: Connection, table: str) -> bool:
 
 _CHILDREN: Final = text("""
     SELECT pg_catalog.format('ALTER TABLE %s NO INHERIT %s', inhrelid::regclass, inhparent::regclass) FROM pg_inherits
-     WHERE inhparent = to_regclass(CAST(:table AS text))::oid ORDER BY 1
+     WHERE inhparent = to_regclass(CAST(:table AS text))::oid
+       AND NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = inhrelid AND c.relispartition) ORDER BY 1
 """)
 
 
@@ -502,7 +536,13 @@ _RULES: Final = text("""
 
 def _in_the_way_of_columns(connection: Connection, plan: Plan, *, parked: bool) -> Iterator[Obstacle]:
     """What keeps an upgrade from adding columns, or from dropping the parked table when all of it is put back."""
-    if plan.has_shadows and (columns := columns_of_its_row_type(connection, TABLE)):
+    if plan.has_shadows and (
+        columns := [
+            column
+            for table in (TABLE, *partitions(connection, TABLE))
+            for column in columns_of_its_row_type(connection, table)
+        ]
+    ):
         fact = f"columns have the row type of {TABLE}, and PostgreSQL adds no column to it while they do"
         yield Obstacle(fact, columns, "drop each of them, or give it another type")
     if plan.has_shadows and parked:
@@ -526,13 +566,11 @@ def _to_be_dropped(what: str, found: Mapping[str, str | None]) -> Iterator[Obsta
 
 def _dependents(connection: Connection, plan: Plan) -> Iterator[Obstacle]:
     """Objects of a team's that depend on what a downgrade drops."""
-    found = dependents(
-        connection,
-        TABLE,
-        columns=[name for script in plan.scripts if script.down_revision for name in added(script, "columns")],
-        indexes=[name for script in plan.scripts for name in added(script, "indexes")],
-        whole=plan.has_table,
-    )
+    columns = [name for script in plan.scripts if script.down_revision for name in added(script, "columns")]
+    indexes = [name for script in plan.scripts for name in added(script, "indexes")]
+    found: dict[str, str | None] = {}
+    for table in (TABLE, *partitions(connection, TABLE)):
+        found |= dependents(connection, table, columns=columns, indexes=indexes, whole=plan.has_table)
     what = "the table" if plan.has_table else "columns"
     yield from _to_be_dropped(f"{what} of {TABLE} that this downgrade drops", found)
     if plan.has_history:

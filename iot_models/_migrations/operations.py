@@ -1,43 +1,41 @@
-"""Alembic operations for a table that is in use: `op.iot_models_lock_table` and `op.iot_models_ensure_index`.
+"""Alembic operations for a table that is in use: `op.iot_models_lock_table`, and where its companions are.
 
-`alembic/env.py` imports this module, which registers them; a revision imports nothing from the package. Each also works
+`environment` imports this module, which registers them; a revision imports nothing from the package. Each also works
 offline (`--sql`), where the database cannot be asked.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, cast
 
-from alembic import context
 from alembic.operations import MigrateOperation, Operations
 from alembic.util import CommandError
 from sqlalchemy import text
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError
 
 from iot_models._core.database_errors import LOCK_NOT_AVAILABLE, sqlstate
 from iot_models._core.shown_names import escaped
 from iot_models._migrations.comparison import HISTORY, TABLE
 from iot_models._migrations.dependents import PARKED, TRIGGER
-from iot_models._migrations.expectations import find_index
 from iot_models._migrations.obstacles import interrupted_downgrade, makers_of_triggers_in_sql, refuse_strangers
-from iot_models._migrations.options import LOCK_TIMEOUT
+from iot_models._migrations.places import LOCK_TIMEOUT_EVERYWHERE, distributed_beside, distribution
 from iot_models._migrations.strangers import ALONE, TRUSTED, VERSION_TABLE, refusal_in_sql
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from alembic.runtime.migration import MigrationContext
-    from sqlalchemy import Connection, Engine, Pool
+    from sqlalchemy import Connection
 
 log = logging.getLogger("alembic.iot_models")
 
 TRIES: Final = 5
 _FIRST_PAUSE: Final = 0.5  # seconds, doubled after each try: the writers that queued behind us run first
-_PROGRESS_EVERY: Final = 2.0  # seconds
+# What Citus says if a lock is not had on another machine, among other things.
+_ON_A_WORKER: Final = "failure on connection marked as essential"
 _MOST_NAMED: Final = 3
 _MOST_OF_A_STATEMENT: Final = 200
 
@@ -46,55 +44,123 @@ _MOST_OF_A_STATEMENT: Final = 200
 class LockTable(MigrateOperation):
     """Lock a table for the rest of the transaction, or give up without a change."""
 
-    def __init__(self, table: str, mode: str) -> None:
+    def __init__(self, table: str, mode: str, where_exists: str | None = None) -> None:
         self.table = table
         self.mode = mode
+        self.where_exists = where_exists
 
     @classmethod
-    def iot_models_lock_table(cls, operations: Operations, table: str, mode: str) -> None:
+    def iot_models_lock_table(
+        cls, operations: Operations, table: str, mode: str, *, where_exists: str | None = None
+    ) -> None:
         """Lock `table` in `mode`: up to five tries of `lock_timeout` each, with a pause that grows.
 
         While a try waits for the lock, writers queue behind it. Hence several short waits instead of a long one.
+        `where_exists` names another table, without which nothing is locked.
 
         Raises:
             CommandError: If no try got the lock. The message names the transactions that hold it and says what to do.
                 Or as `refuse_strangers`, which is asked again when the lock is there.
         """
-        operations.invoke(cls(table, mode))
+        operations.invoke(cls(table, mode, where_exists))
 
 
 @Operations.implementation_for(LockTable)
 def _lock_table(operations: Operations, lock: LockTable) -> None:
     statement = f"LOCK TABLE {lock.table} IN {lock.mode} MODE"
+    if lock.where_exists:
+        statement = f"DO $$ BEGIN IF to_regclass('{lock.where_exists}') IS NOT NULL THEN {statement}; END IF; END $$"
     if operations.get_context().as_sql:
+        operations.execute(LOCK_TIMEOUT_EVERYWHERE)
         operations.execute(statement)
         return
     connection = operations.get_bind()
+    connection.execute(text(LOCK_TIMEOUT_EVERYWHERE))
+
+    def attempt() -> None:
+        with connection.begin_nested():
+            connection.execute(text(statement))
+
+    patiently(connection, lock.table, attempt)
+    refuse_strangers(connection)  # a trigger, say, for whose transaction the lock has waited
+
+
+def patiently(connection: Connection, table: str, attempt: Callable[[], object]) -> None:
+    """Do what needs a lock on a table: up to five tries of `lock_timeout` each, with a pause that grows.
+
+    Raises:
+        CommandError: If no try got the lock. The message names the transactions that hold it and says what to do.
+    """
     began = time.monotonic()
     pause = _FIRST_PAUSE
     holders = ""
-    for attempt in range(1, TRIES + 1):
+    for number in range(1, TRIES + 1):
         try:
-            with connection.begin_nested():
-                connection.execute(text(statement))
+            attempt()
         except DBAPIError as error:  # asyncpg's is no OperationalError
-            if sqlstate(error) != LOCK_NOT_AVAILABLE:
+            elsewhere = _ON_A_WORKER in str(error.orig)
+            if sqlstate(error) != LOCK_NOT_AVAILABLE and not elsewhere:
                 raise
+            failed = str(error.orig).strip()
         else:
-            refuse_strangers(connection)  # a trigger, say, for whose transaction the lock has waited
             return
         waited = time.monotonic() - began
-        holders = _lock_holders(connection, lock.table)
-        log.warning("%s is in use (%s): try %d of %d, %.1f s so far", lock.table, holders, attempt, TRIES, waited)
-        if attempt < TRIES:
+        holders = _lock_holders(connection, table)
+        if elsewhere:
+            holders = f"a transaction on a worker (the view citus_lock_waits names it; {failed}); here: {holders}"
+        log.warning("%s is in use (%s): try %d of %d, %.1f s so far", table, holders, number, TRIES, waited)
+        if number < TRIES:
             time.sleep(pause)
             pause *= 2
     timeout = connection.scalar(text("SHOW lock_timeout"))
     raise CommandError(
-        f"no lock on {lock.table} after {TRIES} tries of {timeout} in {time.monotonic() - began:.1f} s; this step "
+        f"no lock on {table} after {TRIES} tries of {timeout} in {time.monotonic() - began:.1f} s; this step "
         f"changed nothing. It is held by: {holders}. End that transaction, or run the same command again at a quieter "
         "moment, or with a longer -x lock_timeout=10s (writers may then have to wait that long)."
     )
+
+
+@Operations.register_operation("iot_models_is_distributed")
+class IsDistributed(MigrateOperation):
+    """Whether Citus has distributed a table. Offline nothing is known, and the answer is no."""
+
+    def __init__(self, table: str) -> None:
+        self.table = table
+
+    @classmethod
+    def iot_models_is_distributed(cls, operations: Operations, table: str) -> bool:
+        """Whether rows of a table are on other machines; offline False."""
+        found: bool = operations.invoke(cls(table))
+        return found
+
+
+@Operations.implementation_for(IsDistributed)
+def _is_distributed(operations: Operations, operation: IsDistributed) -> bool:
+    if operations.get_context().as_sql:
+        return False
+    return distribution(operations.get_bind(), operation.table) is not None
+
+
+@Operations.register_operation("iot_models_distribute")
+class Distribute(MigrateOperation):
+    """Distribute a table as another one is."""
+
+    def __init__(self, table: str, beside: str) -> None:
+        self.table = table
+        self.beside = beside
+
+    @classmethod
+    def iot_models_distribute(cls, operations: Operations, table: str, *, beside: str) -> None:
+        """Distribute `table` as `beside` is, if that is distributed: each tenant is then on the same machine in both.
+
+        Nothing happens if it is not, or if `table` is distributed already.
+        """
+        operations.invoke(cls(table, beside))
+
+
+@Operations.implementation_for(Distribute)
+def _distribute(operations: Operations, operation: Distribute) -> None:
+    operations.execute(distributed_beside(operation.table, operation.beside))
 
 
 @Operations.register_operation("iot_models_look_again")
@@ -221,7 +287,7 @@ def undo_interrupted_downgrade(migration: MigrationContext) -> None:
     if connection is None or not interrupted_downgrade(connection):
         return
     Operations(migration).invoke(LockTable(TABLE, "ACCESS EXCLUSIVE"))
-    connection.execute(text(f"DROP FUNCTION {TRIGGER}() CASCADE"))  # with the triggers that call it
+    connection.execute(text(f"DROP FUNCTION IF EXISTS {TRIGGER}() CASCADE"))  # with the triggers that call it
     connection.execute(text(f"DROP TABLE IF EXISTS {PARKED}"))
     log.warning("a downgrade to 075 was interrupted: its trigger and its copies of the shadows are taken away")
 
@@ -242,7 +308,11 @@ def _lock_holders(connection: Connection, table: str) -> str:
               LEFT JOIN pg_locks own ON l.pid IS NULL AND own.pid IS NULL AND own.locktype = 'transactionid'
                     AND own.virtualtransaction = l.virtualtransaction
               LEFT JOIN pg_prepared_xacts p ON p.transaction = own.transactionid
-             WHERE l.relation = to_regclass(CAST(:table AS text))::oid
+             WHERE l.relation IN (
+                     SELECT to_regclass(CAST(:table AS text))::oid
+                     UNION ALL
+                     SELECT CAST(relid AS oid)
+                       FROM pg_catalog.pg_partition_tree(to_regclass(CAST(:table AS text))) AS partition)
                AND l.granted AND l.pid IS DISTINCT FROM pg_backend_pid()
                AND (a.pid IS NOT NULL OR p.gid IS NOT NULL)
                AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
@@ -308,117 +378,3 @@ def naming_who_was_waited_for(connection: Connection) -> Iterator[None]:
             f"{escaped('; '.join(row.holder for row in rows[:_MOST_NAMED])) or 'none any more'}. End that transaction, "
             "or run the same command again."
         ) from error
-
-
-@Operations.register_operation("iot_models_ensure_index")
-class EnsureIndex(MigrateOperation):
-    """Build an index while writers go on."""
-
-    def __init__(self, table: str, name: str, definition: str) -> None:
-        self.table = table
-        self.name = name
-        self.definition = definition
-
-    @classmethod
-    def iot_models_ensure_index(cls, operations: Operations, table: str, name: str, definition: str) -> None:
-        """Build an index CONCURRENTLY if it is missing. Call it inside `autocommit_block()`.
-
-        An INVALID index, which an interrupted build leaves behind, is replaced. A valid one is kept.
-
-        Args:
-            operations: Alembic's; callers leave it out.
-            table: The table.
-            name: The index.
-            definition: From `USING` on: `btree (tenant_id)`.
-        """
-        operations.invoke(cls(table, name, definition))
-
-
-@Operations.implementation_for(EnsureIndex)
-def _ensure_index(operations: Operations, index: EnsureIndex) -> None:
-    create = f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {index.name} ON {index.table} USING {index.definition}"
-    if operations.get_context().as_sql:
-        operations.execute(f"""
-            DO $$ BEGIN
-              IF EXISTS (SELECT FROM pg_index WHERE indexrelid = to_regclass('{index.name}') AND NOT indisvalid) THEN
-                DROP INDEX {index.name};
-              END IF;
-            END $$
-        """)
-        # Without a timeout: a cancelled build would leave an INVALID index, which IF NOT EXISTS would then keep.
-        operations.execute("SET lock_timeout = 0")
-        operations.execute(create)
-        # What the preamble set. RESET would let the statements that follow wait as long as the session's default says.
-        given = context.get_x_argument(as_dictionary=True)
-        operations.execute(f"SET lock_timeout = '{given.get('lock_timeout', LOCK_TIMEOUT)}'")
-        operations.execute(refusal_in_sql())  # anybody may have made the build wait
-        return
-    connection = operations.get_bind()
-    found = find_index(connection, index.table, index.name)
-    if found is not None and found.valid:
-        return
-    timeout = connection.scalar(text("SHOW lock_timeout"))
-    connection.execute(text("SET lock_timeout = 0"))  # as above; no writer waits for a concurrent build
-    pid: int = connection.scalar(text("SELECT pg_backend_pid()")) or 0
-    with _progress_of_builds(connection.engine, index.name, pid):
-        if found is not None:
-            log.warning("index %s is INVALID, left by an interrupted build: it is built again", index.name)
-            connection.execute(text(f"DROP INDEX CONCURRENTLY IF EXISTS {index.name}"))
-        connection.execute(text(create))
-    connection.execute(text("SELECT set_config('lock_timeout', :timeout, false)"), {"timeout": timeout})
-
-
-# How far the build is, and whom it waits for: also before it has begun, when nobody else would name that.
-_BUILD: Final = """
-    SELECT pg_catalog.concat_ws(', ', coalesce(p.phase, 'not begun'),
-             'block ' || CAST(p.blocks_done AS text) || ' of ' || CAST(p.blocks_total AS text),
-             'waiting for ' || (
-               SELECT string_agg(
-                        CASE WHEN pid = 0 THEN (
-                          SELECT pg_catalog.concat('the prepared transaction ', string_agg(quote_literal(gid), ', '),
-                                                   ', which stays until ROLLBACK PREPARED')
-                            FROM pg_prepared_xacts WHERE database = current_database())
-                        ELSE pg_catalog.format('the transaction of pid %s, role %s, application %s', pid, usename,
-                                               coalesce(nullif(application_name, ''), '?')) END, '; ')
-                 FROM (SELECT DISTINCT pid FROM pg_catalog.unnest(pg_blocking_pids(building.pid)) AS b (pid)) AS holders
-                      LEFT JOIN pg_stat_activity USING (pid)))
-      FROM (VALUES ({pid})) AS building (pid) LEFT JOIN pg_stat_progress_create_index p ON p.pid = building.pid
-"""
-
-
-@contextmanager
-def _progress_of_builds(engine: Engine, name: str, pid: int) -> Iterator[None]:
-    """Log every two seconds how far the build of this session is, and whom it waits for."""
-    done = threading.Event()
-
-    def report() -> None:
-        # A pool of its own: the caller's may have room for one connection only, and a wait for it would not end.
-        pool = engine.pool.recreate()
-        try:
-            while not done.wait(_PROGRESS_EVERY):
-                # Without a second connection there is no progress to log; the build goes on.
-                with suppress(SQLAlchemyError, engine.dialect.loaded_dbapi.Error):
-                    log.info("index %s: %s", name, escaped(_build(pool, pid)))
-        finally:
-            pool.dispose()
-
-    if engine.dialect.is_async:  # its connections belong to the event loop, not to a thread
-        yield
-        return
-    reporter = threading.Thread(target=report, daemon=True)
-    reporter.start()
-    try:
-        yield
-    finally:
-        done.set()
-        reporter.join(_PROGRESS_EVERY)  # the server may let it wait for a connection
-
-
-def _build(pool: Pool, pid: int) -> str:
-    connection = pool.connect()
-    try:
-        cursor = connection.cursor()
-        cursor.execute(_BUILD.format(pid=pid))
-        return str(*cursor.fetchall()[0])
-    finally:
-        connection.invalidate()

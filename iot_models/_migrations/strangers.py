@@ -137,6 +137,8 @@ _FOUND: Final = (
       SELECT 'pg_catalog.pg_constraint', k.oid FROM pg_catalog.pg_constraint k JOIN alone ON alone.oid {=} k.confrelid
       UNION ALL
       SELECT 'pg_catalog.pg_class', i.inhrelid FROM pg_catalog.pg_inherits i JOIN alone ON alone.oid {=} i.inhparent
+        JOIN pg_catalog.pg_class child ON child.oid {=} i.inhrelid
+       WHERE NOT (alone.was_a_teams AND child.relispartition)  -- a team may have partitioned its history
       UNION ALL
       SELECT 'pg_catalog.pg_class', i.inhparent FROM pg_catalog.pg_inherits i JOIN alone ON alone.oid {=} i.inhrelid)
     SELECT pg_catalog.concat(pg_catalog.pg_describe_object(named.class, named.oid, 0), ' of role ',

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from rich.console import Console
 from rich.table import Table
+from sqlalchemy import make_url
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
@@ -95,7 +96,7 @@ def _outcome(engine: Engine, call: Call, tenant_id: str) -> Any:
 
 def _run_async(url: str, driver: str, mode: str, tenant_id: str) -> dict[str, Any]:
     async def run() -> dict[str, Any]:
-        engine = create_async_engine(url.replace("postgresql://", f"postgresql+{driver}://"), isolation_level=mode)
+        engine = create_async_engine(make_url(url).set(drivername=f"postgresql+{driver}"), isolation_level=mode)
         try:
             return {name: await _outcome_async(engine, call, tenant_id) for name, call in _calls(mode).items()}
         finally:

@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import Connection, Engine, NullPool, create_engine, event, make_url, text
 
 from iot_models import migrate
+from tests.databases import partitioned
 from tests.databases.alembic_runs import CHECKOUT
 from tests.databases.client_tools import client_tool
 from tests.databases.schema_dump import dump
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 
 DATA = CHECKOUT / "tests" / "data"
 # The table as a team made it by hand before there were shadows.
-RAW_075 = (DATA / "075.sql").read_text()
+PLAIN_075 = (DATA / "075.sql").read_text()
+# The same, in partitions where the run asks for that.
+RAW_075 = partitioned.RAW_075_PARTITIONED if partitioned.ASKED_FOR else PLAIN_075
 # The shadow as a team added it by hand, with the SELECT that verifies it.
 (ADD_SHADOW,) = re.findall(r"```sql\n(.*?)```", (DATA / "seed_076_device_shadow.md").read_text(), re.DOTALL)
 RAW_076 = RAW_075 + ADD_SHADOW
@@ -98,12 +101,17 @@ def revision_of(url: str) -> str:
 
 
 def tables_of(url: str) -> set[str]:
+    """The tables of a team, without the partitions of one."""
     with create_engine(url, poolclass=NullPool).connect() as connection:
         return _tables(connection)
 
 
 def _tables(connection: Connection) -> set[str]:
-    return {*connection.scalars(text("SELECT tablename FROM pg_tables WHERE schemaname = 'public'"))}
+    found = text("""
+        SELECT relname FROM pg_class
+         WHERE relnamespace = CAST(to_regnamespace('public') AS oid) AND relkind IN ('r', 'p') AND NOT relispartition
+    """)
+    return {*connection.scalars(found)}
 
 
 def state(url: str) -> tuple[str, dict[str, list[str]]]:

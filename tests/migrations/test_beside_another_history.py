@@ -10,6 +10,7 @@ from sqlalchemy import NullPool, create_engine, make_url
 
 from iot_models import migrate
 from iot_models._migrations.runner import revisions
+from tests.databases import partitioned
 from tests.migrations import commands
 from tests.migrations.raw_sql import (
     FLEET,
@@ -279,6 +280,7 @@ def test_two_schemas_of_one_database_have_a_history_each(empty: str) -> None:
     assert rows_of(empty, PARKED) == parked
 
 
+@partitioned.needs_one_piece("its partitions stay in the schema where they are")
 def test_the_table_is_found_in_whichever_schema_of_the_search_path_it_is(empty: str) -> None:
     run_sql(empty, "CREATE SCHEMA first", RAW_075)
     engine = create_engine(empty, connect_args={"options": "-c search_path=first,public"}, poolclass=NullPool)

@@ -16,6 +16,7 @@ from sqlalchemy import create_engine
 from iot_models import migrate
 from iot_models._migrations import history
 from iot_models.models import Base
+from tests.databases import partitioned
 from tests.databases.alembic_runs import CHECKOUT, config, downgrade, upgrade
 from tests.databases.schema_dump import dump
 from tests.migrations.raw_sql import ADD_SHADOW, RAW_075, RAW_076, revision_of, run_sql, tables_of
@@ -39,6 +40,7 @@ def raw_075(make_empty: Callable[[], str]) -> str:
 # The schemas.
 
 
+@partitioned.needs_one_piece("the schema is that of a plain one")
 def test_revision_075_makes_the_deployment_that_raw_sql_made(empty: str, raw_075: str) -> None:
     upgrade(empty, "075")
 
@@ -46,6 +48,7 @@ def test_revision_075_makes_the_deployment_that_raw_sql_made(empty: str, raw_075
     assert dump(empty) == dump(raw_075)
 
 
+@partitioned.needs_one_piece("the schema is that of a plain one")
 def test_revision_076_makes_the_schema_that_raw_sql_makes(empty: str, raw_075: str) -> None:
     verified = run_sql(raw_075, ADD_SHADOW)
     upgrade(empty, "076")
@@ -55,6 +58,7 @@ def test_revision_076_makes_the_schema_that_raw_sql_makes(empty: str, raw_075: s
     assert dump(empty) == dump(raw_075)
 
 
+@partitioned.needs_one_piece("the schema is that of a plain one")
 def test_empty_raw_and_made_by_the_models_end_at_head_in_one_schema(make_empty: Callable[[], str]) -> None:
     empty, raw, made = make_empty(), make_empty(), make_empty()
     upgrade(empty)

@@ -20,6 +20,7 @@ from iot_models import migrate
 from iot_models._migrations import operations
 from iot_models._migrations.runner import revisions
 from iot_models.models import TABLE, Base
+from tests.databases import partitioned
 from tests.databases.async_engines import async_engine, url_for
 from tests.databases.backends import connected
 from tests.migrations.raw_sql import (
@@ -392,6 +393,7 @@ def test_autogenerate_proposes_nothing_of_ours_and_all_of_theirs(tmp_path: Path,
 
 
 @pytest.mark.repeats
+@partitioned.needs_one_piece("autogenerate does not know partitions")
 def test_a_table_of_theirs_with_the_same_name_elsewhere_is_theirs(at_head: str) -> None:
     run_sql(at_head, "CREATE SCHEMA app; CREATE TABLE app.device_state (id int PRIMARY KEY)")
     theirs = MetaData()
@@ -403,6 +405,7 @@ def test_a_table_of_theirs_with_the_same_name_elsewhere_is_theirs(at_head: str) 
 
 
 @pytest.mark.repeats
+@partitioned.needs_one_piece("autogenerate does not know partitions")
 def test_what_a_team_s_class_adds_to_our_table_is_theirs_to_migrate(at_head: str) -> None:
     theirs = TABLE.to_metadata(MetaData())
     theirs.append_column(Column("firmware", Integer, index=True))

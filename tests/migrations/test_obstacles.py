@@ -18,10 +18,20 @@ from sqlalchemy import NullPool, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError
 
 from iot_models import migrate
-from iot_models._migrations import deployers, environment, expectations, faulty_rows, findings, operations, runner
+from iot_models._migrations import (
+    deployers,
+    environment,
+    expectations,
+    faulty_rows,
+    findings,
+    indexes,
+    operations,
+    runner,
+)
 from iot_models._migrations.command_line import main
 from iot_models._migrations.obstacles import Plan, obstacles
 from iot_models.testing import throwaway
+from tests.databases import partitioned
 from tests.databases.alembic_runs import downgrade, upgrade
 from tests.databases.backends import connected
 from tests.migrations.raw_sql import (
@@ -154,6 +164,7 @@ def owned_under_forced_row_security(url: str, role: str) -> str:
 
 @pytest.mark.repeats
 @pytest.mark.parametrize("discard", [False, True])
+@partitioned.needs_one_piece("PostgreSQL does not do this to it")
 def test_a_downgrade_names_all_that_depends_on_its_columns_and_changes_nothing(url: str, *, discard: bool) -> None:
     run_sql(url, "DELETE FROM device_state WHERE device_id <> 'd1'")  # versions are unique here
     run_sql(url, *(made for made, _ in DEPENDENTS.values()))
@@ -246,6 +257,7 @@ def test_an_upgrade_names_the_rules_that_would_keep_shadows_from_being_put_back(
     assert rows_of(shadow_fleet_at_head) == before
 
 
+@partitioned.needs_one_piece("PostgreSQL does not do this to it")
 def test_a_downgrade_names_the_tables_whose_rows_it_could_not_park(shadow_fleet_at_head: str) -> None:
     run_sql(shadow_fleet_at_head, "CREATE TABLE kid () INHERITS (device_state)")
     before = state(shadow_fleet_at_head)
@@ -290,6 +302,7 @@ def test_check_says_what_would_stop_a_rollback_and_that_is_no_problem(
 
 
 @pytest.mark.repeats
+@partitioned.needs_one_piece("its partitions have the owner that they had")
 def test_a_downgrade_by_an_owner_who_does_not_see_every_row_is_refused_before_any_change(
     url: str, server_role: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -308,6 +321,7 @@ def test_a_downgrade_by_an_owner_who_does_not_see_every_row_is_refused_before_an
 
 
 @pytest.mark.repeats
+@partitioned.needs_one_piece("its partitions have the owner that they had")
 def test_an_interrupted_downgrade_is_undone_by_the_next_upgrade_of_such_an_owner(
     url: str, server_role: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -334,6 +348,7 @@ def test_an_interrupted_downgrade_is_undone_by_the_next_upgrade_of_such_an_owner
 
 
 @pytest.mark.parametrize("parker", ["the superuser", "the owner"])
+@partitioned.needs_one_piece("its partitions have the owner that they had")
 def test_an_upgrade_that_puts_shadows_back_by_an_owner_who_does_not_see_every_row_is_refused_before_any_change(
     url: str, server_role: str, parker: str
 ) -> None:
@@ -359,6 +374,7 @@ def test_an_upgrade_that_puts_shadows_back_by_an_owner_who_does_not_see_every_ro
 
 @pytest.mark.repeats
 @pytest.mark.parametrize("start", ["raw 075", "raw 076"])
+@partitioned.needs_one_piece("its partitions have the owner that they had")
 def test_an_owner_under_forced_row_security_adopts_a_table_because_that_reads_no_row(
     empty: str, server_role: str, start: str
 ) -> None:
@@ -460,7 +476,7 @@ def _slow(monkeypatch: pytest.MonkeyPatch) -> None:
             time.sleep(0.2)
         return original(connection, table, name)
 
-    monkeypatch.setattr(operations, "find_index", slow)
+    monkeypatch.setattr(indexes, "find_index", slow)
     monkeypatch.setattr(expectations, "find_index", slow)
 
 
@@ -533,6 +549,7 @@ def test_a_not_null_that_is_not_valid_is_refused_with_the_validate_that_is_missi
 
 @pytest.mark.repeats
 @pytest.mark.parametrize("column", ["tenant_id", "site_id", "device_id"])
+@partitioned.needs_one_piece("PostgreSQL does not do this to it")
 def test_a_nondeterministic_collation_of_an_id_is_refused(empty: str, column: str) -> None:
     # Made without ICU, which not every server has: only the catalog says what it is.
     run_sql(empty, """
@@ -683,10 +700,11 @@ def test_check_says_what_a_grant_would_gain(url: str, server_role: str, capsys: 
 
 @pytest.mark.repeats
 @pytest.mark.parametrize("pool_timeout", [5, None])
+@partitioned.needs_one_piece("each partition has a build of its own")
 def test_the_progress_of_an_index_build_needs_no_room_in_the_pool(
     raw_fleet: str, pool_timeout: float | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(operations, "_PROGRESS_EVERY", 0.05)
+    monkeypatch.setattr(indexes, "_PROGRESS_EVERY", 0.05)
     migrate.upgrade(raw_fleet, "076")
     engine = create_engine(raw_fleet, pool_size=1, max_overflow=0, pool_timeout=pool_timeout)
     with ThreadPoolExecutor(1) as threads, caplog.at_level(logging.INFO):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
+from sqlalchemy import text
 
+from tests.databases import partitioned
 from tests.databases.alembic_runs import downgrade, upgrade
+from tests.databases.backends import await_lock_waits, connected
 from tests.databases.schema_dump import dump
 from tests.migrations import raw_sql
 from tests.migrations.commands import alembic
-from tests.migrations.raw_sql import FLEET, PARKED, RAW_075, SHADOWS, rows_of, run_sql, state, tables_of
+from tests.migrations.raw_sql import FLEET, PARKED, RAW_075, SHADOWS, VERSIONS, rows_of, run_sql, state, tables_of
 
 if TYPE_CHECKING:
     import subprocess
@@ -36,6 +40,7 @@ def two(make_empty: Callable[[], str]) -> tuple[str, str]:
     return urls
 
 
+@partitioned.needs_one_piece("printed SQL refuses it")
 def test_the_printed_sql_ends_in_the_same_result_both_ways_shadows_included(two: tuple[str, str]) -> None:
     online, offline = two
     upgrade(online)
@@ -58,6 +63,7 @@ def test_the_printed_sql_ends_in_the_same_result_both_ways_shadows_included(two:
     assert PARKED not in tables_of(offline)
 
 
+@partitioned.needs_one_piece("printed SQL refuses it")
 def test_without_shadows_the_printed_sql_leaves_no_parked_table(two: tuple[str, str]) -> None:
     before = state(two[1])
     psql(two[1], "upgrade", "075:head")
@@ -66,6 +72,7 @@ def test_without_shadows_the_printed_sql_leaves_no_parked_table(two: tuple[str, 
     assert state(two[1]) == before
 
 
+@partitioned.needs_one_piece("printed SQL refuses it")
 def test_a_parked_shadow_whose_device_replication_removed_stays_and_is_counted(two: tuple[str, str]) -> None:
     url = two[1]
     upgrade(url)
@@ -84,6 +91,7 @@ def test_a_parked_shadow_whose_device_replication_removed_stays_and_is_counted(t
     ("revision", "name"),
     [("075:076", "idx_device_state_shadow_pending"), ("076:077", "idx_device_state_shadow_pending_device")],
 )
+@partitioned.needs_one_piece("printed SQL refuses it")
 def test_an_invalid_index_that_a_cancelled_build_left_is_replaced(
     two: tuple[str, str], revision: str, name: str
 ) -> None:
@@ -102,6 +110,7 @@ def test_an_invalid_index_that_a_cancelled_build_left_is_replaced(
     assert dump(url) == expected
 
 
+@partitioned.needs_one_piece("printed SQL refuses it")
 def test_revision_077_alone_is_applied_and_reverted_without_moving_shadows(two: tuple[str, str]) -> None:
     url = two[1]
     upgrade(url, "076")
@@ -134,9 +143,9 @@ def test_the_printed_sql_discards_and_drops_only_with_the_options(two: tuple[str
     assert "device_state" not in tables_of(url)
 
 
-def test_the_printed_sql_migrates_an_empty_database_to_head(empty: str, migrated_url: str) -> None:
+def test_the_printed_sql_migrates_an_empty_database_to_head(empty: str, plain_migrated_url: str) -> None:
     assert psql(empty, "upgrade", "head").returncode == 0
-    assert dump(empty) == dump(migrated_url)
+    assert dump(empty) == dump(plain_migrated_url)
 
 
 def test_the_printed_sql_sets_the_lock_timeout() -> None:
@@ -171,3 +180,30 @@ def test_the_printed_sql_parks_no_shadow_if_row_level_security_hides_others(
     assert run.returncode != 0
     assert "query would be affected by row-level security policy" in run.stderr
     assert rows_of(url) == before
+
+
+@pytest.mark.parametrize("held", ["d1", "d4"])  # whichever we would come to first
+@pytest.mark.parametrize(("below", "parked"), [("075:076", PARKED), ("078:079", "device_state_refusals_079")])
+@partitioned.needs_one_piece("printed SQL refuses it")
+def test_who_writes_several_devices_while_the_printed_sql_puts_shadows_back_comes_first(
+    shadow_fleet_at_head: str, below: str, parked: str, held: str
+) -> None:
+    """They lock rows in another order than we do, and the parked table is dropped with its foreign key."""
+    url = shadow_fleet_at_head
+    run_sql(url, VERSIONS)
+    downgrade(url, below.partition(":")[0])
+    until_built, begin, put_back = alembic("upgrade", below, "--sql").out.rpartition("BEGIN;")
+    done = raw_sql.psql(url, until_built)
+    assert done.returncode == 0, done.stderr
+    assert parked in tables_of(url)
+    with ThreadPoolExecutor(1) as pool, connected(url) as writer:
+        written = text("UPDATE device_state SET site_id = 's9' WHERE device_id = :device")
+        writer.execute(written, {"device": held})
+        putting_back = pool.submit(raw_sql.psql, url, begin + put_back)
+        await_lock_waits(writer.engine, 1)
+        for device in ("d1", "d2", "d3", "d4"):
+            writer.execute(written, {"device": device})
+        writer.commit()
+        done = putting_back.result(timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert parked not in tables_of(url)

@@ -21,8 +21,9 @@ from alembic.operations import Operations
 from alembic.util import CommandError
 from sqlalchemy import Connection, Engine, event, text
 
-from iot_models._migrations import deployers, operations
+from iot_models._migrations import deployers, indexes, operations
 from iot_models.testing import throwaway
+from tests.databases import partitioned
 from tests.databases.alembic_runs import CHECKOUT, config, downgrade, run_alembic, upgrade
 from tests.databases.backends import connected
 from tests.databases.schema_dump import dump
@@ -127,10 +128,11 @@ def test_a_lock_that_is_no_longer_held_is_reported_as_such(url: str) -> None:
         assert operations._lock_holders(connection, "device_state") == "no transaction any more"  # noqa: SLF001
 
 
+@partitioned.needs_one_piece("each partition has a build of its own")
 def test_the_index_build_waits_for_an_open_transaction_while_other_writers_go_on(
     url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(operations, "_PROGRESS_EVERY", 0.05)
+    monkeypatch.setattr(indexes, "_PROGRESS_EVERY", 0.05)
     run_sql(url, ADD_SHADOW, "DROP INDEX idx_device_state_shadow_pending")
 
     def build() -> None:
@@ -158,10 +160,11 @@ def test_the_index_build_waits_for_an_open_transaction_while_other_writers_go_on
 @pytest.mark.parametrize(
     "holds", ["LOCK TABLE device_state IN SHARE ROW EXCLUSIVE MODE", "CREATE TABLE idx_device_state_shadow_pending ()"]
 )
+@partitioned.needs_one_piece("each partition has a build of its own")
 def test_whom_an_index_build_waits_for_from_its_first_moment_on_is_named(
     url: str, holds: str, server_role: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(operations, "_PROGRESS_EVERY", 0.05)
+    monkeypatch.setattr(indexes, "_PROGRESS_EVERY", 0.05)
     run_sql(url, ADD_SHADOW, "DROP INDEX idx_device_state_shadow_pending",
             f"GRANT UPDATE ON device_state TO {server_role}; GRANT CREATE ON SCHEMA public TO {server_role}")  # fmt: skip
 
@@ -182,6 +185,7 @@ def test_whom_an_index_build_waits_for_from_its_first_moment_on_is_named(
 @pytest.mark.parametrize(
     ("before", "name"), [("075", "idx_device_state_shadow_pending"), ("076", "idx_device_state_shadow_pending_device")]
 )
+@partitioned.needs_one_piece("each partition has a build of its own")
 def test_an_invalid_index_is_built_again_and_a_valid_one_is_kept(
     url: str, before: str, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:

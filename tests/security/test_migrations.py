@@ -13,7 +13,7 @@ from alembic.util import CommandError
 from sqlalchemy import Connection, Engine, NullPool, create_engine, event, make_url, text
 
 from iot_models import engine, migrate, tenancy
-from iot_models._migrations import deployers, obstacles, operations, strangers
+from iot_models._migrations import deployers, indexes, obstacles, operations, strangers
 from iot_models._migrations.command_line import main
 from iot_models.testing import throwaway
 from tests.databases.backends import connected
@@ -770,7 +770,7 @@ def test_the_name_of_a_prepared_transaction_that_holds_a_migration_up_moves_no_c
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(deployers, "_MOST_SECONDS", 2)
     monkeypatch.setattr(operations, "_FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(operations, "_PROGRESS_EVERY", 0.05)
+    monkeypatch.setattr(indexes, "_PROGRESS_EVERY", 0.05)
     with throwaway.postgres(settings={"max_prepared_transactions": "1"}) as server, ThreadPoolExecutor(1) as pool:
         migrate.upgrade(server.url, "075")
         run_sql(server.url, f"{holds}; PREPARE TRANSACTION {HIDES}")

@@ -13,7 +13,7 @@ from sqlalchemy import NullPool, insert, make_url, select, text
 from sqlalchemy.orm import Session
 
 from iot_models import DeviceState, Report, ShadowHistory, ShadowService, migrate, tenancy
-from iot_models._migrations import deployers, operations
+from iot_models._migrations import deployers, indexes
 from iot_models._migrations.strangers import VERSION_TABLE
 from iot_models.engine import create_engine
 from iot_models.testing import database
@@ -292,7 +292,7 @@ def test_no_migration_calls_a_strangers_code(deployment: Deployment) -> None:
             migrate.downgrade(url, "075", lock_timeout="1ms")
     with engine.connect() as connection:
         deployers._holder(connection)  # noqa: SLF001 - what it asks
-        operations._build(engine.pool, backend_pid(connection))  # noqa: SLF001 - the same
+        indexes._state_of_build(engine.pool, backend_pid(connection))  # noqa: SLF001 - the same
         connection.rollback()
         migrate.upgrade(connection)
     migrate.downgrade(url, "base", device_state="drop")

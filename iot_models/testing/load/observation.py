@@ -35,8 +35,10 @@ _ACTIVITY: Final = text("""
 _SESSIONS: Final = text("SELECT count(*) FROM pg_catalog.pg_stat_activity WHERE application_name = :application")
 _WAL: Final = text("SELECT CAST(pg_catalog.pg_wal_lsn_diff(pg_catalog.pg_current_wal_lsn(), '0/0') AS bigint)")
 _UPDATES: Final = text("""
-    SELECT n_tup_upd, n_tup_hot_upd FROM pg_catalog.pg_stat_all_tables
+    SELECT CAST(sum(n_tup_upd) AS bigint), CAST(sum(n_tup_hot_upd) AS bigint) FROM pg_catalog.pg_stat_all_tables
      WHERE relid = pg_catalog.to_regclass('device_state')
+        OR relid IN (SELECT partition.relid
+                       FROM pg_catalog.pg_partition_tree(pg_catalog.to_regclass('device_state')) AS partition)
 """)
 
 
