@@ -6,9 +6,11 @@ the longest write of an idle run of the same length, which is what scheduling an
 
     python benchmarks/stall.py [--rows 100000 1000000 4000000] [--rounds 3] [--durable] [--report benchmarks/stall.md]
     python benchmarks/stall.py --distributed [--rows 100000] ...
+    python benchmarks/stall.py --partitioning [--rows 100000] ...
 
 The second asks what a downgrade costs where Citus has distributed the table: on one PostgreSQL, with the revisions told
-that it is. Its writers patch desired documents, each until the column is gone.
+that it is. Its writers patch desired documents, each until the column is gone. The third follows the steps by which
+docs/migrations.md turns a plain table into a partitioned one.
 
 It runs on a throwaway server. The exit code is 1 if a write failed, a shadow was lost, or a target was missed; the
 report says which.
@@ -23,6 +25,7 @@ import logging
 import multiprocessing
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -472,6 +475,23 @@ def run_as_distributed(bench: Bench, report: Report, rows: int, rounds: int) -> 
     bench.execute("postgres", "DROP DATABASE at_head WITH (FORCE)")
 
 
+def run_partitioning(bench: Bench, report: Report, rows: int, rounds: int) -> None:
+    """Run the steps from a plain table to a partitioned one on `rows` devices with a shadow each, `rounds` times."""
+    page = (CHECKOUT / "docs" / "migrations.md").read_text()
+    steps = re.findall(
+        r"```sql\n(.*?)```", page.partition("### From a plain table")[2].partition("\n## ")[0], re.DOTALL
+    )
+    bench.fill("at_head", rows, every=1)
+    for _ in range(rounds):
+        with bench.copy("at_head") as copy:
+            seen, writes = bench.observe(copy, rows, lambda _: time.sleep(IDLE_SECONDS))
+            report.idle[rows].append((writes, seen.began, seen.began + seen.window))
+            report.add(rows, "idle", seen)
+            for case, sql in zip(("1: made beside it", "2: filled", "3: takes its place"), steps, strict=True):
+                report.add(rows, f"partitioning, {case}", bench.observe(copy, rows, partial(bench.psql, sql))[0])
+    bench.execute("postgres", "DROP DATABASE at_head WITH (FORCE)")
+
+
 INTRODUCTION = """# How long a writer waits while `device_state` is migrated
 
 `{command}`: {writers} processes write heartbeats while the table is migrated, with {pause:g} ms between two writes of a
@@ -502,6 +522,7 @@ def main() -> int:
     parser.add_argument("--pause", type=float, default=2.0, help="milliseconds between two writes of a process")
     parser.add_argument("--durable", action="store_true", help="fsync, synchronous_commit and full_page_writes on")
     parser.add_argument("--distributed", action="store_true", help="the ways down, one of them that of a Citus cluster")
+    parser.add_argument("--partitioning", action="store_true", help="the steps from a plain table to a partitioned one")
     parser.add_argument("--report", type=Path, help="a Markdown file for the table")
     arguments = parser.parse_args()
 
@@ -513,6 +534,9 @@ def main() -> int:
         for rows in arguments.rows:
             if arguments.distributed:
                 run_as_distributed(bench, report, rows, arguments.rounds)
+                continue
+            if arguments.partitioning:
+                run_partitioning(bench, report, rows, arguments.rounds)
                 continue
             shares = {"1 % with a shadow": 100} | ({"all with a shadow": 1} if rows <= ALL_UP_TO else {})
             run(bench, report, rows, arguments.rounds, shares)
