@@ -427,10 +427,16 @@ _CODE: Final = """
 
 _CALLERS_PATH: Final = """
     (WITH
+     -- One of its roles may put a table somewhere, and another let the function run: a session has all of them.
+     creator AS (
+       SELECT role.oid, subject, has_database_privilege(role.oid, current.oid, 'TEMP') AS temp,
+              has_database_privilege(role.oid, current.oid, 'CREATE') AS schemas
+         FROM role CROSS JOIN target JOIN pg_database current ON datname = current_database()
+        WHERE NOT rolsuper AND NOT role.oid = target.relowner),
      -- The functions that the role can let run as another role, in its own search path. C finds nothing by a path, nor
      -- does the catalog's SQL, nor a body that was parsed when it was made: what that one calls is used, too.
      run AS (
-       SELECT DISTINCT role.oid AS role, subject, rolname, p.oid AS function, proconfig, runs.runner, nspname
+       SELECT DISTINCT p.oid AS function, proconfig, runs.runner, nspname
          FROM target CROSS JOIN used JOIN pg_proc p ON p.oid = objid
          JOIN pg_namespace n ON n.oid = pronamespace JOIN pg_language l ON l.oid = prolang
          LEFT JOIN pg_trigger t ON user_class = CAST(CAST('pg_trigger' AS regclass) AS oid) AND t.oid = user_id
@@ -452,7 +458,7 @@ _CALLERS_PATH: Final = """
                OR CAST(current_setting('server_version_num') AS integer) >= 180000)),
      -- The schemas of their own paths, in order, as they are called.
      own AS (
-       SELECT run.*, place = pg_catalog.max(place) OVER (PARTITION BY role, function, runner) AS is_last,
+       SELECT run.*, place = pg_catalog.max(place) OVER (PARTITION BY function, runner) AS is_last,
               CASE WHEN part = '"$user"' THEN CAST(pg_get_userbyid(runner) AS text)
                    WHEN starts_with(part, '"')
                    THEN pg_catalog.replace(pg_catalog.substr(part, 2, pg_catalog.length(part) - 2), '""', '"')
@@ -463,9 +469,9 @@ _CALLERS_PATH: Final = """
         CROSS JOIN LATERAL (SELECT parts[1]) AS p (part)
         WHERE starts_with(setting, 'search_path='))
      SELECT DISTINCT
-            pg_catalog.format('%s may put its own tables before those that the function %s names, which runs as %s '
+            pg_catalog.format('it may put its own tables before those that the function %s names, which runs as %s '
                               '(ALTER FUNCTION %s SET search_path = %s, pg_temp)',
-                              subject, CAST(CAST(function AS regprocedure) AS text),
+                              CAST(CAST(function AS regprocedure) AS text),
                               CAST(CAST(runner AS regrole) AS text), CAST(CAST(function AS regprocedure) AS text),
                               coalesce((SELECT CASE WHEN setting = 'search_path=""' THEN 'pg_catalog'
                                                ELSE pg_catalog.substr(setting, 13) END
@@ -473,14 +479,15 @@ _CALLERS_PATH: Final = """
                                          WHERE starts_with(setting, 'search_path=') AND NOT setting LIKE '%pg_temp%'),
                                        quote_ident(CAST(nspname AS text)))) AS way
        FROM run
-        -- TEMP tables, or those of a schema that it puts first.
-      WHERE (EXISTS (SELECT FROM pg_namespace WHERE has_schema_privilege(role, oid, 'CREATE'))
-             OR has_database_privilege(
-                  role, (SELECT oid FROM pg_database WHERE datname = current_database()), 'TEMP'))
+        -- TEMP tables, or those of a schema that it puts first, and may have made.
+      WHERE EXISTS (
+              SELECT FROM creator
+               WHERE temp OR schemas
+                  OR EXISTS (SELECT FROM pg_namespace n WHERE has_schema_privilege(creator.oid, n.oid, 'CREATE')))
         -- TEMP tables come first, before the catalog's, unless the function's own path names them at its end.
         AND (NOT EXISTS (
                SELECT FROM pg_catalog.unnest(proconfig) AS setting WHERE setting LIKE 'search_path=%, pg_temp')
-             OR EXISTS (SELECT FROM own WHERE own.role = run.role AND own.function = run.function
+             OR EXISTS (SELECT FROM own WHERE own.function = run.function AND own.runner = run.runner
                            AND schema = 'pg_temp' AND NOT is_last))
      UNION ALL
      -- Also by a function or an operator that matches better. That of our downgrade names the types of all it uses.
@@ -491,10 +498,10 @@ _CALLERS_PATH: Final = """
                               subject, quote_ident(schema), CAST(CAST(function AS regprocedure) AS text),
                               CAST(CAST(runner AS regrole) AS text), CAST(CAST(function AS regprocedure) AS text))
        FROM own LEFT JOIN pg_namespace named ON CAST(named.nspname AS text) = schema JOIN pg_proc p ON p.oid = function
-      WHERE CASE WHEN named.oid IS NOT NULL THEN has_schema_privilege(role, named.oid, 'CREATE')
+            CROSS JOIN creator
+      WHERE CASE WHEN named.oid IS NOT NULL THEN has_schema_privilege(creator.oid, named.oid, 'CREATE')
             -- It may make the schema.
-            ELSE NOT starts_with(schema, 'pg_') AND NOT schema = '' AND has_database_privilege(
-                   role, (SELECT oid FROM pg_database WHERE datname = current_database()), 'CREATE') END
+            ELSE NOT starts_with(schema, 'pg_') AND NOT schema = '' AND schemas END
         AND NOT CAST(proname AS text) = CAST(:parking AS text))
 """
 
