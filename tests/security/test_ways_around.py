@@ -6,11 +6,13 @@ Each attack is run, too, as the limited role: an arrangement that lets it reach 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 import psycopg
 import pytest
 from sqlalchemy import NullPool, create_engine, text
+from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import Session
 
 from iot_models import tenancy
@@ -352,6 +354,24 @@ WAYS = {
         "INSERT INTO sites VALUES ('s')",
         "it may change rows of sites, and the rule r changes those of the table with them",
     ),
+    "a rule, by way of a view that uses the table as its caller, of a table whose rows go with another's": Way(
+        "CREATE ROLE {group}; CREATE VIEW everything WITH (security_invoker) AS SELECT * FROM device_state;"
+        "ALTER VIEW everything OWNER TO {group}; CREATE TABLE plants (id int PRIMARY KEY); INSERT INTO plants VALUES (1);"
+        "CREATE TABLE sites (id int REFERENCES plants ON DELETE CASCADE); INSERT INTO sites VALUES (1);"
+        "CREATE RULE r AS ON DELETE TO sites DO ALSO UPDATE everything SET status = 'x';"
+        "GRANT SELECT, DELETE ON plants TO {app}",
+        "DELETE FROM plants",
+        "it may change rows of plants, and the rule r changes those of the table with them",
+    ),
+    "a rule of the table of a role that has a right on one column": Way(
+        "CREATE ROLE {group}; CREATE SCHEMA theirs AUTHORIZATION {group}; GRANT USAGE ON SCHEMA theirs TO PUBLIC;"
+        "GRANT UPDATE (status) ON device_state TO {group}; CREATE POLICY p ON device_state TO {group} USING (true);"
+        "SET ROLE {group}; CREATE TABLE theirs.sites (site_id text);"
+        "CREATE RULE r AS ON INSERT TO theirs.sites DO ALSO UPDATE public.device_state SET status = 'x';"
+        "GRANT INSERT ON theirs.sites TO PUBLIC; RESET ROLE",
+        "INSERT INTO theirs.sites VALUES ('s')",
+        "it may change rows of theirs.sites, and the rule r changes those of the table with them",
+    ),
     "an UPDATE of what a generated key is computed from": Way(
         "CREATE TABLE sites (name text, key text GENERATED ALWAYS AS (name || '!') STORED UNIQUE);"
         "INSERT INTO sites VALUES ('berlin'); ALTER TABLE device_state ADD key text DEFAULT 'berlin!'"
@@ -449,6 +469,37 @@ def test_what_reaches_another_tenants_rows_is_found_before_it_is_used(
 
     assert [line for line in found if line.startswith(said)]
     assert KEPT + OTHER in loot or victims(isolated) != before
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        "",
+        "CREATE VIEW theirs.device_state AS SELECT * FROM public.device_state;",
+        "CREATE VIEW theirs.device_state WITH (security_invoker = on) AS SELECT * FROM public.device_state;",
+    ],
+)
+def test_a_rule_of_somebody_who_has_no_right_on_the_table_is_no_reason_to_refuse(
+    isolated: Engine, server_role: str, view: str
+) -> None:
+    """Anybody who may make a table, a temporary one too, could keep every role from being enabled."""
+    rule = f"""
+        CREATE ROLE {{group}}; CREATE SCHEMA theirs AUTHORIZATION {{group}}; GRANT USAGE ON SCHEMA theirs TO PUBLIC;
+        SET ROLE {{group}}; {view} CREATE TABLE theirs.t (n int);
+        CREATE RULE r AS ON DELETE TO theirs.t DO ALSO DELETE FROM {"theirs" if view else "public"}.device_state;
+        GRANT DELETE ON theirs.t TO PUBLIC; RESET ROLE
+    """
+    with isolated.begin() as connection:
+        run(connection, named(rule, isolated, server_role))
+        assert tenancy.check(connection, server_role) == []
+        tenancy.enable(connection, server_role)
+    before = victims(isolated)
+    with create_engine(login(isolated, server_role), poolclass=NullPool).connect() as caller:
+        # As whoever calls, if the view says so: then this is no more than that role may do anyway.
+        with nullcontext() if "invoker" in view else pytest.raises(ProgrammingError, match="permission denied"):
+            caller.execute(text("DELETE FROM theirs.t"))
+        caller.commit()
+    assert victims(isolated) == before
 
 
 def test_what_is_committed_while_enable_waits_for_its_lock_is_found(isolated: Engine, server_role: str) -> None:
