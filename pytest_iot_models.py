@@ -13,7 +13,7 @@ import os
 import re
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
-from urllib.parse import quote, unquote
+from urllib.parse import quote, quote_plus, unquote, unquote_plus
 
 import pytest
 
@@ -33,19 +33,24 @@ _HIDDEN = pytest.StashKey[set[str]]()
 _PASSWORD = re.compile(r"://[^:/]*:([^@]+)@|[?&](?:ssl)?password=([^&]+)")
 # Where pytest may have cut a text: at an abbreviation, and at both ends of a line of a diff, which may have colours.
 _CUT = re.compile(r"(\.\.\.)|@")
-_LINE = re.compile(r"^(?:E\s+)?(?:\x1b\[[\d;]*m)*[-+] (.*?)(?:\x1b\[[\d;]*m)*$", re.MULTILINE)
+_DIFF = re.compile(r"^\s*(?:E\s+)?(?:\x1b\[[\d;]*m)*[-+] (.*?)(?:\x1b\[[\d;]*m)*$")
+# At both ends of any other line, too: what may stand there before and after a piece of a longer text.
+_BEFORE = re.compile(r"(?:\x1b\[[\d;]*m|[\s|>E+?b'\"()\[\]{},-])*")
+_AFTER_REVERSED = re.compile(r"(?:m[\d;]*\[\x1b|[\s'\"()\[\]{},])*")
 _SHORTEST_PIECE = 4
 
 
 def _passwords() -> set[str]:
     """Those in IOT_MODELS_TEST_DATABASE_URL, in each form in which a report may show them.
 
-    As they are written there, as they are, as SQLAlchemy writes them, and as a `repr` of these.
+    As they are written there, as they are, as SQLAlchemy writes them, and as a `repr` of these. A plus sign is a space
+    in the query of a URL, and a plus sign before its host: both readings count.
     """
     found = ["".join(groups) for groups in _PASSWORD.findall(os.environ.get("IOT_MODELS_TEST_DATABASE_URL", ""))]
-    plain = [unquote(password) for password in found]
+    plain = [read(password) for password in found for read in (unquote, unquote_plus)]
     encoded = [quote(password, safe=safe) for password in plain for safe in ("", " +", "/")]
-    forms = {*found, *plain, *encoded}
+    forms = {*found, *plain, *encoded, *map(quote_plus, plain)}
+    forms |= {repr((mark + form).encode(errors="surrogateescape"))[3:-1] for form in forms for mark in "'\""}
     # With either quotation mark around it; and once more, as the repr of a repr in an assertion.
     for _ in range(2):
         forms |= {repr(mark + form)[2:-1] for form in forms for mark in "'\""}
@@ -79,30 +84,61 @@ class _Logged:
 
 def _without_pieces(said: str, passwords: Collection[str]) -> str:
     """The text without what a cut has left of a password: at the cut, or before the `@` of a URL."""
+    pieces = {
+        password[start : start + _SHORTEST_PIECE]
+        for password in passwords
+        for start in range(len(password) - _SHORTEST_PIECE + 1)
+    }
+    # Most texts have none, and some are long.
+    if not any(piece in said for piece in pieces):
+        return said
+    return "\n".join(
+        _line_without_pieces(line, passwords, pieces) if any(piece in line for piece in pieces) else line
+        for line in said.split("\n")
+    )
 
+
+def _line_without_pieces(line: str, passwords: Collection[str], pieces: Collection[str]) -> str:
     def until(end: int) -> tuple[int, int]:
         size = 0
-        while size < end and any(said[end - size - 1 : end] in password for password in passwords):
+        while size < end and any(line[end - size - 1 : end] in password for password in passwords):
             size += 1
         return end - size, end
 
     def since(start: int) -> tuple[int, int]:
         end = start
-        while end < len(said) and any(said[start : end + 1] in password for password in passwords):
+        while end < len(line) and any(line[start : end + 1] in password for password in passwords):
             end += 1
         return start, end
 
     found: list[tuple[int, int]] = []
-    for cut in _CUT.finditer(said):
+    for cut in _CUT.finditer(line):
         found += [until(cut.start()), since(cut.end())] if cut[1] else [until(cut.start())]
-    for line in _LINE.finditer(said):
-        found += [since(line.start(1)), until(line.end(1))]
+    if (of_diff := _DIFF.search(line)) is not None:
+        found += [since(of_diff.start(1)), until(of_diff.end(1))]
+    found += _at_the_ends(line, passwords, pieces)
     shown, at = "", 0
     for start, end in sorted(found):
         if end - start >= _SHORTEST_PIECE:
-            shown += f"{said[at:start]}***" if start >= at else ""
+            shown += f"{line[at:start]}***" if start >= at else ""
             at = max(at, end)
-    return shown + said[at:]
+    return shown + line[at:]
+
+
+def _at_the_ends(line: str, passwords: Collection[str], pieces: Collection[str]) -> Iterator[tuple[int, int]]:
+    """Ends of a password where the line begins, beginnings where it ends, and a line that is all of one piece."""
+    before, after = (len(run[0]) if run else 0 for run in (_BEFORE.match(line), _AFTER_REVERSED.match(line[::-1])))
+    starts = [start for start in range(before + 1) if line[start : start + _SHORTEST_PIECE] in pieces]
+    ends = [
+        end for end in range(len(line) - after, len(line) + 1) if line[max(0, end - _SHORTEST_PIECE) : end] in pieces
+    ]
+    for password in passwords:
+        sizes = range(_SHORTEST_PIECE, len(password))
+        yield from ((start, start + n) for start in starts for n in sizes if line.startswith(password[-n:], start))
+        yield from ((end - n, end) for end in ends for n in sizes if line.endswith(password[:n], 0, end))
+    yield from (
+        (start, end) for start in starts for end in ends if any(line[start:end] in password for password in passwords)
+    )
 
 
 def _hide(report: pytest.TestReport, config: pytest.Config) -> None:

@@ -51,6 +51,15 @@ _POLICY_NOW: Final = text("""
      WHERE c.oid = CAST(to_regclass(CAST(:table AS text)) AS oid) AND CAST(p.polname AS text) = CAST(:policy AS text)
 """)
 
+# Who owns the table, if nobody trusts that role. The search path of a superuser may lead into a schema of a stranger's,
+# as "$user" does: then this would protect a table of its own, and leave ours open.
+_STRANGER: Final = text("""
+    SELECT quote_ident(CAST(r.rolname AS text)) FROM pg_class c JOIN pg_roles r ON r.oid = c.relowner
+     WHERE c.oid = CAST(to_regclass(CAST(:table AS text)) AS oid) AND NOT r.rolsuper
+       AND NOT EXISTS (SELECT FROM pg_database WHERE datname = current_database() AND datdba = r.oid)
+       AND EXISTS (SELECT FROM pg_roles WHERE rolname = CURRENT_USER AND rolsuper)
+""")
+
 # Policies apply to the members of the roles that they name.
 _IS_ONE_OF: Final = text("""
     SELECT EXISTS (SELECT FROM pg_roles me JOIN pg_roles r ON r.oid = me.oid OR pg_has_role(me.oid, r.oid, 'USAGE')
@@ -91,7 +100,8 @@ def enable(connection: Connection, role: str) -> None:
         LookupError: If there is no such role.
         ValueError: If the role would not be limited to one tenant, with all the reasons (docs/tenancy.md has a list):
             it is a superuser or a member of one, owns the table, reaches the files of the server, may use TRUNCATE, and
-            so on. Nothing is changed.
+            so on. Also if a superuser calls it and the table belongs neither to a superuser nor to the owner of the
+            database: it may be a stranger's, which the search path finds before yours. Nothing is changed.
         RuntimeError: If the connection is in AUTOCOMMIT mode; or if the transaction is REPEATABLE READ or SERIALIZABLE,
             where it would not see what others commit while it waits for the lock.
         TypeError: If `role` is not a string.
@@ -103,6 +113,7 @@ def enable(connection: Connection, role: str) -> None:
     _require_transaction(connection)
     _require_role(connection, role)
     _refuse_ways_around(connection, role)
+    _refuse_a_strangers_table(connection)
     tables = table_names(connection)
     if all(now.in_force and role in now.roles for now in _policies_now(connection)):
         return
@@ -255,6 +266,16 @@ def _refuse_ways_around(connection: Connection, role: str) -> None:
             f"isolation would not hold for role {role!a}: {'; '.join(ways)}. Take that away, or let the application "
             f"log in as a role of its own (CREATE ROLE, then GRANT SELECT, INSERT, UPDATE, DELETE ON {_TABLE})"
         )
+
+
+def _refuse_a_strangers_table(connection: Connection) -> None:
+    for table in table_names(connection):
+        if (owner := connection.scalar(_STRANGER, {"table": table})) is not None:
+            owner = escaped(owner)
+            raise ValueError(
+                f"{table}, as the search path finds it, belongs to role {owner}, which may be a stranger: if the table "
+                f"is yours, call this as its owner (SET ROLE {owner}); else SET search_path"
+            )
 
 
 def _binds(table: str) -> dict[str, str]:

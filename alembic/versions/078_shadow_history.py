@@ -13,9 +13,9 @@ may delete from it; nobody may change what it holds. Row level security is copie
 policies. So code that is deployed afterwards needs no GRANT, and no role sees more of a tenant than before.
 
 The downgrade renames a table that has rows to `device_shadow_history_078`, for its owner alone, with row level security
-also where it had none; the upgrade takes it back, with the rights, the row level security and the policies that
-`device_state` has then: those that the table had may show what was shut meanwhile. Neither reads a row, nor keeps a
-writer of `device_state` waiting.
+also where it had none, and without policies: not every right can be revoked there (pg_read_all_data). The upgrade takes
+it back, with the rights, the row level security and the policies that `device_state` has then: those that the table had
+may show what was shut meanwhile. Neither reads a row, nor keeps a writer of `device_state` waiting.
 Desired writes in between, by code that knows no history, leave versions without a row.
 
 Revision ID: 078
@@ -94,7 +94,7 @@ def upgrade() -> None:
             op.iot_models_expect_table(table, required=COLUMNS, primary_key=KEY)
     _lock_what_exists()
 
-    _open_what_is_parked()
+    _take_row_security_off()
     # If both exist, somebody has made the table while another was parked.
     op.execute(f"""
         DO $$ BEGIN
@@ -157,6 +157,7 @@ def downgrade() -> None:
         DO $$ BEGIN
           IF EXISTS (SELECT 1 FROM {HISTORY}) THEN
             ALTER TABLE {HISTORY} RENAME TO {PARKED};
+            ALTER TABLE {PARKED} NO FORCE ROW LEVEL SECURITY;
             ALTER TABLE {PARKED} ENABLE ROW LEVEL SECURITY;
             COMMENT ON TABLE {PARKED} IS '{SHUT}';
           ELSE
@@ -165,6 +166,7 @@ def downgrade() -> None:
         END $$
     """)
     _revoke_all(PARKED)
+    _drop_policies()
 
 
 def _lock_what_exists() -> None:
@@ -183,19 +185,27 @@ def _lock_what_exists() -> None:
         op.iot_models_look_again()
 
 
-def _open_what_is_parked() -> None:
-    """Take row level security off the parked history, with its policies; name those that will not be made again."""
+def _take_row_security_off() -> None:
+    """From the parked history, with policies that it was given there."""
+    op.execute(f"""
+        DO $$ BEGIN
+          IF to_regclass('{PARKED}') IS NOT NULL THEN
+            ALTER TABLE {PARKED} DISABLE ROW LEVEL SECURITY;
+            ALTER TABLE {PARKED} NO FORCE ROW LEVEL SECURITY;
+          END IF;
+        END $$
+    """)
+    _drop_policies()
+
+
+def _drop_policies() -> None:
+    """Drop those of the parked history; name those that will not be made again."""
     if not context.is_offline_mode():
         _name_what_is_not_made_again(op.get_bind())
     op.execute(f"""
         DO $$
         DECLARE policy record;
         BEGIN
-          IF to_regclass('{PARKED}') IS NULL THEN
-            RETURN;
-          END IF;
-          ALTER TABLE {PARKED} DISABLE ROW LEVEL SECURITY;
-          ALTER TABLE {PARKED} NO FORCE ROW LEVEL SECURITY;
           FOR policy IN
             SELECT quote_ident(CAST(p.polname AS text)) AS name,
                    EXISTS (SELECT FROM pg_policy d WHERE d.polrelid = to_regclass('device_state')::oid
@@ -205,7 +215,7 @@ def _open_what_is_parked() -> None:
             EXECUTE 'DROP POLICY ' || policy.name || ' ON {PARKED}';
             IF NOT policy.is_made_again THEN
               RAISE WARNING USING MESSAGE = 'the policy ' || policy.name || ' of the parked history is gone, since '
-                'device_state has none of that name: create it on {HISTORY} if it is still wanted';
+                'device_state has none of that name: create it on {HISTORY} when that is there, if it is still wanted';
             END IF;
           END LOOP;
         END $$
@@ -375,7 +385,7 @@ def _name_what_is_not_made_again(connection) -> None:  # noqa: ANN001 - a Connec
     if gone:
         log.warning(
             "policies that the parked history had are gone, since device_state has none of that name: %s. Create them "
-            "on %s if they are still wanted",
+            "on %s when that is there, if they are still wanted",
             ", ".join(gone),
             HISTORY,
         )

@@ -317,41 +317,56 @@ _RELATED_TABLES: Final = """
     (WITH RECURSIVE
      -- What, done to rows of another table, uses rows of this one with the owner's rights, through foreign keys and
      -- rules: DELETE, INSERT, or UPDATE of one of the columns (any, if NULL). Of the table itself, and of views of it,
-     -- nothing is asked (NULL).
-     cause (oid, event, columns, link) AS (
-       SELECT oid, CAST(NULL AS text), CAST(NULL AS int2[]), CAST(NULL AS text) COLLATE pg_catalog."C" FROM family
+     -- nothing is asked (NULL). A rule uses it with the rights of its own table's owner. Where that role has none, the
+     -- rule only fails, and anybody could make it. `callers` is what a view with security_invoker uses with the rights
+     -- of whoever changes the rows (else 0): the role itself, or before a foreign key the owner of the key's table.
+     cause (oid, event, columns, link, callers) AS (
+       SELECT oid, CAST(NULL AS text), CAST(NULL AS int2[]), CAST(NULL AS text) COLLATE pg_catalog."C", CAST(0 AS oid)
+         FROM family
        UNION
-       SELECT before.oid, before.event, before.columns, coalesce(cause.link, before.link)
+       SELECT before.oid, before.event, before.columns, coalesce(cause.link, before.link), before.callers
          FROM cause CROSS JOIN LATERAL (
            SELECT confrelid, rule.event, CASE WHEN rule.event = 'UPDATE' AND NOT EXISTS (
                     -- PostgreSQL computes it from other columns.
                     SELECT FROM pg_attribute WHERE attrelid = confrelid AND attnum = ANY (confkey)
                        AND NOT CAST(attgenerated AS text) = '') THEN confkey END,
-                  pg_catalog.format('the foreign key %I', conname)
-             FROM pg_constraint CROSS JOIN LATERAL (
+                  pg_catalog.format('the foreign key %I', conname), CAST(0 AS oid)
+             FROM pg_constraint JOIN pg_class c ON c.oid = conrelid CROSS JOIN LATERAL (
                   VALUES (CAST('DELETE' AS text), CAST(confdeltype AS text)), ('UPDATE', CAST(confupdtype AS text))
                   ) AS rule (event, action)
-            WHERE conrelid = cause.oid AND CAST(contype AS text) = 'f' AND action IN ('c', 'n', 'd')
+            WHERE conrelid = cause.oid
+              AND (cause.callers = CAST(0 AS oid)
+                   OR has_table_privilege(c.relowner, cause.callers, 'DELETE')
+                   OR has_any_column_privilege(c.relowner, cause.callers, 'SELECT, INSERT, UPDATE'))
+              AND CAST(contype AS text) = 'f' AND action IN ('c', 'n', 'd')
               AND CASE WHEN cause.event IS NULL THEN true
                        WHEN rule.event = 'DELETE' AND action = 'c' THEN cause.event = 'DELETE'
                        ELSE cause.event = 'UPDATE' AND coalesce(conkey OPERATOR(pg_catalog.&&) cause.columns, true) END
            UNION ALL
-           SELECT inhparent, cause.event, NULL, cause.link
+           SELECT inhparent, cause.event, NULL, cause.link, cause.callers
              FROM pg_inherits WHERE inhrelid = cause.oid AND cause.event IS NOT NULL
            UNION ALL
            -- An UPDATE of the partition key deletes the row from its partition.
-           SELECT inhparent, 'UPDATE', NULL, cause.link
+           SELECT inhparent, 'UPDATE', NULL, cause.link, cause.callers
              FROM pg_inherits WHERE inhrelid = cause.oid AND cause.event = 'DELETE'
            UNION ALL
            -- What a rule does to the table that it uses is not known. The rules of the table itself are its own.
            SELECT ev_class,
                   CASE CAST(ev_type AS text) WHEN '2' THEN 'UPDATE' WHEN '3' THEN 'INSERT' WHEN '4' THEN 'DELETE' END,
-                  NULL, CASE WHEN NOT CAST(ev_type AS text) = '1' THEN pg_catalog.format('the rule %I', rulename) END
-             FROM pg_depend JOIN pg_rewrite r ON r.oid = objid
+                  NULL, CASE WHEN NOT CAST(ev_type AS text) = '1' THEN pg_catalog.format('the rule %I', rulename) END,
+                  CASE WHEN is_callers AND cause.callers = CAST(0 AS oid) THEN cause.oid ELSE cause.callers END
+             FROM pg_depend JOIN pg_rewrite r ON r.oid = objid JOIN pg_class c ON c.oid = ev_class
+            CROSS JOIN LATERAL (
+                  SELECT CAST(ev_type AS text) = '1' AND EXISTS (
+                         SELECT FROM pg_options_to_table(c.reloptions)
+                          WHERE option_name = 'security_invoker' AND CAST(option_value AS boolean))
+                  ) AS view (is_callers)
             WHERE classid = CAST(CAST('pg_rewrite' AS regclass) AS oid)
               AND refclassid = CAST(CAST('pg_class' AS regclass) AS oid) AND refobjid = cause.oid
+              AND (is_callers OR has_table_privilege(c.relowner, cause.oid, 'DELETE')
+                   OR has_any_column_privilege(c.relowner, cause.oid, 'SELECT, INSERT, UPDATE'))
               AND NOT ev_class = cause.oid AND NOT EXISTS (SELECT FROM family WHERE family.oid = ev_class)
-           ) AS before (oid, event, columns, link))
+           ) AS before (oid, event, columns, link, callers))
      SELECT DISTINCT
             pg_catalog.format('%s may change rows of %s, and %s changes those of the table with them',
                               subject, CAST(CAST(c.oid AS regclass) AS text), cause.link)
@@ -363,7 +378,7 @@ _RELATED_TABLES: Final = """
                       SELECT FROM pg_attribute
                        WHERE attrelid = c.oid AND coalesce(attnum = ANY (cause.columns), true)
                          AND has_column_privilege(role.oid, c.oid, attnum, 'UPDATE'))
-      WHERE cause.event IS NOT NULL AND NOT CAST(c.relkind AS text) = 'v'
+      WHERE cause.event IS NOT NULL AND cause.callers = CAST(0 AS oid) AND NOT CAST(c.relkind AS text) = 'v'
         AND NOT rolsuper AND NOT role.oid = target.relowner)
     UNION ALL
     SELECT pg_catalog.format('the foreign key %I shows which devices exist (ALTER TABLE %s DROP CONSTRAINT %I)',
@@ -427,10 +442,16 @@ _CODE: Final = """
 
 _CALLERS_PATH: Final = """
     (WITH
+     -- One of its roles may put a table somewhere, and another let the function run: a session has all of them.
+     creator AS (
+       SELECT role.oid, subject, has_database_privilege(role.oid, current.oid, 'TEMP') AS temp,
+              has_database_privilege(role.oid, current.oid, 'CREATE') AS schemas
+         FROM role CROSS JOIN target JOIN pg_database current ON datname = current_database()
+        WHERE NOT rolsuper AND NOT role.oid = target.relowner),
      -- The functions that the role can let run as another role, in its own search path. C finds nothing by a path, nor
      -- does the catalog's SQL, nor a body that was parsed when it was made: what that one calls is used, too.
      run AS (
-       SELECT DISTINCT role.oid AS role, subject, rolname, p.oid AS function, proconfig, runs.runner, nspname
+       SELECT DISTINCT p.oid AS function, proconfig, runs.runner, nspname
          FROM target CROSS JOIN used JOIN pg_proc p ON p.oid = objid
          JOIN pg_namespace n ON n.oid = pronamespace JOIN pg_language l ON l.oid = prolang
          LEFT JOIN pg_trigger t ON user_class = CAST(CAST('pg_trigger' AS regclass) AS oid) AND t.oid = user_id
@@ -452,7 +473,7 @@ _CALLERS_PATH: Final = """
                OR CAST(current_setting('server_version_num') AS integer) >= 180000)),
      -- The schemas of their own paths, in order, as they are called.
      own AS (
-       SELECT run.*, place = pg_catalog.max(place) OVER (PARTITION BY role, function, runner) AS is_last,
+       SELECT run.*, place = pg_catalog.max(place) OVER (PARTITION BY function, runner) AS is_last,
               CASE WHEN part = '"$user"' THEN CAST(pg_get_userbyid(runner) AS text)
                    WHEN starts_with(part, '"')
                    THEN pg_catalog.replace(pg_catalog.substr(part, 2, pg_catalog.length(part) - 2), '""', '"')
@@ -463,9 +484,9 @@ _CALLERS_PATH: Final = """
         CROSS JOIN LATERAL (SELECT parts[1]) AS p (part)
         WHERE starts_with(setting, 'search_path='))
      SELECT DISTINCT
-            pg_catalog.format('%s may put its own tables before those that the function %s names, which runs as %s '
+            pg_catalog.format('it may put its own tables before those that the function %s names, which runs as %s '
                               '(ALTER FUNCTION %s SET search_path = %s, pg_temp)',
-                              subject, CAST(CAST(function AS regprocedure) AS text),
+                              CAST(CAST(function AS regprocedure) AS text),
                               CAST(CAST(runner AS regrole) AS text), CAST(CAST(function AS regprocedure) AS text),
                               coalesce((SELECT CASE WHEN setting = 'search_path=""' THEN 'pg_catalog'
                                                ELSE pg_catalog.substr(setting, 13) END
@@ -473,14 +494,15 @@ _CALLERS_PATH: Final = """
                                          WHERE starts_with(setting, 'search_path=') AND NOT setting LIKE '%pg_temp%'),
                                        quote_ident(CAST(nspname AS text)))) AS way
        FROM run
-        -- TEMP tables, or those of a schema that it puts first.
-      WHERE (EXISTS (SELECT FROM pg_namespace WHERE has_schema_privilege(role, oid, 'CREATE'))
-             OR has_database_privilege(
-                  role, (SELECT oid FROM pg_database WHERE datname = current_database()), 'TEMP'))
+        -- TEMP tables, or those of a schema that it puts first, and may have made.
+      WHERE EXISTS (
+              SELECT FROM creator
+               WHERE temp OR schemas
+                  OR EXISTS (SELECT FROM pg_namespace n WHERE has_schema_privilege(creator.oid, n.oid, 'CREATE')))
         -- TEMP tables come first, before the catalog's, unless the function's own path names them at its end.
         AND (NOT EXISTS (
                SELECT FROM pg_catalog.unnest(proconfig) AS setting WHERE setting LIKE 'search_path=%, pg_temp')
-             OR EXISTS (SELECT FROM own WHERE own.role = run.role AND own.function = run.function
+             OR EXISTS (SELECT FROM own WHERE own.function = run.function AND own.runner = run.runner
                            AND schema = 'pg_temp' AND NOT is_last))
      UNION ALL
      -- Also by a function or an operator that matches better. That of our downgrade names the types of all it uses.
@@ -491,10 +513,10 @@ _CALLERS_PATH: Final = """
                               subject, quote_ident(schema), CAST(CAST(function AS regprocedure) AS text),
                               CAST(CAST(runner AS regrole) AS text), CAST(CAST(function AS regprocedure) AS text))
        FROM own LEFT JOIN pg_namespace named ON CAST(named.nspname AS text) = schema JOIN pg_proc p ON p.oid = function
-      WHERE CASE WHEN named.oid IS NOT NULL THEN has_schema_privilege(role, named.oid, 'CREATE')
+            CROSS JOIN creator
+      WHERE CASE WHEN named.oid IS NOT NULL THEN has_schema_privilege(creator.oid, named.oid, 'CREATE')
             -- It may make the schema.
-            ELSE NOT starts_with(schema, 'pg_') AND NOT schema = '' AND has_database_privilege(
-                   role, (SELECT oid FROM pg_database WHERE datname = current_database()), 'CREATE') END
+            ELSE NOT starts_with(schema, 'pg_') AND NOT schema = '' AND schemas END
         AND NOT CAST(proname AS text) = CAST(:parking AS text))
 """
 

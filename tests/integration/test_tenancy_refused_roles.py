@@ -249,7 +249,9 @@ def test_a_membership_that_gives_nothing_is_no_way_around(owner: Connection, app
     run(owner, f"CREATE ROLE {app}_b; ALTER TABLE device_state OWNER TO {app}_b")
     run(owner, f"GRANT {app}_b TO {app} WITH INHERIT FALSE, SET FALSE, ADMIN FALSE")
 
+    run(owner, f"ALTER TABLE device_shadow_history OWNER TO {app}_b; SET ROLE {app}_b")
     tenancy.enable(owner, app)
+    run(owner, "RESET ROLE")
 
     assert tenants_for(owner, app) == {TENANT}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 import traceback
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -674,6 +675,77 @@ def test_what_is_left_of_a_password_where_pytest_cuts_a_text_is_not_shown(
     assert [piece for piece in PIECES if piece in said.replace("Kq7vXw2m:9", "")] == []
 
 
+@pytest.mark.repeats
+@pytest.mark.parametrize(
+    "options", [(), ("-vv",), ("-v", "--tb=native"), ("--tb=native",), ("--tb=line",), ("-l", "-vv")]
+)
+def test_no_line_of_a_report_begins_or_ends_with_a_piece_of_the_password(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("IOT_MODELS_TEST_DATABASE_URL", f"postgresql+psycopg://iot_tester:{LONG}@127.0.0.1:9/iot")
+    pytester.makepyfile("""
+        import os
+        import pytest
+
+        URL = os.environ["IOT_MODELS_TEST_DATABASE_URL"]
+        PASSWORD = URL[32:-16]
+
+        @pytest.mark.parametrize("between", range(8))
+        def test_lines_that_are_the_same(between):
+            before, after = "." * between + PASSWORD + "x" * 60, "x" * 60 + PASSWORD + "." * between
+            assert after + "\\none\\n" + before == after + "\\ntwo\\n" + before
+
+        @pytest.mark.parametrize("before", range(60, 100, 3))
+        def test_a_text_that_is_there(before):
+            assert "zz" not in "zz" + "a" * 60 + URL + "y" * before + "zz" + URL
+
+        @pytest.mark.parametrize("before", range(0, 80, 3))
+        def test_wrapped_bytes(before):
+            assert {"a": b"." * before + URL.encode(), "b": 1} == {"a": b"." * before + URL.encode(), "b": 2}
+
+        @pytest.mark.parametrize("before", range(0, 110, 4))
+        def test_a_long_text(before):
+            assert "a" * before + URL + "b" * 150 == "a" * before + URL[:-9]
+
+        def test_the_same_beginning():
+            assert URL == URL.replace("127.0.0.1", "127.0.0.2") + "z"
+    """)
+    said = pytester.runpytest_inprocess("-p", "no:cacheprovider", "--no-header", *options).stdout.str()
+
+    assert "***" in said
+    assert [line for line in said.splitlines() if any(piece in line for piece in PIECES)] == []
+
+
+def test_a_plus_sign_in_the_query_of_a_url_is_a_space_too(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IOT_MODELS_TEST_DATABASE_URL", "postgresql://iot@127.0.0.1:9/iot?password=hunter+two")
+    pytester.makepyfile("""
+        import os
+        from sqlalchemy import make_url
+
+        def test_prints():
+            url = make_url(os.environ["IOT_MODELS_TEST_DATABASE_URL"])
+            print(url, url.query, url.query["password"].replace(" ", "+"), url.query["password"].encode())
+            assert 0
+    """)
+    said = pytester.runpytest_inprocess("-p", "no:cacheprovider").stdout.str()
+    assert said.count("***") >= 4
+    assert "hunter" not in said
+
+
+def test_a_long_report_is_looked_through_in_no_time() -> None:
+    line = "E       " + "postgresql://iot_tester@127.0.0.1:9/iot " * 3
+    began = time.process_time()
+    assert _without_pieces("\n".join([line] * 20_000), [LONG, LONG[::-1]]).count("\n") == 19_999
+    assert _without_pieces("\n".join([f"    {LONG[4:-4]}"] * 1_000), [LONG, LONG[::-1]]) == "\n".join(
+        ["    ***"] * 1_000
+    )
+    spaces = " " * 100_000
+    assert _without_pieces(f"{spaces}{LONG[9:]}{spaces}.{LONG[4:9]}", [LONG]) == f"{spaces}***{spaces}.{LONG[4:9]}"
+    assert time.process_time() - began < 5
+
+
 def test_pieces_of_a_password_are_hidden_where_something_is_cut_and_nowhere_else() -> None:
     passwords = ["postgres-Qx7"]
     for said, expected in (
@@ -686,6 +758,11 @@ def test_pieces_of_a_password_are_hidden_where_something_is_cut_and_nowhere_else
         ("+ gres-", "+ ***"),
         ("...gres-@...", "...***@..."),
         ("..." + "pos@" + "Qx7...", "...pos@Qx7..."),
+        ("E           res-Qx7 and res-Qx7 again", "E           *** and res-Qx7 again"),
+        ("  gres-Qx7@db\n\x1b[0m  iot:postgr\x1b[39m", "  ***@db\n\x1b[0m  iot:***\x1b[39m"),
+        ("E         b'stgr'\n(b'es-Qx7')", "E         b'***'\n(b'***')"),
+        ("  | 'iot:postgr'", "  | 'iot:***'"),
+        ("    gres = postgresql", "    gres = postgresql"),
     ):
         assert _without_pieces(said, passwords) == expected
 

@@ -6,11 +6,13 @@ Each attack is run, too, as the limited role: an arrangement that lets it reach 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 import psycopg
 import pytest
 from sqlalchemy import NullPool, create_engine, text
+from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import Session
 
 from iot_models import tenancy
@@ -79,6 +81,25 @@ IS_KNOWN = (
     "(ALTER FUNCTION is_known(text) SET search_path = public, pg_temp)"
 )
 THAT_LOGS = "it may put its own tables before those that the function logs() names, which runs as postgres"
+
+
+# The limited role may put objects nowhere, unless more is granted.
+NOWHERE = """
+    REVOKE TEMP ON DATABASE {database} FROM PUBLIC;
+    ALTER SCHEMA mine OWNER TO CURRENT_USER; REVOKE CREATE ON SCHEMA mine FROM PUBLIC;
+"""
+# A function of the caller's search path, with the owner's rights.
+LOGGED = (
+    LOGS.replace("{}", "SECURITY DEFINER")
+    + "CREATE TRIGGER t AFTER DELETE ON device_state FOR EACH ROW EXECUTE FUNCTION logs();"
+)
+GROUP = "CREATE ROLE {group}; GRANT {group} TO {app};"
+# What the group has, the role has only after SET ROLE.
+APART = "ALTER ROLE {app} NOINHERIT;" + GROUP
+SHADOWED_IN_THEIRS = """
+    CREATE TABLE theirs.log (device_id text); GRANT ALL ON SCHEMA theirs TO PUBLIC; GRANT ALL ON theirs.log TO PUBLIC;
+    CREATE TRIGGER t BEFORE INSERT ON theirs.log FOR EACH ROW EXECUTE FUNCTION mine.on_a_row();
+"""
 
 
 class Way(NamedTuple):
@@ -153,6 +174,35 @@ WAYS = {
         "CREATE SCHEMA postgres; GRANT ALL ON SCHEMA postgres TO PUBLIC;"
         + SHADOWED.replace("TEMP TABLE log", "TABLE postgres.log").replace("ON log", "ON postgres.log") + REMOVES,
         "it may create objects in schema postgres, which is in the search path of the function logs()",
+    ),
+    "a schema that it may make and put first": Way(
+        NOWHERE + LOGGED + "GRANT CREATE ON DATABASE {database} TO {app}",
+        "CREATE SCHEMA theirs;" + SHADOWED_IN_THEIRS + "SET search_path = theirs, public;" + REMOVES,
+        THAT_LOGS,
+    ),
+    "a schema of a group that it may become": Way(
+        NOWHERE + LOGGED + APART + "CREATE SCHEMA theirs AUTHORIZATION {group}",
+        "SET ROLE {group};" + SHADOWED_IN_THEIRS + "RESET ROLE; SET search_path = theirs, public;" + REMOVES,
+        THAT_LOGS,
+    ),
+    "a schema that a group may make that it may become": Way(
+        NOWHERE + LOGGED + APART + "GRANT CREATE ON DATABASE {database} TO {group}",
+        "SET ROLE {group}; CREATE SCHEMA theirs;" + SHADOWED_IN_THEIRS
+        + "RESET ROLE; SET search_path = theirs, public;" + REMOVES,
+        THAT_LOGS,
+    ),
+    "temporary tables of its own, where a group that it may become has the table": Way(
+        NOWHERE + LOGGED + APART + "GRANT TEMP ON DATABASE {database} TO {app};"
+        "REVOKE ALL ON device_state FROM {app}; GRANT SELECT, DELETE ON device_state TO {group};"
+        "ALTER POLICY iot_models_tenant ON device_state TO {app}, {group}",
+        SHADOWED + "SET ROLE {group};" + REMOVES,
+        THAT_LOGS,
+    ),
+    "a schema of a group that it may become in the path of a function with the owner's rights": Way(
+        NOWHERE + LOGGED.replace("SECURITY DEFINER", "SECURITY DEFINER SET search_path = theirs, public, pg_temp")
+        + APART + "CREATE SCHEMA theirs AUTHORIZATION {group}",
+        "SET ROLE {group};" + SHADOWED_IN_THEIRS + "RESET ROLE;" + REMOVES,
+        "{group} may create objects in schema theirs, which is in the search path of the function logs()",
     ),
     "temporary tables twice in the path of a function with the owner's rights": Way(
         LOGS.replace("{}", "SECURITY DEFINER SET search_path = pg_temp, public, pg_temp")
@@ -304,6 +354,24 @@ WAYS = {
         "INSERT INTO sites VALUES ('s')",
         "it may change rows of sites, and the rule r changes those of the table with them",
     ),
+    "a rule, by way of a view that uses the table as its caller, of a table whose rows go with another's": Way(
+        "CREATE ROLE {group}; CREATE VIEW everything WITH (security_invoker) AS SELECT * FROM device_state;"
+        "ALTER VIEW everything OWNER TO {group}; CREATE TABLE plants (id int PRIMARY KEY); INSERT INTO plants VALUES (1);"
+        "CREATE TABLE sites (id int REFERENCES plants ON DELETE CASCADE); INSERT INTO sites VALUES (1);"
+        "CREATE RULE r AS ON DELETE TO sites DO ALSO UPDATE everything SET status = 'x';"
+        "GRANT SELECT, DELETE ON plants TO {app}",
+        "DELETE FROM plants",
+        "it may change rows of plants, and the rule r changes those of the table with them",
+    ),
+    "a rule of the table of a role that has a right on one column": Way(
+        "CREATE ROLE {group}; CREATE SCHEMA theirs AUTHORIZATION {group}; GRANT USAGE ON SCHEMA theirs TO PUBLIC;"
+        "GRANT UPDATE (status) ON device_state TO {group}; CREATE POLICY p ON device_state TO {group} USING (true);"
+        "SET ROLE {group}; CREATE TABLE theirs.sites (site_id text);"
+        "CREATE RULE r AS ON INSERT TO theirs.sites DO ALSO UPDATE public.device_state SET status = 'x';"
+        "GRANT INSERT ON theirs.sites TO PUBLIC; RESET ROLE",
+        "INSERT INTO theirs.sites VALUES ('s')",
+        "it may change rows of theirs.sites, and the rule r changes those of the table with them",
+    ),
     "an UPDATE of what a generated key is computed from": Way(
         "CREATE TABLE sites (name text, key text GENERATED ALWAYS AS (name || '!') STORED UNIQUE);"
         "INSERT INTO sites VALUES ('berlin'); ALTER TABLE device_state ADD key text DEFAULT 'berlin!'"
@@ -358,21 +426,34 @@ def isolated(server: PostgresServer, migrated_url: str, server_role: str) -> Ite
         isolate(owner, server_role)
         yield owner
         with owner.begin() as connection:
-            connection.execute(text(f"DROP OWNED BY {server_role} CASCADE"))
+            group = group_of(server_role)
+            if connection.scalar(text("SELECT count(*) FROM pg_roles WHERE rolname = :group"), {"group": group}):
+                run(connection, f"DROP OWNED BY {group} CASCADE; DROP ROLE {group}")
+            run(connection, f"DROP OWNED BY {server_role} CASCADE")
+
+
+def group_of(role: str) -> str:
+    return f"{role}_group"
+
+
+def named(part: str, owner: Engine, role: str) -> str:
+    for name, value in (("app", role), ("group", group_of(role)), ("database", str(owner.url.database))):
+        part = part.replace("{" + name + "}", value)
+    return part
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_what_reaches_another_tenants_rows_is_found_before_it_is_used(
     isolated: Engine, server_role: str, way: str
 ) -> None:
-    made, attack, said, owner_then = WAYS[way]
+    made, attack, said, owner_then = (named(part, isolated, server_role) for part in WAYS[way])
     with isolated.begin() as connection:
         assert tenancy.check(connection, server_role) == []
         if "hstore" in made and not connection.scalar(
             text("SELECT count(*) FROM pg_available_extensions WHERE name = 'hstore'")
         ):
             pytest.skip("this server has no hstore")
-        run(connection, made.replace("{app}", server_role).replace("{database}", str(isolated.url.database)))
+        run(connection, made)
         found = tenancy.check(connection, server_role)
         with pytest.raises(ValueError, match="isolation would not hold"):
             tenancy.enable(connection, server_role)
@@ -390,31 +471,74 @@ def test_what_reaches_another_tenants_rows_is_found_before_it_is_used(
     assert KEPT + OTHER in loot or victims(isolated) != before
 
 
+@pytest.mark.parametrize(
+    "view",
+    [
+        "",
+        "CREATE VIEW theirs.device_state AS SELECT * FROM public.device_state;",
+        "CREATE VIEW theirs.device_state WITH (security_invoker = on) AS SELECT * FROM public.device_state;",
+    ],
+)
+def test_a_rule_of_somebody_who_has_no_right_on_the_table_is_no_reason_to_refuse(
+    isolated: Engine, server_role: str, view: str
+) -> None:
+    """Anybody who may make a table, a temporary one too, could keep every role from being enabled."""
+    rule = f"""
+        CREATE ROLE {{group}}; CREATE SCHEMA theirs AUTHORIZATION {{group}}; GRANT USAGE ON SCHEMA theirs TO PUBLIC;
+        SET ROLE {{group}}; {view} CREATE TABLE theirs.t (n int);
+        CREATE RULE r AS ON DELETE TO theirs.t DO ALSO DELETE FROM {"theirs" if view else "public"}.device_state;
+        GRANT DELETE ON theirs.t TO PUBLIC; RESET ROLE
+    """
+    with isolated.begin() as connection:
+        run(connection, named(rule, isolated, server_role))
+        assert tenancy.check(connection, server_role) == []
+        tenancy.enable(connection, server_role)
+    before = victims(isolated)
+    with create_engine(login(isolated, server_role), poolclass=NullPool).connect() as caller:
+        # As whoever calls, if the view says so: then this is no more than that role may do anyway.
+        with nullcontext() if "invoker" in view else pytest.raises(ProgrammingError, match="permission denied"):
+            caller.execute(text("DELETE FROM theirs.t"))
+        caller.commit()
+    assert victims(isolated) == before
+
+
+def test_a_superuser_does_not_enable_it_for_a_strangers_table_that_the_search_path_finds_first(
+    isolated: Engine, server_role: str
+) -> None:
+    group = group_of(server_role)
+    with isolated.begin() as connection:
+        run(connection, f"CREATE ROLE {group}; CREATE SCHEMA theirs AUTHORIZATION {group}; SET ROLE {group};"
+                        "CREATE TABLE theirs.device_state (tenant_id text, device_id text);"
+                        "CREATE TABLE theirs.device_shadow_history (tenant_id text, device_id text); RESET ROLE;"
+                        "SET search_path = theirs, public")  # fmt: skip
+        with pytest.raises(ValueError, match=rf"^device_state, as the search path .* to role {group}, which may be"):
+            tenancy.enable(connection, server_role)
+        run(connection, f"SET ROLE {group}")  # it does with its own table what it likes
+        tenancy.enable(connection, server_role)
+        run(connection, "RESET ROLE")
+
+
 def test_what_is_committed_while_enable_waits_for_its_lock_is_found(isolated: Engine, server_role: str) -> None:
     """The right to make a trigger may be gone by then."""
-    group = f"{server_role}_group"
+    group = group_of(server_role)
     trigger = "CREATE TRIGGER t BEFORE UPDATE ON device_state FOR EACH ROW EXECUTE FUNCTION mine.on_a_row()"
     with isolated.begin() as connection:
         tenancy.disable(connection, server_role)
         run(
             connection, f"CREATE ROLE {group}; GRANT TRIGGER ON device_state TO {group}; GRANT {group} TO {server_role}"
         )
-    try:
-        with create_engine(login(isolated, server_role), poolclass=NullPool).connect() as attacker:
-            attacker.execute(text(trigger))
-            with isolated.begin() as connection:
-                run(connection, f"REVOKE {group} FROM {server_role}")
-            with ThreadPoolExecutor(1) as pool:
-                enabling = pool.submit(enabled, isolated, server_role)
-                await_lock_waits(isolated, 1)
-                attacker.commit()
-                with pytest.raises(ValueError, match=r"it owns the function mine\.on_a_row\(\)"):
-                    enabling.result()
+    with create_engine(login(isolated, server_role), poolclass=NullPool).connect() as attacker:
+        attacker.execute(text(trigger))
         with isolated.begin() as connection:
-            assert security(connection) == OFF
-    finally:
-        with isolated.begin() as connection:
-            run(connection, f"DROP OWNED BY {group} CASCADE; DROP ROLE {group}")
+            run(connection, f"REVOKE {group} FROM {server_role}")
+        with ThreadPoolExecutor(1) as pool:
+            enabling = pool.submit(enabled, isolated, server_role)
+            await_lock_waits(isolated, 1)
+            attacker.commit()
+            with pytest.raises(ValueError, match=r"it owns the function mine\.on_a_row\(\)"):
+                enabling.result()
+    with isolated.begin() as connection:
+        assert security(connection) == OFF
 
 
 def enabled(owner: Engine, role: str) -> None:

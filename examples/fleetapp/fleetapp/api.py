@@ -24,7 +24,13 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     await engine.dispose()
 
 
-app = FastAPI(title="fleetapp", lifespan=lifespan)
+def one_tenant(request: Request) -> None:
+    # A proxy that adds its X-Tenant-Id to the one that the client sent, instead of replacing it, leaves open who asks.
+    if len(request.headers.getlist("X-Tenant-Id")) > 1:
+        raise HTTPException(400, "X-Tenant-Id must be there once")
+
+
+app = FastAPI(title="fleetapp", lifespan=lifespan, dependencies=[Depends(one_tenant)])
 
 
 async def session(request: Request) -> AsyncIterator[AsyncSession]:

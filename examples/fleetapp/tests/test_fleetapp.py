@@ -1,5 +1,6 @@
 import asyncio
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,13 +13,15 @@ from iot_models import DeviceState, ShadowService
 from iot_models.testing import SampleFleet
 
 
-def call(url: str, *requests: tuple[str, str, dict[str, Any] | None]) -> list[tuple[int, Any]]:
+def call(
+    url: str, *requests: tuple[str, str, dict[str, Any] | None], tenants: Sequence[bytes] = (b"acme",)
+) -> list[tuple[int, Any]]:
     """Send requests to the application, as a server would, on the database at this URL."""
 
     async def send(method: str, path: str, body: dict[str, Any] | None) -> tuple[int, Any]:
         answer: list[Any] = []
         request = {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
-        headers = [(b"x-tenant-id", b"acme"), (b"content-type", b"application/json")]
+        headers = [(b"content-type", b"application/json"), *((b"x-tenant-id", tenant) for tenant in tenants)]
         scope = {"type": "http", "method": method, "path": path, "headers": headers, "query_string": b""}
 
         async def receive() -> dict[str, Any]:
@@ -66,6 +69,12 @@ def test_an_order_that_the_shadow_refuses_is_not_written(shadow_database: str) -
 
 def test_another_tenants_machine_is_not_found(shadow_database: str) -> None:
     assert call(shadow_database, ("POST", "/machines/7/orders", ORDER))[0][0] == 404
+
+
+def test_a_tenant_that_is_there_twice_is_a_bad_request(shadow_database: str) -> None:
+    machine = ("POST", "/machines", {"plant": "berlin", "device_id": "press-1"})
+    ((status, said),) = call(shadow_database, machine, tenants=(b"acme", b"globex"))
+    assert (status, said) == (400, {"detail": "X-Tenant-Id must be there once"})
 
 
 @pytest.mark.parametrize("load", [selectinload(Machine.device), selectinload(Machine.orders)])
