@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from iot_models import migrate
+from tests.databases import partitioned
 from tests.databases.alembic_runs import CHECKOUT
 from tests.migrations.raw_sql import FLEET, RAW_075, SHADOWS, rows_of, run_sql, tables_of
 
@@ -97,6 +98,7 @@ for line in pathlib.Path("ci.sh").read_text().splitlines():
 """
 
 
+@partitioned.needs_one_piece("autogenerate does not know partitions")
 @pytest.mark.parametrize("start", [nothing, only_ours, only_theirs])
 def test_its_ci_runs_both_histories_up_and_down_and_up_again(
     run: Callable[..., str], new_database: Callable[..., str], start: Callable[[str, Callable[..., str]], None]

@@ -16,6 +16,7 @@ from iot_models import engine, migrate, tenancy
 from iot_models._migrations import deployers, indexes, obstacles, operations, strangers
 from iot_models._migrations.command_line import main
 from iot_models.testing import throwaway
+from tests.databases import partitioned
 from tests.databases.backends import connected
 from tests.migrations.raw_sql import (
     ADVISORY_LOCK,
@@ -320,6 +321,7 @@ def test_default_privileges_let_nobody_write_the_revision(database: str, attacke
     run_sql(database, f"ALTER DEFAULT PRIVILEGES REVOKE ALL ON TABLES FROM {role}")
 
 
+@partitioned.needs_one_piece("a trigger takes a right on each partition")
 def test_a_trigger_whose_function_is_a_strangers_is_refused(database: str, attacker: str) -> None:
     run_sql(database, RAW_075, FLEET, f"GRANT ALL ON device_state TO {make_url(attacker).username}")
     run_sql(attacker, HIJACK.split("INSERT INTO device_state", maxsplit=1)[0])
@@ -378,6 +380,7 @@ def test_a_schema_before_pg_catalog_is_refused_before_anything_else_is_asked(dat
     assert calls(database) == []
 
 
+@partitioned.needs_one_piece("its partitions have the owner that they had")
 @pytest.mark.repeats
 def test_a_group_that_owns_the_table_is_not_trusted_because_the_deployer_is_in_it(
     database: str, server_role: str
@@ -538,6 +541,7 @@ def test_each_command_takes_the_rights_of_others_on_our_tables_away(parked: str,
     assert run_sql(parked, "SELECT count(*) FROM device_state WHERE desired_version = 7") == [(3,)]
 
 
+@partitioned.needs_one_piece("printed SQL refuses it")
 @pytest.mark.repeats
 def test_printed_sql_takes_them_away_too(parked: str, attacker: str) -> None:
     run_sql(parked, GRANTED.format(VERSION_TABLE, make_url(attacker).username, "version_num"))
@@ -571,6 +575,7 @@ def test_the_env_py_of_a_team_lets_nobody_make_a_trigger_on_what_is_parked(
 TELLS = f"CREATE FUNCTION tell() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {TELL}; RETURN NEW; END $$"
 
 
+@partitioned.needs_one_piece("a trigger takes a right on each partition")
 @pytest.mark.parametrize("table", [VERSION_TABLE, PARKED, "device_state"])
 def test_a_trigger_that_is_committed_while_a_migration_waits_for_the_table_is_not_called(
     parked: str, attacker: str, table: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -611,6 +616,7 @@ def test_what_is_parked_is_not_put_back_while_others_may_make_triggers_on_the_ta
     assert run_sql(parked, "SELECT count(*) FROM device_state WHERE desired_version = 7") == [(3,)]
 
 
+@partitioned.needs_one_piece("nothing can inherit from it")
 @pytest.mark.parametrize(
     ("planted", "named"),
     [

@@ -17,6 +17,7 @@ from iot_models._migrations import deployers, indexes
 from iot_models._migrations.strangers import VERSION_TABLE
 from iot_models.engine import create_engine
 from iot_models.testing import database
+from tests.databases import partitioned
 from tests.databases.alembic_runs import CHECKOUT
 from tests.databases.backends import backend_pid
 from tests.databases.devices import TENANT, add_device
@@ -299,6 +300,7 @@ def test_no_migration_calls_a_strangers_code(deployment: Deployment) -> None:
     migrate.upgrade(url)
 
 
+@partitioned.needs_one_piece("printed SQL refuses it")
 def test_printed_sql_calls_a_strangers_code_in_alembics_own_statements_only(deployment: Deployment) -> None:
     """Alembic compares a revision, a VARCHAR, in the whole search path. It asks for strangers at its beginning."""
     url = deployment.owner

@@ -19,6 +19,7 @@ from iot_models import tenancy
 from iot_models._core import ways_around
 from iot_models._migrations import dependents, strangers
 from iot_models.testing import PostgresServer, database
+from tests.databases import partitioned
 from tests.databases.backends import await_lock_waits
 from tests.databases.devices import TENANT, add_device
 from tests.databases.tenants import OFF, OTHER, isolate, login, rows, run, security
@@ -518,6 +519,7 @@ def test_a_superuser_does_not_enable_it_for_a_strangers_table_that_the_search_pa
         run(connection, "RESET ROLE")
 
 
+@partitioned.needs_one_piece("a trigger takes a right on each partition")
 def test_what_is_committed_while_enable_waits_for_its_lock_is_found(isolated: Engine, server_role: str) -> None:
     """The right to make a trigger may be gone by then."""
     group = group_of(server_role)
