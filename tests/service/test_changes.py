@@ -603,7 +603,7 @@ def test_pruning_versions_of_another_cluster_expires_no_cursor_that_has_passed_t
 
 # The proof.
 
-WRITERS, SECONDS = 6, 3.0
+WRITERS, COMMITS = 6, 10  # of each writer
 MANY = [f"m{number}" for number in range(12)]
 LEVELS = ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE", "AUTOCOMMIT"]
 
@@ -646,8 +646,8 @@ def _at_level(engine: Engine, seed: int) -> Engine:
 
 def _write_for_a_while(fleet: Engine, seed: int) -> None:
     chance = random.Random(seed)  # noqa: S311 - repeatable
-    until = time.monotonic() + SECONDS
-    while time.monotonic() < until:
+    until, commits = time.monotonic() + 60, 0
+    while commits < COMMITS and time.monotonic() < until:
         # A serialization failure or a deadlock; a device that was just removed.
         with suppress(DBAPIError, IotModelsError), Session(_at_level(fleet, seed)) as session:
             for _ in range(chance.randint(1, 3)):
@@ -655,6 +655,7 @@ def _write_for_a_while(fleet: Engine, seed: int) -> None:
                 time.sleep(chance.random() ** 4 / 10)
             if chance.random() < 0.9:
                 session.commit()
+                commits += 1
 
 
 def _write_something(shadows: ShadowService, chance: random.Random) -> None:
