@@ -211,6 +211,21 @@ def test_a_collation_for_which_two_tenants_are_one_is_refused(owner: Connection,
         tenancy.enable(owner, app)
 
 
+def test_a_superuser_does_not_enable_it_for_a_strangers_table_that_the_search_path_finds_first(
+    owner: Connection, app: str
+) -> None:
+    stranger = f"{app}_b"
+    run(owner, f"CREATE ROLE {stranger}; CREATE SCHEMA theirs AUTHORIZATION {stranger}; SET ROLE {stranger};"
+               "CREATE TABLE theirs.device_state (tenant_id text, device_id text);"
+               "CREATE TABLE theirs.device_shadow_history (tenant_id text, device_id text); RESET ROLE;"
+               "SET search_path = theirs, public")  # fmt: skip
+    with pytest.raises(ValueError, match=rf"^device_state, as the search path .* to role {stranger}, which may be"):
+        tenancy.enable(owner, app)
+    run(owner, f"SET ROLE {stranger}")  # it does with its own table what it likes
+    tenancy.enable(owner, app)
+    run(owner, "RESET ROLE")
+
+
 def test_a_check_finds_that_there_is_no_table_any_more(owner: Connection, app: str) -> None:
     tenancy.enable(owner, app)
     run(owner, "DROP TABLE device_state")

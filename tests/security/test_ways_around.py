@@ -503,22 +503,6 @@ def test_a_rule_of_somebody_who_has_no_right_on_the_table_is_no_reason_to_refuse
     assert victims(isolated) == before
 
 
-def test_a_superuser_does_not_enable_it_for_a_strangers_table_that_the_search_path_finds_first(
-    isolated: Engine, server_role: str
-) -> None:
-    group = group_of(server_role)
-    with isolated.begin() as connection:
-        run(connection, f"CREATE ROLE {group}; CREATE SCHEMA theirs AUTHORIZATION {group}; SET ROLE {group};"
-                        "CREATE TABLE theirs.device_state (tenant_id text, device_id text);"
-                        "CREATE TABLE theirs.device_shadow_history (tenant_id text, device_id text); RESET ROLE;"
-                        "SET search_path = theirs, public")  # fmt: skip
-        with pytest.raises(ValueError, match=rf"^device_state, as the search path .* to role {group}, which may be"):
-            tenancy.enable(connection, server_role)
-        run(connection, f"SET ROLE {group}")  # it does with its own table what it likes
-        tenancy.enable(connection, server_role)
-        run(connection, "RESET ROLE")
-
-
 @partitioned.needs_one_piece("a trigger takes a right on each partition")
 def test_what_is_committed_while_enable_waits_for_its_lock_is_found(isolated: Engine, server_role: str) -> None:
     """The right to make a trigger may be gone by then."""
