@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from sqlalchemy import create_engine, make_url
 
-from iot_models._core import validation
+from iot_models._core import statements, validation
 from tests.fuzz.corpus.hostile_types import LyingInt, UnshownStr
 
 
@@ -85,3 +86,19 @@ def test_no_versions_are_no_guards() -> None:
 def test_devices_that_cannot_be_printed_are_named_too() -> None:
     with pytest.raises(ValueError, match=r"the batch does not: 'a\\ud800'"):
         validation.versions("v", {"a\ud800": 0}, of={})
+
+
+def test_what_is_no_engine_is_refused_with_the_way_to_one() -> None:
+    validation.require_engine(create_engine("postgresql+psycopg://"), "AsyncEngine", "Engine")
+    with pytest.raises(
+        TypeError, match=r"engine must be an AsyncEngine, got .*: iot_models.engine.create_async_engine"
+    ):
+        validation.require_engine("postgresql://h/d", "AsyncEngine")
+
+
+@pytest.mark.parametrize(("driver", "sent"), [("asyncpg", ["a", "7", None]), ("psycopg", '{"a",7,NULL}')])
+def test_elements_of_an_array_travel_as_texts_to_either_driver(driver: str, sent: object) -> None:
+    dialect = make_url(f"postgresql+{driver}://").get_dialect()()
+    bound = statements.DEVICES.type.bind_processor(dialect)
+    assert bound is not None
+    assert bound(["a", 7, None]) == sent
